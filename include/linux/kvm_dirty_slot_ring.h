@@ -1,0 +1,164 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+#ifndef __KVM_DIRTY_SLOT_RING_H
+#define __KVM_DIRTY_SLOT_RING_H
+
+/*
+ * What the rest of KVM may call of the dirty slot rings.  All of it is in
+ * virt/kvm/dirty_slot_ring.c; the ABI is in the uapi header of the same name.
+ */
+
+#include <linux/compiler.h>
+#include <linux/errno.h>
+#include <linux/types.h>
+#include <asm/barrier.h>
+
+/* Same name, and this one comes first in the kernel's include path. */
+#include <uapi/linux/kvm_dirty_slot_ring.h>
+
+struct kvm;
+struct kvm_enable_cap;
+struct kvm_memory_slot;
+struct kvm_vcpu;
+
+#ifdef CONFIG_HAVE_KVM_DIRTY_SLOT_RING
+
+/**
+ * struct kvm_dirty_slot_ring_vm - the feature's state in struct kvm
+ * @entries: entries of each ring.  Zero, and everything is off, until
+ *	KVM_CAP_DIRTY_SLOT_RING is enabled, then never changes.  Written under
+ *	kvm->lock and kvm->slots_lock
+ * @flags: KVM_DIRTY_SLOT_RING_*
+ * @nr_rings: vCPUs that have a ring in every log.  Protected by slots_lock
+ */
+struct kvm_dirty_slot_ring_vm {
+	u32 entries;
+	u32 flags;
+	u32 nr_rings;
+};
+
+/**
+ * struct kvm_dirty_slot_ring_vcpu - the feature's state in struct kvm_vcpu
+ * @hw_seq: odd while hardware may hold dirty pages of this vCPU that KVM has
+ *	not seen (Intel's PML).  Written by the vCPU's thread only
+ * @full_slot: the slot whose ring was full when the vCPU was asked to exit.
+ *	Used by the vCPU's thread only
+ */
+struct kvm_dirty_slot_ring_vcpu {
+	u32 hw_seq;
+	u32 full_slot;
+};
+
+u32 kvm_dirty_slot_ring_max_entries(void);
+int kvm_dirty_slot_ring_enable(struct kvm *kvm, struct kvm_enable_cap *cap);
+int kvm_dirty_slot_ring_add_vcpu(struct kvm_vcpu *vcpu);
+bool kvm_dirty_slot_ring_check_request(struct kvm_vcpu *vcpu);
+
+int kvm_dirty_slot_log_create(struct kvm *kvm, struct kvm_memory_slot *memslot);
+void kvm_dirty_slot_log_copy(struct kvm_memory_slot *to,
+			     const struct kvm_memory_slot *from);
+void kvm_dirty_slot_log_stop(struct kvm *kvm,
+			     const struct kvm_memory_slot *memslot);
+bool kvm_dirty_slot_log_release(struct kvm_memory_slot *memslot);
+void kvm_dirty_slot_log_mark(struct kvm *kvm,
+			     const struct kvm_memory_slot *memslot,
+			     struct kvm_vcpu *vcpu, unsigned long offset);
+int kvm_vm_ioctl_get_dirty_slot_log_fd(struct kvm *kvm, void __user *argp);
+
+/**
+ * kvm_dirty_slot_ring_hw_enter - hardware may buffer dirty pages from now on
+ * @v: the vCPU's state
+ *
+ * An architecture whose hardware buffers dirty pages calls this before the
+ * guest can write anything, and kvm_dirty_slot_ring_hw_flushed() when all that
+ * was buffered has been marked dirty.  KVM_DIRTY_HARVEST_SYNC waits for vCPUs
+ * that are between the two.
+ *
+ * Context: the vCPU's thread.
+ */
+static inline void kvm_dirty_slot_ring_hw_enter(struct kvm_dirty_slot_ring_vcpu *v)
+{
+	WRITE_ONCE(v->hw_seq, v->hw_seq | 1);
+}
+
+/**
+ * kvm_dirty_slot_ring_hw_flushed - hardware holds nothing any more
+ * @v: the vCPU's state
+ *
+ * Context: the vCPU's thread.
+ */
+static inline void kvm_dirty_slot_ring_hw_flushed(struct kvm_dirty_slot_ring_vcpu *v)
+{
+	if (v->hw_seq & 1) {
+		/* Who sees the even number sees the marks made before it. */
+		smp_store_release(&v->hw_seq, v->hw_seq + 1);
+	}
+}
+
+/* One line in a list of KVM's binary statistics, with its comma. */
+#define KVM_DIRTY_SLOT_RING_STAT(scope, stat)	STATS_DESC_COUNTER(scope, stat),
+
+#else /* !CONFIG_HAVE_KVM_DIRTY_SLOT_RING */
+
+static inline u32 kvm_dirty_slot_ring_max_entries(void)
+{
+	return 0;
+}
+
+static inline int kvm_dirty_slot_ring_enable(struct kvm *kvm,
+					     struct kvm_enable_cap *cap)
+{
+	return -EINVAL;
+}
+
+static inline int kvm_dirty_slot_ring_add_vcpu(struct kvm_vcpu *vcpu)
+{
+	return 0;
+}
+
+static inline bool kvm_dirty_slot_ring_check_request(struct kvm_vcpu *vcpu)
+{
+	return false;
+}
+
+static inline int kvm_dirty_slot_log_create(struct kvm *kvm,
+					    struct kvm_memory_slot *memslot)
+{
+	return -ENXIO;
+}
+
+static inline void kvm_dirty_slot_log_copy(struct kvm_memory_slot *to,
+					   const struct kvm_memory_slot *from)
+{
+}
+
+static inline void kvm_dirty_slot_log_stop(struct kvm *kvm,
+					   const struct kvm_memory_slot *memslot)
+{
+}
+
+static inline bool kvm_dirty_slot_log_release(struct kvm_memory_slot *memslot)
+{
+	return false;
+}
+
+static inline void kvm_dirty_slot_log_mark(struct kvm *kvm,
+					   const struct kvm_memory_slot *memslot,
+					   struct kvm_vcpu *vcpu,
+					   unsigned long offset)
+{
+}
+
+static inline int kvm_vm_ioctl_get_dirty_slot_log_fd(struct kvm *kvm,
+						     void __user *argp)
+{
+	return -ENOTTY;
+}
+
+/* Macros, as the argument is a field that does not exist. */
+#define kvm_dirty_slot_ring_hw_enter(...)	do { } while (0)
+#define kvm_dirty_slot_ring_hw_flushed(...)	do { } while (0)
+#define KVM_DIRTY_SLOT_RING_STAT(...)
+
+#endif /* CONFIG_HAVE_KVM_DIRTY_SLOT_RING */
+
+#endif /* __KVM_DIRTY_SLOT_RING_H */
