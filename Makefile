@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: GPL-2.0-only
+#
+# Everything here is a script under scripts/; this only names them.
+
+.DEFAULT_GOAL := help
+.PHONY: help deps kernel qemu test demo patch check clean
+
+help:
+	@echo 'make demo     live-migrate a Linux guest with the bitmap, the dirty ring and slot rings'
+	@echo 'make test     everything that can be tested here, as CI does'
+	@echo
+	@echo 'make deps     install the Debian packages that are missing'
+	@echo 'make kernel   build the patched kernel'
+	@echo 'make qemu     build the patched QEMU'
+	@echo 'make patch    write the kernel series, for git am, to out/series/'
+	@echo 'make check    checkpatch, sparse, and that each commit of the series builds'
+	@echo 'make clean    remove what was built, here and in the cache'
+	@echo
+	@echo 'The first build takes long; what it makes is kept in'
+	@echo '$${XDG_CACHE_HOME:-~/.cache}/kvm-dirty-slot-ring, outside of this directory.'
+
+deps:
+	@scripts/deps
+
+kernel:
+	@scripts/deps kernel
+	@scripts/kernel patched
+
+qemu:
+	@scripts/deps qemu
+	@scripts/qemu
+
+test:
+	@scripts/deps
+	@scripts/test
+
+demo:
+	@scripts/deps kernel rig qemu
+	@scripts/demo
+
+patch:
+	@scripts/deps kernel
+	@scripts/series out/series
+
+check:
+	@scripts/deps kernel check
+	@scripts/check
+
+clean:
+	@rm -rf out
+	@scripts/clean
