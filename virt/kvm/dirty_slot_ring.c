@@ -507,30 +507,46 @@ static unsigned long batch_emit(struct kvm_dirty_slot_batch *b,
 
 /*
  * Take what is logged of the pages @want of a word out of the log, into the
- * batch.  False if there was no room for all of them.
+ * batch.  False if there was no room for all of them; the rest stays in the log,
+ * with its place in the index.
  */
 static bool batch_take(struct kvm_dirty_slot_log *log, unsigned long word,
 		       unsigned long want)
 {
 	struct kvm_dirty_slot_batch *b = log->batch;
-	unsigned long taken, kept;
+	unsigned int nr_runs = b->nr_runs;
+	u32 npages = nr_runs ? b->runs[nr_runs - 1].npages : 0;
+	unsigned long seen, kept, taken;
+	bool all;
 
-	if (!(READ_ONCE(log->bitmap[word]) & want))
+	seen = READ_ONCE(log->bitmap[word]) & want;
+	if (!seen)
 		return true;
 	if (b->nr_masks == BATCH_MASKS)
 		return false;
 
-	taken = want & atomic_long_fetch_andnot(want,
+	kept = b->report ? batch_emit(b, word, seen) : seen;
+	all = kept == seen;
+	taken = kept & atomic_long_fetch_andnot(kept,
 				(atomic_long_t *)&log->bitmap[word]);
-	kept = b->report ? batch_emit(b, word, taken) : taken;
-	if (kept != taken)
-		log_put_back(log, word, taken & ~kept);
+	if (unlikely(taken != kept)) {
+		/* The bitmap ioctls got some of them first: once more. */
+		b->nr_runs = nr_runs;
+		if (nr_runs)
+			b->runs[nr_runs - 1].npages = npages;
+		kept = b->report ? batch_emit(b, word, taken) : taken;
+		/* More, shorter runs than before; may they not fit. */
+		if (kept != taken) {
+			log_put_back(log, word, taken & ~kept);
+			all = false;
+		}
+	}
 	if (kept) {
 		b->masks[b->nr_masks].word = word;
 		b->masks[b->nr_masks++].mask = kept;
 		b->nr_pages += hweight_long(kept);
 	}
-	return kept == taken;
+	return all;
 }
 
 /* The bits of @word that the pages @first to @last have. */
@@ -598,12 +614,12 @@ static bool batch_take_summary(struct kvm_dirty_slot_log *log)
 
 	while ((word = summary_next(log, b->pos)) < log->nr_words) {
 		b->pos = word;
-		if (b->nr_masks == BATCH_MASKS)
-			return false;
 		/* First, as a mark that finds it set leaves it at that. */
 		summary_clear(log, 0, word);
-		if (!batch_take(log, word, ~0UL))
+		if (!batch_take(log, word, ~0UL)) {
+			summary_set(log, 0, word);
 			return false;
+		}
 		b->pos = word + 1;
 		cond_resched();
 	}
