@@ -1,0 +1,299 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * Process 1 of the guest that the demo migrates: it keeps writing memory and
+ * can tell whether all of it is what it should be.
+ *
+ * Every page of its memory says which page it is and in which step of which
+ * writer it was written last, and the rest of the page follows from these two.
+ * Which page a step writes follows from the step's number alone.  A check thus
+ * needs nothing but how many steps were made: it plays them through again and
+ * knows what has to be in every page.  A page that a migration left at an older
+ * version is consistent in itself, but it is found, and that is the mistake a
+ * dirty log that loses pages would make.
+ *
+ * Three kinds of memory: pages that vCPUs write (two threads), pages that a
+ * device writes (reads from a disk; KVM does not see these), and pages that
+ * nobody writes any more.
+ *
+ * It is talked to over ttyS1, in lines:
+ *	status	-> "status STEPS STEPS STEPS", steps of each writer so far
+ *	verify	-> "verify ok PAGES" or "verify bad COUNT of PAGES, first: ..."
+ *
+ * usage: kernel parameters demo.work= and demo.still= (MiB), demo.rate= (pages
+ * written in a second by each thread)
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <pthread.h>
+#include <stdarg.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/mount.h>
+#include <sys/reboot.h>
+#include <sys/stat.h>
+#include <termios.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "pattern.h"
+
+#define WRITERS		3
+#define DISK_WRITER	2	/* its "steps" are reads from the disk */
+
+struct writer {
+	uint64_t *pages;
+	uint64_t id;
+	uint64_t npages;
+	uint64_t rate;			/* steps in a second */
+	atomic_ulong steps;
+	atomic_bool idle;
+};
+
+static struct writer writers[WRITERS];
+
+static uint64_t *still;
+static uint64_t still_pages;
+static atomic_bool hold;
+static int disk = -1;
+static FILE *ctl;
+
+static void die(const char *fmt, ...)
+{
+	va_list ap;
+
+	va_start(ap, fmt);
+	fprintf(stderr, "demo guest: ");
+	vfprintf(stderr, fmt, ap);
+	fprintf(stderr, ": %s\n", strerror(errno));
+	if (ctl) {
+		fprintf(ctl, "error ");
+		va_start(ap, fmt);
+		vfprintf(ctl, fmt, ap);
+		fprintf(ctl, "\n");
+	}
+	va_end(ap);
+	sleep(1);
+	reboot(RB_POWER_OFF);
+	exit(1);
+}
+
+static uint64_t param(const char *name, uint64_t def)
+{
+	char line[2048] = "", *p;
+	FILE *f = fopen("/proc/cmdline", "r");
+
+	if (!f || !fgets(line, sizeof(line), f))
+		die("/proc/cmdline");
+	fclose(f);
+	p = strstr(line, name);
+	return p ? strtoull(p + strlen(name), NULL, 10) : def;
+}
+
+static uint64_t *alloc_pages(uint64_t n)
+{
+	void *p = mmap(NULL, n * PAGE, PROT_READ | PROT_WRITE,
+		       MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+
+	if (p == MAP_FAILED)
+		die("%lu pages", n);
+	return p;
+}
+
+static uint64_t *page_of(uint64_t *pages, uint64_t n)
+{
+	return pages + n * PAGE_WORDS;
+}
+
+/* One step: write the page that this step writes */
+static void make_step(struct writer *w, uint64_t step)
+{
+	uint64_t n = step_page(w->id, step, w->npages);
+	uint64_t *page = page_of(w->pages, n);
+
+	if (w->id != DISK_WRITER) {
+		fill_page(page, w->id, n, step);
+		return;
+	}
+
+	/* The disk's blocks are filled by the driver, as if page 0 of it */
+	n = step_block(step);
+	if (pread(disk, page, PAGE, n * PAGE) != PAGE)
+		die("read of disk block %lu", n);
+}
+
+static bool check_page(struct writer *w, uint64_t n, uint64_t step)
+{
+	uint64_t *page = page_of(w->pages, n);
+
+	if (w->id == DISK_WRITER && step)
+		return page_is(page, DISK_ID, step_block(step), 0);
+	return page_is(page, w->id, n, step);
+}
+
+static void *writer_thread(void *arg)
+{
+	struct writer *w = arg;
+	struct timespec now, next;
+	uint64_t batch = w->rate / 100 ? : 1, i;
+	uint64_t pause = 1000000000ull * batch / w->rate;
+
+	clock_gettime(CLOCK_MONOTONIC, &next);
+	for (;;) {
+		for (i = 0; i < batch && !atomic_load(&hold); i++) {
+			uint64_t step = atomic_load(&w->steps) + 1;
+
+			make_step(w, step);
+			atomic_store(&w->steps, step);
+		}
+		while (atomic_load(&hold)) {
+			atomic_store(&w->idle, true);
+			usleep(1000);
+		}
+		atomic_store(&w->idle, false);
+
+		/* Late, be it by a slow machine or a migration: don't catch up */
+		next.tv_nsec += pause;
+		next.tv_sec += next.tv_nsec / 1000000000;
+		next.tv_nsec %= 1000000000;
+		clock_gettime(CLOCK_MONOTONIC, &now);
+		if (now.tv_sec > next.tv_sec ||
+		    (now.tv_sec == next.tv_sec && now.tv_nsec > next.tv_nsec))
+			next = now;
+		clock_nanosleep(CLOCK_MONOTONIC, TIMER_ABSTIME, &next, NULL);
+	}
+	return NULL;
+}
+
+/* Plays all steps again; the writers are held */
+static void check_memory(void)
+{
+	uint64_t bad = 0, total = still_pages, n, s, steps, *last;
+	char first[160] = "";
+	int i;
+
+	for (n = 0; n < still_pages; n++) {
+		if (!page_is(page_of(still, n), STILL_ID, n, 0) && !bad++)
+			snprintf(first, sizeof(first), "page %lu that nobody writes",
+				 n);
+	}
+
+	for (i = 0; i < WRITERS; i++) {
+		struct writer *w = &writers[i];
+
+		steps = atomic_load(&w->steps);
+		last = calloc(w->npages, sizeof(*last));
+		if (!last)
+			die("no memory");
+		for (s = 1; s <= steps; s++)
+			last[step_page(w->id, s, w->npages)] = s;
+		for (n = 0; n < w->npages; n++) {
+			uint64_t *page = page_of(w->pages, n);
+
+			if (check_page(w, n, last[n]) || bad++)
+				continue;
+			snprintf(first, sizeof(first),
+				 "page %lu of writer %d should be of step %lu of %lu, says it is page %lu of step %lu",
+				 n, i, last[n],
+				 steps,
+				 page_number(page),
+				 page_step(page));
+		}
+		total += w->npages;
+		free(last);
+	}
+
+	if (bad)
+		fprintf(ctl, "verify bad %lu of %lu, first: %s\n",
+			bad, total, first);
+	else
+		fprintf(ctl, "verify ok %lu\n", total);
+}
+
+static void hold_writers(void)
+{
+	int i;
+
+	/* A stale "idle" of the last time must not count */
+	for (i = 0; i < WRITERS; i++)
+		atomic_store(&writers[i].idle, false);
+	atomic_store(&hold, true);
+	for (i = 0; i < WRITERS; i++) {
+		while (!atomic_load(&writers[i].idle))
+			usleep(1000);
+	}
+}
+
+int main(void)
+{
+	uint64_t rate, work, n;
+	struct termios tio;
+	pthread_t thread;
+	char line[64];
+	int fd, i;
+	FILE *in;
+
+	mkdir("/proc", 0755);
+	mkdir("/dev", 0755);
+	mount("proc", "/proc", "proc", 0, NULL);
+	mount("dev", "/dev", "devtmpfs", 0, NULL);
+
+	fd = open("/dev/ttyS1", O_RDWR | O_NOCTTY);
+	if (fd < 0 || tcgetattr(fd, &tio))
+		die("/dev/ttyS1");
+	cfmakeraw(&tio);
+	cfsetspeed(&tio, B115200);
+	tcsetattr(fd, TCSANOW, &tio);
+	in = fdopen(fd, "r");
+	ctl = fdopen(dup(fd), "w");
+	setvbuf(ctl, NULL, _IOLBF, 0);
+
+	work = param("demo.work=", 24) * 256;
+	still_pages = param("demo.still=", 48) * 256;
+	rate = param("demo.rate=", 500);
+
+	disk = open("/dev/vda", O_RDONLY | O_DIRECT);
+	if (disk < 0)
+		die("/dev/vda");
+
+	still = alloc_pages(still_pages);
+	for (n = 0; n < still_pages; n++)
+		fill_page(page_of(still, n), STILL_ID, n, 0);
+
+	for (i = 0; i < WRITERS; i++) {
+		struct writer *w = &writers[i];
+
+		w->id = i;
+		w->npages = i == DISK_WRITER ? 512 : work / 2;
+		w->rate = i == DISK_WRITER ? 50 : rate;
+		w->pages = alloc_pages(w->npages);
+		for (n = 0; n < w->npages; n++)
+			fill_page(page_of(w->pages, n), w->id, n, 0);
+	}
+	for (i = 0; i < WRITERS; i++) {
+		if (pthread_create(&thread, NULL, writer_thread, &writers[i]))
+			die("pthread_create");
+	}
+
+	fprintf(ctl, "ready\n");
+	while (fgets(line, sizeof(line), in)) {
+		if (!strncmp(line, "status", 6)) {
+			fprintf(ctl, "status %lu %lu %lu\n",
+				atomic_load(&writers[0].steps),
+				atomic_load(&writers[1].steps),
+				atomic_load(&writers[2].steps));
+		} else if (!strncmp(line, "verify", 6)) {
+			hold_writers();
+			check_memory();
+			atomic_store(&hold, false);
+		} else {
+			fprintf(ctl, "error what? %s", line);
+		}
+	}
+	die("ttyS1 was closed");
+}
