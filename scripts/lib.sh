@@ -12,6 +12,7 @@
 # Everything that takes minutes to make lives here, outside the checkout.
 CACHE=${XDG_CACHE_HOME:-$HOME/.cache}/kvm-dirty-slot-ring
 LOGDIR=$CACHE/log
+# shellcheck disable=SC2034 # for those who source this
 TOP=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 ME=${0##*/}
 
