@@ -40,12 +40,9 @@ struct kvm_dirty_slot_ring_vm {
  * struct kvm_dirty_slot_ring_vcpu - the feature's state in struct kvm_vcpu
  * @hw_seq: odd while hardware may hold dirty pages of this vCPU that KVM has
  *	not seen (Intel's PML).  Written by the vCPU's thread only
- * @full_slot: the slot whose ring was full when the vCPU was asked to exit.
- *	Used by the vCPU's thread only
  */
 struct kvm_dirty_slot_ring_vcpu {
 	u32 hw_seq;
-	u32 full_slot;
 };
 
 u32 kvm_dirty_slot_ring_max_entries(void);

@@ -307,10 +307,8 @@ static void ring_push(struct kvm_dirty_slot_log *log,
 	}
 
 	if (unlikely(used >= log->entries) &&
-	    log->flags & KVM_DIRTY_SLOT_RING_EXIT_ON_FULL) {
-		vcpu->dirty_slot_ring.full_slot = log->slot;
+	    log->flags & KVM_DIRTY_SLOT_RING_EXIT_ON_FULL)
 		kvm_make_request(KVM_REQ_DIRTY_SLOT_RING_FULL, vcpu);
-	}
 }
 
 /*
@@ -1501,38 +1499,53 @@ unlock:
 	return r;
 }
 
+/* The log of a memslot in which the vCPU's ring is full, if any. */
+static struct kvm_dirty_slot_log *full_log(struct kvm_vcpu *vcpu)
+{
+	struct kvm_dirty_slot_ring *ring;
+	struct kvm_dirty_slot_log *log;
+	struct kvm_memory_slot *memslot;
+	int as_id, bkt;
+
+	for (as_id = 0; as_id < kvm_arch_nr_memslot_as_ids(vcpu->kvm); as_id++) {
+		kvm_for_each_memslot(memslot, bkt,
+				     __kvm_memslots(vcpu->kvm, as_id)) {
+			log = memslot->dirty_slot_log;
+			ring = log ? log_ring(log, vcpu) : NULL;
+			if (ring && ring_used(ring) >= log->entries)
+				return log;
+		}
+	}
+	return NULL;
+}
+
 /**
  * kvm_dirty_slot_ring_check_request - must the vCPU leave for a full ring?
  * @vcpu: the vCPU, about to enter the guest
  *
- * The request stays until there is room, so that a vCPU that userspace runs
- * again with its ring still full leaves again.
+ * The request stays until all of its rings have room, so that a vCPU that
+ * userspace runs again with a full one leaves again.  One exit of the guest can
+ * fill several, hence no note of the one that made the request.
  *
  * Context: the vCPU's thread, under kvm->srcu.
  * Return: true if it must, with kvm_run filled in.
  */
 bool kvm_dirty_slot_ring_check_request(struct kvm_vcpu *vcpu)
 {
-	u32 slot = vcpu->dirty_slot_ring.full_slot;
-	struct kvm_dirty_slot_ring *ring;
 	struct kvm_dirty_slot_log *log;
-	struct kvm_memory_slot *memslot;
 
 	if (!kvm_check_request(KVM_REQ_DIRTY_SLOT_RING_FULL, vcpu))
 		return false;
 
-	memslot = id_to_memslot(__kvm_memslots(vcpu->kvm, slot >> 16),
-				(u16)slot);
-	log = memslot ? memslot->dirty_slot_log : NULL;
-	ring = log ? log_ring(log, vcpu) : NULL;
-	if (!ring || ring_used(ring) < log->entries)
+	log = full_log(vcpu);
+	if (!log)
 		return false;
 
 	kvm_make_request(KVM_REQ_DIRTY_SLOT_RING_FULL, vcpu);
 	vcpu->run->exit_reason = KVM_EXIT_DIRTY_SLOT_RING_FULL;
-	vcpu->run->dirty_slot_ring.slot = slot;
+	vcpu->run->dirty_slot_ring.slot = log->slot;
 	vcpu->run->dirty_slot_ring.pad = 0;
 	vcpu->stat.generic.dirty_slot_ring_full_exits++;
-	trace_kvm_dirty_slot_ring_exit(log->vm, vcpu->vcpu_id, slot);
+	trace_kvm_dirty_slot_ring_exit(log->vm, vcpu->vcpu_id, log->slot);
 	return true;
 }
