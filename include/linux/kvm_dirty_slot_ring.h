@@ -19,6 +19,7 @@ struct kvm;
 struct kvm_enable_cap;
 struct kvm_memory_slot;
 struct kvm_vcpu;
+struct module;
 
 #ifdef CONFIG_HAVE_KVM_DIRTY_SLOT_RING
 
@@ -38,21 +39,21 @@ struct kvm_dirty_slot_ring_vm {
 
 /**
  * struct kvm_dirty_slot_ring_vcpu - the feature's state in struct kvm_vcpu
- * @hw_seq: odd while hardware may hold dirty pages of this vCPU that KVM has
- *	not seen (Intel's PML).  Written by the vCPU's thread only
+ * @hw_seq: odd while there may be writes through this vCPU that are not marked
+ *	yet, as with Intel's PML.  Written by the vCPU's thread only
  */
 struct kvm_dirty_slot_ring_vcpu {
 	u32 hw_seq;
 };
 
-u32 kvm_dirty_slot_ring_max_entries(void);
+#define KVM_DIRTY_SLOT_RING_MAX_ENTRIES	65536
+
+void kvm_dirty_slot_ring_init(struct module *module);
 int kvm_dirty_slot_ring_enable(struct kvm *kvm, struct kvm_enable_cap *cap);
 int kvm_dirty_slot_ring_add_vcpu(struct kvm_vcpu *vcpu);
 bool kvm_dirty_slot_ring_check_request(struct kvm_vcpu *vcpu);
 
 int kvm_dirty_slot_log_create(struct kvm *kvm, struct kvm_memory_slot *memslot);
-void kvm_dirty_slot_log_copy(struct kvm_memory_slot *to,
-			     const struct kvm_memory_slot *from);
 void kvm_dirty_slot_log_stop(struct kvm *kvm,
 			     const struct kvm_memory_slot *memslot);
 bool kvm_dirty_slot_log_release(struct kvm_memory_slot *memslot);
@@ -62,13 +63,14 @@ void kvm_dirty_slot_log_mark(struct kvm *kvm,
 int kvm_vm_ioctl_get_dirty_slot_log_fd(struct kvm *kvm, void __user *argp);
 
 /**
- * kvm_dirty_slot_ring_hw_enter - hardware may buffer dirty pages from now on
+ * kvm_dirty_slot_ring_hw_enter - there may be writes that are not marked yet
  * @v: the vCPU's state
  *
  * An architecture whose hardware buffers dirty pages calls this before the
  * guest can write anything, and kvm_dirty_slot_ring_hw_flushed() when all that
- * was buffered has been marked dirty.  KVM_DIRTY_HARVEST_SYNC waits for vCPUs
- * that are between the two.
+ * was buffered has been marked dirty; likewise around making a page writable and
+ * marking it, where that is not under mmu_lock.  KVM_DIRTY_HARVEST_SYNC waits
+ * for vCPUs that are between the two.
  *
  * Context: the vCPU's thread.
  */
@@ -78,7 +80,7 @@ static inline void kvm_dirty_slot_ring_hw_enter(struct kvm_dirty_slot_ring_vcpu 
 }
 
 /**
- * kvm_dirty_slot_ring_hw_flushed - hardware holds nothing any more
+ * kvm_dirty_slot_ring_hw_flushed - all writes so far are marked
  * @v: the vCPU's state
  *
  * Context: the vCPU's thread.
@@ -96,9 +98,10 @@ static inline void kvm_dirty_slot_ring_hw_flushed(struct kvm_dirty_slot_ring_vcp
 
 #else /* !CONFIG_HAVE_KVM_DIRTY_SLOT_RING */
 
-static inline u32 kvm_dirty_slot_ring_max_entries(void)
+#define KVM_DIRTY_SLOT_RING_MAX_ENTRIES	0
+
+static inline void kvm_dirty_slot_ring_init(struct module *module)
 {
-	return 0;
 }
 
 static inline int kvm_dirty_slot_ring_enable(struct kvm *kvm,
@@ -121,11 +124,6 @@ static inline int kvm_dirty_slot_log_create(struct kvm *kvm,
 					    struct kvm_memory_slot *memslot)
 {
 	return -ENXIO;
-}
-
-static inline void kvm_dirty_slot_log_copy(struct kvm_memory_slot *to,
-					   const struct kvm_memory_slot *from)
-{
 }
 
 static inline void kvm_dirty_slot_log_stop(struct kvm *kvm,

@@ -57,6 +57,8 @@
 #include <linux/kvm_host.h>
 #include <linux/log2.h>
 #include <linux/mm.h>
+#include <linux/module.h>
+#include <linux/nospec.h>
 #include <linux/poll.h>
 #include <linux/uaccess.h>
 #include <linux/vmalloc.h>
@@ -65,7 +67,6 @@
 #include <trace/events/kvm_dirty_slot_ring.h>
 
 #define RING_DEFAULT_ENTRIES	4096
-#define RING_MAX_ENTRIES	65536
 
 /* A slot has less than 2 ^ 31 pages in words of 64, and 64 ^ 5 > 2 ^ 25. */
 #define SUMMARY_LEVELS		5
@@ -75,7 +76,7 @@
  * it.  Bounds the time between two looks at signals, and the log's own memory.
  */
 #define BATCH_MASKS		256
-#define BATCH_RUNS		512
+#define BATCH_RUNS		500	/* with the masks, not quite 8 KiB */
 
 /* One ring: of one vCPU, in the log of one memslot. */
 struct kvm_dirty_slot_ring {
@@ -119,7 +120,7 @@ struct kvm_dirty_slot_log {
 	u32 entries, flags;	/* as the capability said */
 	int vm;			/* the VM's name in traces */
 	unsigned long npages, nr_words;
-	u64 base_gfn;		/* as last seen, under mutex */
+	u64 base_gfn;		/* when it stopped logging */
 
 	unsigned long *bitmap;	/* the memslot's dirty_bitmap, both halves */
 	unsigned long *summary[SUMMARY_LEVELS];
@@ -171,7 +172,7 @@ static struct kvm_dirty_slot_ring *log_ring(const struct kvm_dirty_slot_log *log
 /* Pages in a ring at which poll() calls the log readable. */
 static u32 ring_wake_level(const struct kvm_dirty_slot_log *log)
 {
-	return max(log->entries / 2, 1U);
+	return (log->entries + 1) / 2;
 }
 
 static u64 ring_used(const struct kvm_dirty_slot_ring *ring)
@@ -200,12 +201,13 @@ static void summary_set(struct kvm_dirty_slot_log *log, int level,
 	 * not have got any further yet.
 	 */
 	for (; level < log->nr_levels; level++, bit /= BITS_PER_LONG) {
-		bool first = level == log->nr_levels - 1 &&
-			     !READ_ONCE(*summary_top(log));
+		atomic_long_t *p = (atomic_long_t *)log->summary[level] +
+				   BIT_WORD(bit);
 
-		if (!test_bit(bit, log->summary[level]))
-			set_bit(bit, log->summary[level]);
-		if (first)
+		/* Who makes the last level other than zero wakes poll(). */
+		if (!(atomic_long_read(p) & BIT_MASK(bit)) &&
+		    !atomic_long_fetch_or(BIT_MASK(bit), p) &&
+		    level == log->nr_levels - 1)
 			irq_work_queue(&log->wake);
 		smp_mb(); /* D */
 	}
@@ -302,8 +304,15 @@ static void ring_push(struct kvm_dirty_slot_log *log,
 		trace_kvm_dirty_slot_ring_push(log->vm, vcpu->vcpu_id,
 					       log->slot, offset, used);
 
-		if (used == ring_wake_level(log))
-			irq_work_queue(&log->wake);
+		/*
+		 * Look again: RESET may have made room since, and poll() have
+		 * looked before this page was there.
+		 */
+		if (used >= ring_wake_level(log)) {
+			smp_mb(); /* with log_publish(): see reset, or be seen */
+			if (ring_used(ring) == ring_wake_level(log))
+				irq_work_queue(&log->wake);
+		}
 	}
 
 	if (unlikely(used >= log->entries) &&
@@ -358,9 +367,6 @@ void kvm_dirty_slot_log_mark(struct kvm *kvm,
 {
 	struct kvm_dirty_slot_log *log = memslot->dirty_slot_log;
 	struct kvm_dirty_slot_ring *ring;
-
-	if (WARN_ON_ONCE(!log))
-		return;
 
 	/*
 	 * An interrupt may have come in the midst of a push, and a ring has one
@@ -738,16 +744,16 @@ static int log_reset_collected(struct kvm_dirty_slot_log *log, struct kvm *kvm,
 	return done ? 0 : -EINTR;
 }
 
-/* Is there nothing in the index, stale or not? */
-static bool log_empty(struct kvm_dirty_slot_log *log, u32 nr_rings)
+/* Has a ring @level entries, stale or not, or the overflow log anything? */
+static bool log_ready(struct kvm_dirty_slot_log *log, u32 nr_rings, u32 level)
 {
 	u32 i;
 
 	for (i = 0; i < nr_rings; i++) {
-		if (ring_used(log->rings[i]))
-			return false;
+		if (ring_used(log->rings[i]) >= level)
+			return true;
 	}
-	return !READ_ONCE(*summary_top(log));
+	return READ_ONCE(*summary_top(log));
 }
 
 /* The VM, with a reference, or NULL if the slot has stopped logging. */
@@ -874,9 +880,9 @@ unlock:
 static int log_reset(struct kvm_dirty_slot_log *log, void __user *argp)
 {
 	struct kvm_dirty_slot_reset args;
-	bool empty, moved = false;
 	struct kvm *kvm;
-	u32 i, nr_rings;
+	u32 nr_rings;
+	bool empty;
 	int r;
 
 	if (copy_from_user(&args, argp, sizeof(args)))
@@ -897,17 +903,14 @@ static int log_reset(struct kvm_dirty_slot_log *log, void __user *argp)
 	if (r)
 		goto unlock;
 
-	empty = log_empty(log, nr_rings);
-	for (i = 0; i < nr_rings; i++)
-		moved |= log->rings[i]->cursor != log->rings[i]->end;
-
+	empty = !log_ready(log, nr_rings, 1);
 	log->batch->flush = false;
 	r = log_reset_collected(log, kvm, nr_rings, &args.nr_pages);
 	log_publish(log, kvm, nr_rings);
 
 	if (READ_ONCE(*summary_top(log)))
 		args.flags |= KVM_DIRTY_RESET_OVERFLOW;
-	if (!r && !kvm && empty && !moved)
+	if (!r && !kvm && empty)
 		r = -ENODEV;
 	trace_kvm_dirty_slot_log_reset(log->vm, log->slot, args.nr_pages,
 				       args.flags, r);
@@ -923,10 +926,10 @@ unlock:
 	return r;
 }
 
-/* Does something to pages of a word, adds to nr_pages those it changed. */
-typedef void (log_word_fn)(struct kvm_dirty_slot_log *log, struct kvm *kvm,
-			   u64 *nr_pages, unsigned long word,
-			   unsigned long mask);
+/* Does something to pages of a word; returns how many it made a difference to. */
+typedef unsigned int (log_word_fn)(struct kvm_dirty_slot_log *log,
+				   struct kvm *kvm, unsigned long word,
+				   unsigned long mask);
 
 /*
  * MARK and DISCARD: walk the caller's runs and hand each word that they touch
@@ -942,6 +945,9 @@ static int log_apply(struct kvm_dirty_slot_log *log, struct kvm *kvm,
 	u32 done, n, i;
 
 	for (done = 0; done < args->nr_runs; done += n) {
+		if (done && signal_pending(current))
+			return -EINTR;
+		cond_resched();
 		n = min_t(u32, args->nr_runs - done, ARRAY_SIZE(chunk));
 		if (copy_from_user(chunk, runs + done, n * sizeof(*runs)))
 			return -EFAULT;
@@ -955,40 +961,33 @@ static int log_apply(struct kvm_dirty_slot_log *log, struct kvm *kvm,
 			last = first + chunk[i].npages - 1;
 			for (word = first / BITS_PER_LONG;
 			     word <= last / BITS_PER_LONG; word++) {
+				if (!(word % 1024) && word != first / BITS_PER_LONG) {
+					if (signal_pending(current))
+						return -EINTR;
+					cond_resched();
+				}
 				mask = run_mask(first, last, word);
-				fn(log, kvm, &args->nr_pages, word, mask);
-				if (word % 1024)
-					continue;
-				if (signal_pending(current))
-					return -EINTR;
-				cond_resched();
+				args->nr_pages += fn(log, kvm, word, mask);
 			}
 		}
-		if (signal_pending(current))
-			return -EINTR;
-		cond_resched();
 	}
 	return 0;
 }
 
-static void mark_word(struct kvm_dirty_slot_log *log, struct kvm *kvm,
-		      u64 *nr_pages, unsigned long word, unsigned long mask)
+static unsigned int discard_word(struct kvm_dirty_slot_log *log,
+				 struct kvm *kvm, unsigned long word,
+				 unsigned long mask)
 {
-	*nr_pages += log_mark_word(log, kvm, word, mask);
-}
-
-static void discard_word(struct kvm_dirty_slot_log *log, struct kvm *kvm,
-			 u64 *nr_pages, unsigned long word, unsigned long mask)
-{
-	struct kvm_dirty_slot_batch *b = log->batch;
+	u64 before;
 
 	/* Without runs to store, all of a word fits or the batch is full. */
-	if (!batch_take(log, word, mask)) {
+	if (log->batch->nr_masks == BATCH_MASKS) {
 		batch_protect(log, kvm);
-		*nr_pages += b->nr_pages;
-		batch_reset(b, 0);
-		batch_take(log, word, mask);
+		batch_reset(log->batch, 0);
 	}
+	before = log->batch->nr_pages;
+	batch_take(log, word, mask);
+	return log->batch->nr_pages - before;
 }
 
 static int log_mark_or_discard(struct kvm_dirty_slot_log *log,
@@ -1015,7 +1014,7 @@ static int log_mark_or_discard(struct kvm_dirty_slot_log *log,
 		goto put;
 
 	if (mark) {
-		r = log_apply(log, kvm, &args, mark_word);
+		r = log_apply(log, kvm, &args, log_mark_word);
 		goto put;
 	}
 
@@ -1030,7 +1029,6 @@ static int log_mark_or_discard(struct kvm_dirty_slot_log *log,
 	batch_reset(log->batch, 0);
 	r = log_apply(log, kvm, &args, discard_word);
 	batch_protect(log, kvm);
-	args.nr_pages += log->batch->nr_pages;
 	log_publish(log, kvm, 0);
 	mutex_unlock(&log->mutex);
 	atomic64_add(args.nr_pages,
@@ -1051,7 +1049,7 @@ static int log_info(struct kvm_dirty_slot_log *log, void __user *argp)
 		.stride = ring_pages(log->entries) << PAGE_SHIFT,
 		.npages = log->npages,
 	};
-	struct kvm_memory_slot *memslot;
+	struct kvm_memory_slot *memslot = NULL;
 	struct kvm *kvm;
 	int idx;
 
@@ -1060,13 +1058,17 @@ static int log_info(struct kvm_dirty_slot_log *log, void __user *argp)
 		idx = srcu_read_lock(&kvm->srcu);
 		memslot = log_memslot(log, kvm);
 		if (memslot)
-			WRITE_ONCE(log->base_gfn, memslot->base_gfn);
+			info.base_gfn = memslot->base_gfn;
 		srcu_read_unlock(&kvm->srcu, idx);
 		kvm_put_kvm(kvm);
-	} else {
-		info.flags |= KVM_DIRTY_SLOT_LOG_DEAD;
 	}
-	info.base_gfn = READ_ONCE(log->base_gfn);
+	if (!memslot) {
+		/* Pairs with kvm_dirty_slot_log_release(), or it is under way. */
+		spin_lock(&log->kvm_lock);
+		info.base_gfn = log->base_gfn;
+		spin_unlock(&log->kvm_lock);
+		info.flags = KVM_DIRTY_SLOT_LOG_DEAD;
+	}
 
 	return copy_to_user(argp, &info, sizeof(info)) ? -EFAULT : 0;
 }
@@ -1099,24 +1101,17 @@ static long log_ioctl(struct file *file, unsigned int cmd, unsigned long arg)
 static __poll_t log_poll(struct file *file, poll_table *wait)
 {
 	struct kvm_dirty_slot_log *log = file->private_data;
-	u32 i, level, nr_rings;
+	u32 level = ring_wake_level(log);
 	__poll_t events = 0;
 
 	poll_wait(file, &log->wait, wait);
 
-	level = ring_wake_level(log);
 	if (!READ_ONCE(log->kvm)) {
 		events |= EPOLLHUP;
 		level = 1;
 	}
-	if (READ_ONCE(*summary_top(log)))
-		return events | EPOLLIN | EPOLLRDNORM;
-
-	nr_rings = log_nr_rings(log);
-	for (i = 0; i < nr_rings; i++) {
-		if (ring_used(log->rings[i]) >= level)
-			return events | EPOLLIN | EPOLLRDNORM;
-	}
+	if (log_ready(log, log_nr_rings(log), level))
+		events |= EPOLLIN | EPOLLRDNORM;
 	return events;
 }
 
@@ -1132,10 +1127,11 @@ static vm_fault_t log_fault(struct vm_fault *vmf)
 {
 	struct kvm_dirty_slot_log *log = vmf->vma->vm_file->private_data;
 	unsigned long pages = ring_pages(log->entries);
-	unsigned long n = vmf->pgoff / pages;
+	unsigned long n = vmf->pgoff / pages, nr_rings = log_nr_rings(log);
 
-	if (n >= log_nr_rings(log))
+	if (n >= nr_rings)
 		return VM_FAULT_SIGBUS;
+	n = array_index_nospec(n, nr_rings);
 
 	vmf->page = vmalloc_to_page((void *)log->rings[n]->user +
 				    vmf->pgoff % pages * PAGE_SIZE);
@@ -1188,11 +1184,27 @@ static void log_free(struct kref *ref)
 	kvfree(log);
 }
 
+/*
+ * A call on a log can hold the last reference to a VM, so that a log fd has to
+ * keep the code that VMs run on: more than THIS_MODULE, if that is kvm.ko.
+ */
+static struct module *vendor_module;
+
+/**
+ * kvm_dirty_slot_ring_init - called once, before there are VMs
+ * @module: the vendor module
+ */
+void kvm_dirty_slot_ring_init(struct module *module)
+{
+	vendor_module = module;
+}
+
 static int log_release(struct inode *inode, struct file *file)
 {
 	struct kvm_dirty_slot_log *log = file->private_data;
 
 	kref_put(&log->ref, log_free);
+	module_put(vendor_module);
 	return 0;
 }
 
@@ -1243,10 +1255,13 @@ int kvm_vm_ioctl_get_dirty_slot_log_fd(struct kvm *kvm, void __user *argp)
 	if (!log)
 		return -ENOENT;
 
+	__module_get(vendor_module);
 	fd = anon_inode_getfd("kvm-dirty-slot-log", &log_fops, log,
 			      O_RDWR | O_CLOEXEC);
-	if (fd < 0)
+	if (fd < 0) {
 		kref_put(&log->ref, log_free);
+		module_put(vendor_module);
+	}
 	return fd;
 }
 
@@ -1353,12 +1368,10 @@ int kvm_dirty_slot_log_create(struct kvm *kvm, struct kvm_memory_slot *memslot)
 	if (r)
 		goto free;
 
-	/* The pages that start dirty are in no ring. */
-	if (kvm_dirty_log_manual_protect_and_init_set(kvm)) {
-		bitmap_set(log->bitmap, 0, log->npages);
-		for (i = 0; i < log->nr_levels; i++)
-			bitmap_set(log->summary[i], 0, log->summary_bits[i]);
-	}
+	/* The pages that start dirty, as our caller sees to, are in no ring. */
+	for (i = 0; i < log->nr_levels &&
+	     kvm_dirty_log_manual_protect_and_init_set(kvm); i++)
+		bitmap_set(log->summary[i], 0, log->summary_bits[i]);
 
 	memslot->dirty_slot_log = log;
 	memslot->dirty_bitmap = log->bitmap;
@@ -1367,17 +1380,6 @@ int kvm_dirty_slot_log_create(struct kvm *kvm, struct kvm_memory_slot *memslot)
 free:
 	kref_put(&log->ref, log_free);
 	return r;
-}
-
-/**
- * kvm_dirty_slot_log_copy - a memslot is replaced by a copy that logs on
- * @to: the copy
- * @from: the original
- */
-void kvm_dirty_slot_log_copy(struct kvm_memory_slot *to,
-			     const struct kvm_memory_slot *from)
-{
-	to->dirty_slot_log = from->dirty_slot_log;
 }
 
 /**
@@ -1415,20 +1417,13 @@ bool kvm_dirty_slot_log_release(struct kvm_memory_slot *memslot)
 	memslot->dirty_bitmap = NULL;
 
 	spin_lock(&log->kvm_lock);
+	log->base_gfn = memslot->base_gfn;
 	WRITE_ONCE(log->kvm, NULL);
 	spin_unlock(&log->kvm_lock);
 	wake_up_poll(&log->wait, EPOLLHUP);
 
 	kref_put(&log->ref, log_free);
 	return true;
-}
-
-/**
- * kvm_dirty_slot_ring_max_entries - the largest ring, in entries
- */
-u32 kvm_dirty_slot_ring_max_entries(void)
-{
-	return RING_MAX_ENTRIES;
 }
 
 /**
@@ -1447,7 +1442,7 @@ int kvm_dirty_slot_ring_enable(struct kvm *kvm, struct kvm_enable_cap *cap)
 
 	if (cap->flags || cap->args[2] || cap->args[3] ||
 	    cap->args[1] & ~(u64)KVM_DIRTY_SLOT_RING_EXIT_ON_FULL ||
-	    !is_power_of_2(entries) || entries > RING_MAX_ENTRIES)
+	    !is_power_of_2(entries) || entries > KVM_DIRTY_SLOT_RING_MAX_ENTRIES)
 		return -EINVAL;
 
 	/* Against vCPU creation and the upstream ring, and against memslots. */
