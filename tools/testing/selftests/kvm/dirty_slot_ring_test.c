@@ -551,6 +551,21 @@ static void sleep_ms(unsigned int ms)
 	usleep(ms * 1000);
 }
 
+static uint64_t now_ms(void)
+{
+	struct timespec ts;
+
+	clock_gettime(CLOCK_MONOTONIC, &ts);
+	return ts.tv_sec * 1000ull + ts.tv_nsec / 1000000;
+}
+
+/* For a short time that is never the same. */
+static void dither(int max)
+{
+	for (max = random() % max; max > 0; max--)
+		guest_relax();
+}
+
 static void markers_check(const struct dsr_ring *ring)
 {
 	uint64_t r = dsr_reset_marker(ring), c = dsr_consumer(ring), p = dsr_producer(ring);
@@ -709,6 +724,9 @@ TEST(cap_ebusy_upstream_ring)
 
 		vm = vm_create_barebones();
 		dsr_enable(vm, 64, 0);
+		CHECK_ERR(__vm_enable_cap(vm, caps[i], size), EBUSY);
+		/* not EINVAL, though it is too late for that one anyway */
+		__vm_vcpu_add(vm, 0);
 		CHECK_ERR(__vm_enable_cap(vm, caps[i], size), EBUSY);
 		kvm_vm_free(vm);
 	}
@@ -1489,7 +1507,7 @@ TEST(harvest_under_signals)
 	}
 	set_add(want, 0, npages / 2, 2);
 
-	nr_signals = 0;
+	WRITE_ONCE(nr_signals, 0);
 	signals_every_us(200);
 	for (;;) {
 		ret = __dsr_runs(v->fd, KVM_DIRTY_SLOT_LOG_HARVEST, runs, cap, 0, &args);
@@ -1507,7 +1525,8 @@ TEST(harvest_under_signals)
 	signals_every_us(0);
 	set_check(v, got, want);
 	expect_nothing(v);
-	TH_LOG("%d signals, cut short %d times, EINTR %d times", nr_signals, partial, eintr);
+	TH_LOG("%d signals, cut short %d times, EINTR %d times",
+	       READ_ONCE(nr_signals), partial, eintr);
 	free(runs);
 	free(got);
 	free(want);
@@ -1526,7 +1545,7 @@ TEST(reset_under_signals)
 	guest_write(v, 0, 0, npages);
 	CHECK(dsr_producer(&ring) - dsr_reset_marker(&ring) <= npages, "too many entries");
 	dsr_set_consumer(&ring, dsr_producer(&ring));
-	nr_signals = 0;
+	WRITE_ONCE(nr_signals, 0);
 	signals_every_us(200);
 	do {
 		ret = __dsr_reset(v->fd, &args);
@@ -1538,7 +1557,7 @@ TEST(reset_under_signals)
 	signals_every_us(0);
 	markers_check(&ring);
 	CHECK_EQ(last, dsr_producer(&ring));
-	TH_LOG("%d signals, EINTR %d times", nr_signals, eintr);
+	TH_LOG("%d signals, EINTR %d times", READ_ONCE(nr_signals), eintr);
 	expect_nothing(v);
 	expect_armed(v, 0, npages);
 	dsr_unmap(&ring);
@@ -1744,6 +1763,30 @@ TEST(slot_moved)
 	CHECK_EQ(dsr_info(v->fd).base_gfn, TEST_GPA / PG);
 	expect_armed(v, 50, 400);
 	dsr_unmap(&ring);
+	dsr_free(v);
+}
+
+/* A dead log tells where its slot was last, though nobody asked meanwhile. */
+TEST(slot_moved_then_deleted)
+{
+	struct dsr *v = dsr_new();
+	int i;
+
+	for (i = 0; i < 2; i++) {
+		vm_mem_region_move(v->vm, TEST_SLOT, MOVED_GPA);
+		if (i)
+			dsr_log(v, false);
+		else
+			vm_mem_region_delete(v->vm, TEST_SLOT);
+		CHECK_EQ(dsr_info(v->fd).base_gfn, MOVED_GPA / PG);
+		check_dead(v, 0, 0, 1);
+		if (i)
+			break;
+		vm_userspace_mem_region_add(v->vm, VM_MEM_SRC_ANONYMOUS, TEST_GPA, TEST_SLOT,
+					    v->npages, KVM_MEM_LOG_DIRTY_PAGES);
+		dsr_reopen(v);
+		CHECK_EQ(dsr_info(v->fd).base_gfn, TEST_GPA / PG);
+	}
 	dsr_free(v);
 }
 
@@ -3060,6 +3103,32 @@ TEST(mark_discard_harvest_add_up)
 	dsr_free(v);
 }
 
+/*
+ * One run is done in one step: a caller under a storm of signals would else do
+ * it again and again.
+ */
+TEST(mark_discard_under_signals)
+{
+	static const unsigned long cmds[] = { KVM_DIRTY_SLOT_LOG_MARK, KVM_DIRTY_SLOT_LOG_DISCARD };
+	const struct kvm_dirty_run run = { .offset = 0, .npages = 60000 };
+	struct dsr *v = dsr_new(.npages = run.npages);
+	struct kvm_dirty_slot_runs args;
+	uint64_t end = now_ms() + (quick ? 300 : 2000);
+	int i, ret;
+
+	WRITE_ONCE(nr_signals, 0);
+	signals_every_us(200);
+	for (i = 0; now_ms() < end || i % 2; i++) {
+		ret = __dsr_runs(v->fd, cmds[i % 2], &run, 1, 0, &args);
+		CHECK(!ret, "call %d gave %d, %llu pages done", i, ret, args.nr_pages);
+		CHECK_EQ(args.nr_pages, run.npages);
+	}
+	signals_every_us(0);
+	TH_LOG("%d signals in %d calls", READ_ONCE(nr_signals), i);
+	expect_nothing(v);
+	dsr_free(v);
+}
+
 /* -- poll ----------------------------------------------------------------- */
 
 TEST(poll_half_full)
@@ -3135,6 +3204,119 @@ TEST(poll_wakes)
 		if (i != 3)
 			harvest(v, set_new(v));
 	}
+	dsr_free(v);
+}
+
+/* A poll() that has not come back by now sleeps on a log that is readable. */
+#define WAKE_UP_MS	15000
+
+static void *poll_and_harvest_thread(void *arg)
+{
+	struct taker *t = arg;
+	uint64_t n;
+
+	while (!READ_ONCE(t->stop)) {
+		poll_log(t->v->fd, 4 * WAKE_UP_MS);
+		n = harvest_cap(t->v->fd, t->got, t->v->npages, 0, 64);
+		__atomic_fetch_add(&t->nr, n, __ATOMIC_RELEASE);
+	}
+	return NULL;
+}
+
+/*
+ * Pages are marked while the harvest that the page before them called for takes
+ * that one out.  Who of the two has the poller woken is for the kernel to know:
+ * each page marked has to be harvested, and no further mark comes to the rescue.
+ */
+TEST(poll_wakes_for_marks)
+{
+	/* the top of the overflow log is one word of 16 bits */
+	struct dsr *v = dsr_new(.npages = 16 * 64 * 64);
+	struct taker t = { .v = v, .got = set_new(v) };
+	uint64_t marked = 0, calls = 0, since, end = now_ms() + (quick ? 500 : 5000);
+	int i;
+
+	CHECK_OK(pthread_create(&t.thread, NULL, poll_and_harvest_thread, &t));
+	while (now_ms() < end) {
+		for (i = random() % 4; i >= 0; i--, calls++) {
+			marked += dsr_mark(v->fd, random() % v->npages, 1);
+			dither(400);
+		}
+		since = now_ms();
+		while (__atomic_load_n(&t.nr, __ATOMIC_ACQUIRE) != marked) {
+			CHECK(now_ms() - since < WAKE_UP_MS,
+			      "poll() sleeps: %lu marked, %lu harvested, readable: %d",
+			      marked, t.nr, poll_log(v->fd, 0));
+			sched_yield();
+		}
+	}
+	WRITE_ONCE(t.stop, true);
+	dsr_mark(v->fd, 0, 1);
+	CHECK_OK(pthread_join(t.thread, NULL));
+	CHECK(marked, "no page marked");
+	TH_LOG("%lu pages, each harvested", marked);
+	expect_nothing(v);
+	free(t.got);
+	dsr_free(v);
+}
+
+/* Keeps the ring one entry below half full, which is when poll() sleeps. */
+static void *poll_and_reset_thread(void *arg)
+{
+	struct taker *t = arg;
+	struct dsr_ring ring = dsr_map(t->v->fd, 0);
+	uint64_t keep = ring.entries / 2 - 1, reset, used;
+
+	while (!READ_ONCE(t->stop)) {
+		poll_log(t->v->fd, 4 * WAKE_UP_MS);
+		reset = dsr_reset_marker(&ring);
+		used = dsr_producer(&ring) - reset;
+		if (used <= keep)
+			continue;
+		dsr_set_consumer(&ring, reset + used - keep);
+		CHECK_EQ(dsr_reset(t->v->fd), used - keep);
+		t->nr++;
+	}
+	dsr_unmap(&ring);
+	return NULL;
+}
+
+/*
+ * A vCPU pushes while RESET makes room, and poll() looks: the page that makes
+ * the ring half full again wakes it, whichever of the three came first.
+ */
+TEST(poll_wakes_though_reset)
+{
+	struct dsr *v = dsr_new(.entries = 64, .nr_vcpus = 1);
+	struct dsr_ring ring = dsr_map(v->fd, 0);
+	struct taker t = { .v = v };
+	uint64_t n = 0, since, end = now_ms() + (quick ? 500 : 5000);
+	int i;
+
+	CHECK_OK(pthread_create(&t.thread, NULL, poll_and_reset_thread, &t));
+	guest_start(v, 0, (struct mailbox){ .op = OP_BATCHES, .npages = 1 });
+	while (now_ms() < end) {
+		for (i = random() % 4; i >= 0; i--) {
+			/* long since reset, so that it is logged */
+			WRITE_ONCE(v->mb[0]->first, n++ % v->npages);
+			guest_batch(v, 0);
+			dither(200);
+		}
+		since = now_ms();
+		while (dsr_producer(&ring) - dsr_reset_marker(&ring) >= ring.entries / 2) {
+			CHECK(now_ms() - since < WAKE_UP_MS, "poll() sleeps: %lu entries, readable: %d",
+			      dsr_producer(&ring) - dsr_reset_marker(&ring), poll_log(v->fd, 0));
+			sched_yield();
+		}
+	}
+	guest_join(v, 0);
+	CHECK_EQ(dsr_overflowed(&ring), 0);
+	WRITE_ONCE(t.stop, true);
+	dsr_mark(v->fd, 0, 1);
+	CHECK_OK(pthread_join(t.thread, NULL));
+	CHECK(quick || t.nr, "the ring was never half full");
+	TH_LOG("%lu pages written, woken up %lu times", n, t.nr);
+	dsr_unmap(&ring);
 	dsr_free(v);
 }
 
@@ -3342,14 +3524,11 @@ static uint64_t make_npt(struct kvm_vm *vm)
 	return pa[0];
 }
 
-static void check_nested(bool two_dimensional)
+/* What vCPU 0 is told to do, a guest of its own does. */
+static void run_nested(struct dsr *v, bool two_dimensional, uint64_t other_gpa)
 {
-	struct dsr *v = dsr_new(.entries = 64, .nr_vcpus = 1);
-	struct mailbox mb = { .op = OP_BATCHES, .npages = 50 };
 	vm_vaddr_t gva;
-	uint8_t *want = set_new(v), *got;
 	void *nested;
-	int i;
 
 	if (kvm_cpu_has(X86_FEATURE_SVM)) {
 		vcpu_alloc_svm(v->vm, &gva);
@@ -3361,11 +3540,22 @@ static void check_nested(bool two_dimensional)
 			prepare_eptp(nested, v->vm, 0);
 			nested_map_memslot(nested, v->vm, 0);
 			nested_map(nested, v->vm, TEST_GPA, TEST_GPA, v->npages * PG);
+			if (other_gpa)
+				nested_map(nested, v->vm, other_gpa, other_gpa, v->npages * PG);
 		}
 		vcpu_arch_set_entry_point(v->vcpu[0], l1_vmx_main);
 		vcpu_args_set(v->vcpu[0], 1, gva);
 	}
+}
 
+static void check_nested(bool two_dimensional)
+{
+	struct dsr *v = dsr_new(.entries = 64, .nr_vcpus = 1);
+	struct mailbox mb = { .op = OP_BATCHES, .npages = 50 };
+	uint8_t *want = set_new(v), *got;
+	int i;
+
+	run_nested(v, two_dimensional, 0);
 	for (i = 0; i < 3; i++) {
 		guest_write(v, 0, 0, 200);
 		expect(v, 0, 200);
@@ -3404,12 +3594,89 @@ TEST(nested)
 	check_nested(false);
 }
 
+static bool nested_paging_supported(void)
+{
+	if (!nested_supported())
+		return false;
+	return kvm_cpu_has(X86_FEATURE_SVM) ? kvm_cpu_has(X86_FEATURE_NPT) : kvm_cpu_has_ept();
+}
+
 TEST(nested_two_dimensional)
 {
-	if (!nested_supported() ||
-	    (kvm_cpu_has(X86_FEATURE_SVM) ? !kvm_cpu_has(X86_FEATURE_NPT) : !kvm_cpu_has_ept()))
+	if (!nested_paging_supported())
 		SKIP(return, "no nested paging");
 	check_nested(true);
+}
+
+/* within the gigabyte that make_npt() maps */
+#define NEAR_GPA	0x20000000ul
+
+/*
+ * Two slots that start dirty, in huge pages, some of them mapped by shadow page
+ * tables: the first harvest has to protect them all, and that of the other slot
+ * does so at the same time.
+ */
+TEST(nested_huge_pages_initially_set)
+{
+	const uint32_t huge = 512;
+	struct mailbox touch = {
+		.op = OP_WRITE, .twin = OTHER_GVA, .npages = 4, .step = huge,
+	};
+	struct mailbox mb = { .op = OP_WRITE, .twin = OTHER_GVA, .first = 500, .npages = 100 };
+	struct dsr *v, other, *slots[2];
+	struct taker t[2];
+	uint8_t *want;
+	int i, k;
+
+	if (!nested_paging_supported())
+		SKIP(return, "no nested paging");
+	if (!thp_configured())
+		SKIP(return, "no transparent huge pages");
+
+	v = dsr_new(.entries = 64, .nr_vcpus = 1, .no_log = true, .npages = 4 * huge,
+		    .src = VM_MEM_SRC_ANONYMOUS_THP,
+		    .manual = KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE | KVM_DIRTY_LOG_INITIALLY_SET);
+	vm_userspace_mem_region_add(v->vm, VM_MEM_SRC_ANONYMOUS_THP, NEAR_GPA, OTHER_SLOT,
+				    v->npages, 0);
+	virt_map(v->vm, OTHER_GVA, NEAR_GPA, v->npages);
+	want = set_new(v);
+	set_add(want, 0, v->npages, 1);
+	other = *v;
+	slots[0] = v;
+	slots[1] = &other;
+	/* by the first level, then by the second */
+	guest_run(v, 0, touch);
+	run_nested(v, true, NEAR_GPA);
+
+	for (i = 0; i < rounds(20); i++) {
+		guest_run(v, 0, touch);
+		dsr_log(v, true);
+		vm_mem_region_set_flags(v->vm, OTHER_SLOT, KVM_MEM_LOG_DIRTY_PAGES);
+		v->fd = dsr_open(v->vm, TEST_SLOT);
+		other.fd = dsr_open(v->vm, OTHER_SLOT);
+		for (k = 0; k < 2; k++) {
+			t[k] = (struct taker){
+				.v = slots[k], .got = set_new(v), .stop = true,
+			};
+			CHECK_OK(pthread_create(&t[k].thread, NULL, taker_thread, &t[k]));
+		}
+		for (k = 0; k < 2; k++) {
+			CHECK_OK(pthread_join(t[k].thread, NULL));
+			set_check(v, t[k].got, want);
+			free(t[k].got);
+		}
+		guest_run(v, 0, mb);
+		for (k = 0; k < 2; k++)
+			expect(slots[k], mb.first, mb.npages);
+		dsr_log(v, false);
+		vm_mem_region_set_flags(v->vm, OTHER_SLOT, 0);
+		for (k = 0; k < 2; k++) {
+			close(slots[k]->fd);
+			slots[k]->fd = -1;
+		}
+	}
+	free(want);
+	dsr_free(v);
 }
 
 /* -- huge pages ----------------------------------------------------------- */
@@ -3759,6 +4026,63 @@ TEST_F(contents, copy_equals_memory)
 	      written, self->c.collected);
 	TH_LOG("%lu writes, %lu pages collected", written, self->c.collected);
 	free(set);
+}
+
+/*
+ * SYNC is exact: a write that the host has seen in memory is in the harvest
+ * that the host then begins.  All values written differ, so a page that does not
+ * read as its copy, which was made after it was last reported, was written since.
+ *
+ * Two vCPUs write the same few pages, so that there is always one that is about
+ * to make a page writable, and another that writes it as soon as it is.
+ */
+TEST(sync_is_exact)
+{
+	enum { NR = 6 };
+	struct dsr *v = dsr_new(.entries = 64, .nr_vcpus = 2);
+	uint64_t *mem = addr_gpa2hva(v->vm, TEST_GPA), copy[NR], seen[NR];
+	uint64_t end = now_ms() + (quick ? 500 : 6000), calls = 0, writes = 0, pages = 0;
+	uint8_t *got = set_new(v);
+	bool changed;
+	int i;
+
+	for (i = 0; i < NR; i++)
+		copy[i] = READ_ONCE(mem[i * PG / 8]);
+	for (i = 0; i < 2; i++)
+		guest_start(v, i, (struct mailbox){
+			.op = OP_RANDOM, .npages = NR, .value = (i + 1ull) << 40,
+		});
+	for (; now_ms() < end; calls++) {
+		/* At once when the first write shows, or some time later. */
+		if (calls % 4 == 3)
+			dither(1000);
+		do {
+			changed = false;
+			for (i = 0; i < NR; i++) {
+				seen[i] = READ_ONCE(mem[i * PG / 8]);
+				changed |= seen[i] != copy[i];
+			}
+		} while (!changed && !sched_yield());
+
+		memset(got, 0, v->npages);
+		pages += harvest_cap(v->fd, got, v->npages, KVM_DIRTY_HARVEST_SYNC, 64);
+		for (i = 0; i < NR; i++) {
+			CHECK(got[i] || seen[i] == copy[i],
+			      "harvest %lu lacks page %d: %#lx when last reported, then %#lx, now %#lx",
+			      calls, i, copy[i], seen[i], mem[i * PG / 8]);
+			writes += seen[i] != copy[i];
+			if (got[i])
+				copy[i] = READ_ONCE(mem[i * PG / 8]);
+		}
+		for (i = NR; i < v->npages; i++)
+			CHECK(!got[i], "nobody wrote page %d", i);
+	}
+	for (i = 0; i < 2; i++)
+		guest_join(v, i);
+	CHECK(writes, "no write seen");
+	TH_LOG("%lu harvests of %lu pages, %lu seen to be written", calls, pages, writes);
+	free(got);
+	dsr_free(v);
 }
 
 int main(int argc, char *argv[])
