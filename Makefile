@@ -36,6 +36,7 @@ test:
 
 demo:
 	@scripts/deps kernel rig qemu
+	@scripts/kernel patched
 	@scripts/demo
 
 patch:
