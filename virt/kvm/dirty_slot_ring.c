@@ -309,7 +309,7 @@ static void ring_push(struct kvm_dirty_slot_log *log,
 		 * looked before this page was there.
 		 */
 		if (used >= ring_wake_level(log)) {
-			smp_mb(); /* with log_publish(): see reset, or be seen */
+			smp_mb(); /* with log_poll(): see reset, or be seen */
 			if (ring_used(ring) == ring_wake_level(log))
 				irq_work_queue(&log->wake);
 		}
@@ -1105,6 +1105,7 @@ static __poll_t log_poll(struct file *file, poll_table *wait)
 	__poll_t events = 0;
 
 	poll_wait(file, &log->wait, wait);
+	smp_mb(); /* with ring_push() and summary_set(): see it, or be woken */
 
 	if (!READ_ONCE(log->kvm)) {
 		events |= EPOLLHUP;

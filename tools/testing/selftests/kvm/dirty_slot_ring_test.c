@@ -3304,8 +3304,10 @@ TEST(poll_wakes_though_reset)
 		}
 		since = now_ms();
 		while (dsr_producer(&ring) - dsr_reset_marker(&ring) >= ring.entries / 2) {
-			CHECK(now_ms() - since < WAKE_UP_MS, "poll() sleeps: %lu entries, readable: %d",
-			      dsr_producer(&ring) - dsr_reset_marker(&ring), poll_log(v->fd, 0));
+			CHECK(now_ms() - since < WAKE_UP_MS,
+			      "poll() sleeps: %lu entries, readable: %d",
+			      dsr_producer(&ring) - dsr_reset_marker(&ring),
+			      poll_log(v->fd, 0));
 			sched_yield();
 		}
 	}
