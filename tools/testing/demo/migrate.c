@@ -160,8 +160,10 @@ static char *qmp(struct vm *vm, const char *name, const char *fmt, ...)
 	vsnprintf(args, sizeof(args), fmt, ap);
 	va_end(ap);
 	len = snprintf(cmd, sizeof(cmd), "{'execute': '%s', 'arguments': {%s}}\n", name, args);
-	if (write(vm->qmp, cmd, len) != len)
+	if (write(vm->qmp, cmd, len) != len) {
+		note("%s: QMP %s -> QEMU is gone", vm->role, name);
 		return NULL;
+	}
 	answer = read_line(vm->qmp, vm->qmp_buf, sizeof(vm->qmp_buf),
 			   "{\"return\"", "{\"error\"", ANSWER_TIMEOUT);
 	if (!answer || strstr(answer, "{\"error\"")) {
@@ -587,6 +589,7 @@ int main(int argc, char **argv)
 {
 	static struct vm src, dst;
 	bool ok = true, ran = false, noticed = false;
+	const char *last = NULL;
 	size_t i;
 	int j;
 
@@ -612,6 +615,7 @@ int main(int argc, char **argv)
 			continue;
 
 		stop_vm(&dst);
+		last = m->name;
 		good = run_mechanism(m, &results[i], &src, &dst);
 		stop_vm(&src);
 		show_file("/tmp/%s.source.err", m->name);
@@ -626,6 +630,10 @@ int main(int argc, char **argv)
 	if (dst.pid > 0 && ok)
 		noticed = put_back_page(&dst);
 	stop_vm(&dst);
+	if (ok && !noticed) {
+		show_file("/tmp/%s.destination.err", last);
+		show_file("/tmp/%s.destination.console", last);
+	}
 
 	table();
 	printf("the guest's check notices a page of the past: %s\n", noticed ? "yes" : "NO");
