@@ -46,6 +46,17 @@ struct kvm_dirty_slot_ring_vcpu {
 	u32 hw_seq;
 };
 
+/**
+ * struct kvm_dirty_slot_mask - pages of a memslot to be protected
+ * @offset: of the page of bit 0, in pages from the start of the memslot; a
+ *	multiple of BITS_PER_LONG
+ * @mask: the pages, at least one
+ */
+struct kvm_dirty_slot_mask {
+	unsigned long offset;
+	unsigned long mask;
+};
+
 #define KVM_DIRTY_SLOT_RING_MAX_ENTRIES	65536
 
 void kvm_dirty_slot_ring_init(struct module *module);
@@ -60,7 +71,36 @@ bool kvm_dirty_slot_log_release(struct kvm_memory_slot *memslot);
 void kvm_dirty_slot_log_mark(struct kvm *kvm,
 			     const struct kvm_memory_slot *memslot,
 			     struct kvm_vcpu *vcpu, unsigned long offset);
+void kvm_dirty_slot_log_mark_vcpu(const struct kvm_memory_slot *memslot,
+				  struct kvm_vcpu *vcpu, unsigned long offset);
 int kvm_vm_ioctl_get_dirty_slot_log_fd(struct kvm *kvm, void __user *argp);
+
+/**
+ * kvm_arch_dirty_slot_protect - make the next write to pages show
+ * @kvm: the VM
+ * @memslot: the memslot
+ * @masks: the pages
+ * @nr: of @masks, at least 1
+ *
+ * What kvm_arch_mmu_enable_log_dirty_pt_masked() does, for many masks that are
+ * in no order.  The caller flushes TLBs.
+ *
+ * Context: mmu_lock is held for write, kvm->srcu for read; slots_lock is not.
+ * Return: how many of @masks were done, from the first on.  At least one; fewer
+ * than @nr if kvm_dirty_slot_must_yield().
+ */
+unsigned int kvm_arch_dirty_slot_protect(struct kvm *kvm,
+					 struct kvm_memory_slot *memslot,
+					 const struct kvm_dirty_slot_mask *masks,
+					 unsigned int nr);
+
+/*
+ * Does somebody wait for mmu_lock or for this CPU?  Other than
+ * rwlock_needbreak() it does not depend on the model of preemption: vCPUs that
+ * fault wait here.
+ */
+#define kvm_dirty_slot_must_yield(kvm) \
+	(need_resched() || rwlock_is_contended(&(kvm)->mmu_lock))
 
 /**
  * kvm_dirty_slot_ring_hw_enter - there may be writes that are not marked yet
@@ -140,6 +180,12 @@ static inline void kvm_dirty_slot_log_mark(struct kvm *kvm,
 					   const struct kvm_memory_slot *memslot,
 					   struct kvm_vcpu *vcpu,
 					   unsigned long offset)
+{
+}
+
+static inline void kvm_dirty_slot_log_mark_vcpu(const struct kvm_memory_slot *memslot,
+						struct kvm_vcpu *vcpu,
+						unsigned long offset)
 {
 }
 

@@ -13,13 +13,14 @@
  *
  * Invariants
  *
- * 1. Every set bit has, or is about to get (see "marks in flight"), a ring entry
- *    or a summary bit of its own.  So nothing is lost.
+ * 1. Every set bit has a ring entry or a summary bit of its own, or is about to
+ *    get it and is named by ring->marking until then.  So nothing is lost.
  * 2. An entry whose page's bit is clear is stale and skipped.  So whoever clears
  *    a bit need not find its entry, and nothing is reported twice.
- * 3. reset <= consumer <= producer <= reset + entries.  The kernel keeps producer
- *    and reset for itself and only shows copies; of what userspace can write it
- *    reads consumer alone, once for each call, and checks it.
+ * 3. reset <= consumer <= producer <= reset + entries, for whoever reads them in
+ *    that order.  There is one copy of each: userspace maps producer and reset
+ *    read-only for good.  Of what it can write the kernel reads consumer alone,
+ *    once for each call, and checks it.
  * 4. A page is re-protected after its bit was cleared, never before: a fault
  *    between protecting and clearing would find the bit set, leave no entry, and
  *    the clear would then forget the write.
@@ -30,8 +31,8 @@
  *
  * Who writes what
  *
- *	ring->producer, entries, kern->producer		the vCPU's thread
- *	ring->reset, kern->reset			the holder of log->mutex
+ *	kern->producer, entries, ring->marking		the vCPU's thread
+ *	kern->reset					the holder of log->mutex
  *	user->consumer					userspace, log->mutex holder
  *	bitmap						anybody, atomically
  *	summary						sets anybody, clears log->mutex
@@ -46,8 +47,13 @@
  *	   acquires it
  *	D  summary_set() and summary_clear() both write at one level, full barrier,
  *	   then read at the other: one of the two sees what the other did
- *	E  marks in flight: log_quiesce() against kvm_dirty_slot_log_mark()
- *	F  log_add_ring() releases nr_rings after the ring is complete
+ *	E  marks in flight: ring_mark() says in ring->marking which page it is about
+ *	   to mark, before the atomic operation that sets the bit, and no sooner
+ *	   than the page before is in the index (release).  log_snapshot(): full
+ *	   barrier, acquire marking, then read producer.  Who finds a bit set, or
+ *	   comes after somebody who did, so finds the page in marking, or something
+ *	   newer there and then the page below producer or in the summary
+ *	F  log_add_ring() releases the ring, then nr_rings, after it is complete
  */
 
 #include <linux/anon_inodes.h>
@@ -85,28 +91,32 @@ struct kvm_dirty_slot_ring {
 	struct kvm_dirty_slot_ring_kern *kern;
 	struct kvm_dirty_run *runs;
 
-	/* Written by the vCPU's thread. */
-	u64 producer ____cacheline_aligned_in_smp;
-	u32 busy_seq;		/* odd while a mark is under way */
+	/* Written by the vCPU's thread: the page it marked last, or marks now. */
+	u32 marking;
 
-	/* Written under log->mutex. */
-	u64 reset ____cacheline_aligned_in_smp;
-	u64 cursor;		/* the call under way got so far... */
+	/* Used under log->mutex. */
+	u64 cursor ____cacheline_aligned_in_smp; /* a call got so far... */
 	u64 end;		/* ...of so far */
 	u64 consumer;		/* as the call under way read it, checked */
 	u64 limit;		/* producer as the call under way read it */
+	u32 in_flight;		/* marking as the call under way read it */
+};
+
+/* Where a call's time went, in ns; of use only to those who trace it. */
+struct kvm_dirty_slot_times {
+	u64 last;		/* 0: nobody listens */
+	u64 wait, collect, protect, flush;
 };
 
 /* What a call took from the bitmap and has yet to copy out and re-protect. */
 struct kvm_dirty_slot_batch {
 	unsigned int nr_masks, nr_runs, max_runs;
-	bool report;		/* turn pages into runs */
+	u32 run_end;		/* the page after the last run */
 	bool flush;		/* something was protected, flush TLBs */
 	u64 nr_pages;
 	unsigned long pos;	/* the summary is done up to this word */
-	struct {
-		unsigned long word, mask;
-	} masks[BATCH_MASKS];
+	struct kvm_dirty_slot_times times;
+	struct kvm_dirty_slot_mask masks[BATCH_MASKS];
 	struct kvm_dirty_run runs[BATCH_RUNS];
 };
 
@@ -118,6 +128,7 @@ struct kvm_dirty_slot_log {
 	struct kref ref;
 	u32 slot;		/* as_id << 16 | id */
 	u32 entries, flags;	/* as the capability said */
+	u32 wake_level;		/* entries in a ring that make poll() call */
 	int vm;			/* the VM's name in traces */
 	unsigned long npages, nr_words;
 	u64 base_gfn;		/* when it stopped logging */
@@ -165,22 +176,16 @@ static u32 log_nr_rings(const struct kvm_dirty_slot_log *log)
 static struct kvm_dirty_slot_ring *log_ring(const struct kvm_dirty_slot_log *log,
 					    const struct kvm_vcpu *vcpu)
 {
-	return vcpu->vcpu_idx < log_nr_rings(log) ? log->rings[vcpu->vcpu_idx] :
-						    NULL;
-}
-
-/* Pages in a ring at which poll() calls the log readable. */
-static u32 ring_wake_level(const struct kvm_dirty_slot_log *log)
-{
-	return (log->entries + 1) / 2;
+	/* F, by the dependency on the address. */
+	return READ_ONCE(log->rings[vcpu->vcpu_idx]);
 }
 
 static u64 ring_used(const struct kvm_dirty_slot_ring *ring)
 {
 	/* In this order: reset never passes a producer read after it. */
-	u64 reset = smp_load_acquire(&ring->reset); /* B */
+	u64 reset = smp_load_acquire(&ring->kern->reset); /* B */
 
-	return READ_ONCE(ring->producer) - reset;
+	return READ_ONCE(ring->kern->producer) - reset;
 }
 
 /*
@@ -196,21 +201,37 @@ static unsigned long *summary_top(const struct kvm_dirty_slot_log *log)
 static void summary_set(struct kvm_dirty_slot_log *log, int level,
 			unsigned long bit)
 {
+	unsigned long *p, mask;
+
 	/*
 	 * All the way up, also where a bit is set already: whoever set it may
 	 * not have got any further yet.
 	 */
 	for (; level < log->nr_levels; level++, bit /= BITS_PER_LONG) {
-		atomic_long_t *p = (atomic_long_t *)log->summary[level] +
-				   BIT_WORD(bit);
-
-		/* Who makes the last level other than zero wakes poll(). */
-		if (!(atomic_long_read(p) & BIT_MASK(bit)) &&
-		    !atomic_long_fetch_or(BIT_MASK(bit), p) &&
+		p = log->summary[level] + BIT_WORD(bit);
+		mask = BIT_MASK(bit);
+		if (READ_ONCE(*p) & mask) {
+			smp_mb(); /* D */
+			continue;
+		}
+		/* D.  Who makes the last level other than zero wakes poll(). */
+		if (!atomic_long_fetch_or(mask, (atomic_long_t *)p) &&
 		    level == log->nr_levels - 1)
 			irq_work_queue(&log->wake);
-		smp_mb(); /* D */
 	}
+}
+
+/*
+ * After an atomic operation has set bits of word @word of the bitmap: let the
+ * summary know.  Where the bit of level 0 is set there is nothing to do, though
+ * whoever set it may not have got any further yet.  If that is a vCPU's thread,
+ * its ring->marking names a page of the same word, which each harvest looks at;
+ * all others hold a lock that a harvest takes.
+ */
+static void summary_mark(struct kvm_dirty_slot_log *log, unsigned long word)
+{
+	if (!(READ_ONCE(log->summary[0][BIT_WORD(word)]) & BIT_MASK(word))) /* D */
+		summary_set(log, 0, word);
 }
 
 /* Under log->mutex. */
@@ -277,47 +298,96 @@ static unsigned long summary_next(struct kvm_dirty_slot_log *log,
  * Marking.
  */
 
-/* The bit of @offset has just been set; find it a place in the index. */
-static void ring_push(struct kvm_dirty_slot_log *log,
-		      struct kvm_dirty_slot_ring *ring, struct kvm_vcpu *vcpu,
-		      unsigned long offset)
+static void ring_full(struct kvm_dirty_slot_log *log, struct kvm_vcpu *vcpu)
 {
-	u64 producer = ring->producer;
-	u64 used = ring_used(ring); /* B */
-	struct kvm_dirty_run *run;
+	if (log->flags & KVM_DIRTY_SLOT_RING_EXIT_ON_FULL)
+		kvm_make_request(KVM_REQ_DIRTY_SLOT_RING_FULL, vcpu);
+}
 
-	if (unlikely(used >= log->entries)) {
-		summary_set(log, 0, offset / BITS_PER_LONG);
-		WRITE_ONCE(ring->kern->overflowed, ring->kern->overflowed + 1);
-		vcpu->stat.generic.dirty_slot_ring_overflowed++;
+/* The bit of @offset has just been set and there is room for its entry. */
+static __always_inline void ring_push(struct kvm_dirty_slot_log *log,
+				      struct kvm_dirty_slot_ring *ring,
+				      struct kvm_vcpu *vcpu, u64 producer,
+				      unsigned long offset, u64 used)
+{
+	struct kvm_dirty_run *run = &ring->runs[producer & (log->entries - 1)];
+
+	run->offset = offset;
+	run->npages = 1;
+	smp_store_release(&ring->kern->producer, producer + 1); /* A */
+	vcpu->stat.generic.dirty_slot_ring_pushed++;
+	if (trace_kvm_dirty_slot_ring_push_enabled())
+		trace_kvm_dirty_slot_ring_push(log->vm, vcpu->vcpu_id, log->slot,
+					       offset, used + 1, log->entries);
+}
+
+/* The ring is at least half full: ring_push(), and what poll() needs. */
+static noinline void ring_push_wake(struct kvm_dirty_slot_log *log,
+				    struct kvm_dirty_slot_ring *ring,
+				    struct kvm_vcpu *vcpu, u64 producer,
+				    unsigned long offset, u64 used)
+{
+	ring_push(log, ring, vcpu, producer, offset, used);
+
+	/*
+	 * Look again: RESET may have made room since, and poll() have looked
+	 * before this page was there.
+	 */
+	smp_mb(); /* with log_poll(): see reset, or be seen */
+	if (ring_used(ring) == log->wake_level)
+		irq_work_queue(&log->wake);
+	if (used + 1 == log->entries)
+		ring_full(log, vcpu);
+}
+
+/* The ring is full. */
+static noinline void ring_overflow(struct kvm_dirty_slot_log *log,
+				   struct kvm_dirty_slot_ring *ring,
+				   struct kvm_vcpu *vcpu, unsigned long offset)
+{
+	struct kvm_dirty_slot_ring_kern *kern = ring->kern;
+
+	WRITE_ONCE(kern->overflowed, kern->overflowed + 1);
+	vcpu->stat.generic.dirty_slot_ring_overflowed++;
+	if (trace_kvm_dirty_slot_ring_overflow_enabled())
 		trace_kvm_dirty_slot_ring_overflow(log->vm, vcpu->vcpu_id,
 						   log->slot, offset, 1);
-	} else {
-		run = &ring->runs[producer & (log->entries - 1)];
-		run->offset = offset;
-		run->npages = 1;
-		producer++;
-		used++;
-		smp_store_release(&ring->producer, producer); /* A */
-		smp_store_release(&ring->kern->producer, producer); /* A */
-		vcpu->stat.generic.dirty_slot_ring_pushed++;
-		trace_kvm_dirty_slot_ring_push(log->vm, vcpu->vcpu_id,
-					       log->slot, offset, used);
+	ring_full(log, vcpu);
+	summary_mark(log, offset / BITS_PER_LONG);
+}
 
-		/*
-		 * Look again: RESET may have made room since, and poll() have
-		 * looked before this page was there.
-		 */
-		if (used >= ring_wake_level(log)) {
-			smp_mb(); /* with log_poll(): see reset, or be seen */
-			if (ring_used(ring) == ring_wake_level(log))
-				irq_work_queue(&log->wake);
-		}
-	}
+/*
+ * The vCPU's thread marks a page.  A ring has one producer and this is the only
+ * place where that matters, so the thread may be preempted anywhere: E says how
+ * a harvest finds a page whose bit is set and whose entry is not there yet.  If
+ * it does, the entry comes later and is stale.
+ */
+static __always_inline void ring_mark(struct kvm_dirty_slot_log *log,
+				      struct kvm_dirty_slot_ring *ring,
+				      struct kvm_vcpu *vcpu,
+				      unsigned long offset)
+{
+	struct kvm_dirty_slot_ring_kern *kern = ring->kern;
+	u64 producer, used;
 
-	if (unlikely(used >= log->entries) &&
-	    log->flags & KVM_DIRTY_SLOT_RING_EXIT_ON_FULL)
-		kvm_make_request(KVM_REQ_DIRTY_SLOT_RING_FULL, vcpu);
+	smp_store_release(&ring->marking, offset); /* E */
+	/*
+	 * Not test_bit() first, to save the atomic operation where the bit is
+	 * set: it also orders the write to the page, which KVM itself may have
+	 * made, before the look at the bit.  Else a harvest could clear the bit
+	 * after the look, and its caller read the page before the write.
+	 */
+	if (test_and_set_bit_le(offset, log->bitmap))
+		return;
+
+	producer = kern->producer;
+	used = producer - smp_load_acquire(&kern->reset); /* B */
+	if (likely(used + 1 < log->wake_level))
+		ring_push(log, ring, vcpu, producer, offset, used);
+	else if (used < log->entries)
+		ring_push_wake(log, ring, vcpu, producer, offset, used);
+	else
+		ring_overflow(log, ring, vcpu, offset);
 }
 
 /*
@@ -335,7 +405,7 @@ static unsigned int log_mark_word(struct kvm_dirty_slot_log *log,
 	raw_spin_lock_irqsave(&log->mark_lock, flags); /* E */
 	mask &= ~atomic_long_fetch_or(mask, p);
 	if (mask)
-		summary_set(log, 0, word);
+		summary_mark(log, word);
 	raw_spin_unlock_irqrestore(&log->mark_lock, flags);
 	if (!mask)
 		return 0;
@@ -372,53 +442,31 @@ void kvm_dirty_slot_log_mark(struct kvm *kvm,
 	 * An interrupt may have come in the midst of a push, and a ring has one
 	 * producer: marks from interrupts do not touch it.
 	 */
-	ring = vcpu && in_task() ? log_ring(log, vcpu) : NULL;
-	if (!ring) {
+	ring = likely(vcpu && in_task()) ? log_ring(log, vcpu) : NULL;
+	if (likely(ring))
+		ring_mark(log, ring, vcpu, offset);
+	else
 		log_mark_word(log, kvm, offset / BITS_PER_LONG,
 			      BIT(offset % BITS_PER_LONG));
-		return;
-	}
-
-	/*
-	 * E.  Between setting the bit and pushing the page, another thread that
-	 * writes the page finds the bit set and leaves the rest to this one; a
-	 * harvest of that thread, or one that saw its write, must then wait for
-	 * this push.  It knows by the odd number, which the atomic operation
-	 * orders before the bit, and it does not wait long, as nobody preempts
-	 * this thread.
-	 */
-	preempt_disable();
-	WRITE_ONCE(ring->busy_seq, ring->busy_seq + 1);
-	/*
-	 * Not test_bit() first, to save the atomic operation where the bit is
-	 * set: it also orders the write to the page, which KVM itself may have
-	 * made, before the look at the bit.  Else a harvest could clear the bit
-	 * after the look, and its caller read the page before the write.
-	 */
-	if (!test_and_set_bit_le(offset, log->bitmap))
-		ring_push(log, ring, vcpu, offset);
-	smp_store_release(&ring->busy_seq, ring->busy_seq + 1); /* E */
-	preempt_enable();
 }
 
-/*
- * Wait for the marks in flight, so that each bit that was set before this call
- * can be found through the index after it (barrier E).
+/**
+ * kvm_dirty_slot_log_mark_vcpu - a vCPU is about to write a page
+ * @memslot: a memslot with a log
+ * @vcpu: the vCPU, online and loaded on this CPU
+ * @offset: the page, in pages from the start of the memslot
+ *
+ * kvm_dirty_slot_log_mark() without its questions.
+ *
+ * Context: the vCPU's thread, not in an interrupt; kvm->srcu is held for read.
  */
-static void log_quiesce(struct kvm_dirty_slot_log *log)
+void kvm_dirty_slot_log_mark_vcpu(const struct kvm_memory_slot *memslot,
+				  struct kvm_vcpu *vcpu, unsigned long offset)
 {
-	u32 i, seq, nr_rings = log_nr_rings(log);
+	struct kvm_dirty_slot_log *log = memslot->dirty_slot_log;
 
-	smp_mb(); /* E, with the test_and_set_bit() that saw the bit set */
-	for (i = 0; i < nr_rings; i++) {
-		seq = READ_ONCE(log->rings[i]->busy_seq);
-		if (seq & 1)
-			smp_cond_load_acquire(&log->rings[i]->busy_seq, VAL != seq);
-	}
-	smp_rmb(); /* E, where a number was even at the first look */
-
-	raw_spin_lock_irq(&log->mark_lock);
-	raw_spin_unlock_irq(&log->mark_lock);
+	/* A vCPU gets its rings before it is online. */
+	ring_mark(log, log_ring(log, vcpu), vcpu, offset);
 }
 
 /*
@@ -472,83 +520,118 @@ static void log_put_back(struct kvm_dirty_slot_log *log, unsigned long word,
 	summary_set(log, 0, word);
 }
 
+/* Start a batch; without @max_runs it does not turn pages into runs. */
 static void batch_reset(struct kvm_dirty_slot_batch *b, unsigned int max_runs)
 {
 	b->nr_masks = 0;
 	b->nr_runs = 0;
 	b->nr_pages = 0;
-	b->report = max_runs;
+	b->run_end = U32_MAX;	/* more than any page */
 	b->max_runs = min_t(unsigned int, max_runs, BATCH_RUNS);
 }
 
-/* Turn pages into runs; returns those for which there was room. */
-static unsigned long batch_emit(struct kvm_dirty_slot_batch *b,
-				unsigned long word, unsigned long mask)
+/* Turn pages into runs; returns those for which there was no room. */
+static __always_inline unsigned long batch_emit(struct kvm_dirty_slot_batch *b,
+						u32 offset, unsigned long mask)
 {
-	unsigned long left = mask;
-	struct kvm_dirty_run *run;
-	u32 offset, n, first;
+	struct kvm_dirty_run *run = &b->runs[b->nr_runs];
+	const struct kvm_dirty_run *end = &b->runs[b->max_runs];
+	u32 run_end = b->run_end, first, n;
+	unsigned long sum;
 
-	while (left) {
-		first = __ffs(left);
-		n = ~(left >> first) ? __ffs(~(left >> first)) : BITS_PER_LONG;
-		offset = word * BITS_PER_LONG + first;
-
-		run = b->nr_runs ? &b->runs[b->nr_runs - 1] : NULL;
-		if (run && run->offset + run->npages == offset) {
-			run->npages += n;
-		} else if (b->nr_runs < b->max_runs) {
-			run = &b->runs[b->nr_runs++];
-			run->offset = offset;
+	do {
+		first = __ffs(mask);
+		/* The carry goes through the lowest run, to the bit after it. */
+		sum = mask + (mask & -mask);
+		n = (sum ? __ffs(sum) : BITS_PER_LONG) - first;
+		first += offset;
+		if (first == run_end) {
+			run[-1].npages += n;
+		} else if (run != end) {
+			run->offset = first;
 			run->npages = n;
+			run++;
 		} else {
 			break;
 		}
-		left &= ~GENMASK(first + n - 1, first);
-	}
+		run_end = first + n;
+		mask &= sum;
+	} while (mask);
+
+	b->run_end = run_end;
+	b->nr_runs = run - b->runs;
+	return mask;
+}
+
+/* Those of the pages for whose runs there is room. */
+static unsigned long batch_fit(const struct kvm_dirty_slot_batch *b, u32 offset,
+			       unsigned long mask)
+{
+	unsigned int room = b->max_runs - b->nr_runs;
+	unsigned long left = mask;
+
+	if (offset + __ffs(mask) == b->run_end)
+		room++;
+	while (left && room--)
+		left &= left + (left & -left);
 	return mask & ~left;
 }
 
 /*
  * Take what is logged of the pages @want of a word out of the log, into the
  * batch.  False if there was no room for all of them; the rest stays in the log,
- * with its place in the index.
+ * with a place in the index.
  */
-static bool batch_take(struct kvm_dirty_slot_log *log, unsigned long word,
-		       unsigned long want)
+static __always_inline bool batch_take(struct kvm_dirty_slot_log *log,
+				       struct kvm_dirty_slot_batch *b,
+				       unsigned long word, unsigned long want)
 {
-	struct kvm_dirty_slot_batch *b = log->batch;
-	unsigned int nr_runs = b->nr_runs;
-	u32 npages = nr_runs ? b->runs[nr_runs - 1].npages : 0;
-	unsigned long seen, kept, taken;
-	bool all;
+	unsigned long *p = &log->bitmap[word], seen, taken, left = 0;
+	struct kvm_dirty_slot_mask *next;
+	bool all = true;
 
-	seen = READ_ONCE(log->bitmap[word]) & want;
+	seen = READ_ONCE(*p) & want;
 	if (!seen)
 		return true;
-	if (b->nr_masks == BATCH_MASKS)
+	if (unlikely(b->nr_masks == BATCH_MASKS))
 		return false;
 
-	kept = b->report ? batch_emit(b, word, seen) : seen;
-	all = kept == seen;
-	taken = kept & atomic_long_fetch_andnot(kept,
-				(atomic_long_t *)&log->bitmap[word]);
-	if (unlikely(taken != kept)) {
-		/* The bitmap ioctls got some of them first: once more. */
-		b->nr_runs = nr_runs;
-		if (nr_runs)
-			b->runs[nr_runs - 1].npages = npages;
-		kept = b->report ? batch_emit(b, word, taken) : taken;
-		/* More, shorter runs than before; may they not fit. */
-		if (kept != taken) {
-			log_put_back(log, word, taken & ~kept);
+	/* Not even the worst of words is sure to fit? */
+	if (b->max_runs && unlikely(b->max_runs - b->nr_runs < BITS_PER_LONG / 2)) {
+		if (b->max_runs == BATCH_RUNS)
+			return false;
+		taken = batch_fit(b, word * BITS_PER_LONG, seen);
+		all = taken == seen;
+		taken &= atomic_long_fetch_andnot(taken, (atomic_long_t *)p);
+	} else if (want == ~0UL) {
+		taken = xchg(p, 0);
+	} else {
+		taken = want & atomic_long_fetch_andnot(want, (atomic_long_t *)p);
+	}
+	if (unlikely(!taken))
+		return all;
+
+	if (b->max_runs) {
+		left = batch_emit(b, word * BITS_PER_LONG, taken);
+		/* Only if the bitmap ioctls broke a run that would have fitted. */
+		if (unlikely(left)) {
+			log_put_back(log, word, left);
 			all = false;
+			taken &= ~left;
+			if (!taken)
+				return false;
 		}
 	}
-	if (kept) {
-		b->masks[b->nr_masks].word = word;
-		b->masks[b->nr_masks++].mask = kept;
-		b->nr_pages += hweight_long(kept);
+
+	b->nr_pages += hweight_long(taken);
+	next = &b->masks[b->nr_masks];
+	if (want != ~0UL && b->nr_masks &&
+	    next[-1].offset == word * BITS_PER_LONG) {
+		next[-1].mask |= taken;
+	} else {
+		next->offset = word * BITS_PER_LONG;
+		next->mask = taken;
+		b->nr_masks++;
 	}
 	return all;
 }
@@ -567,41 +650,38 @@ static unsigned long run_mask(unsigned long first, unsigned long last,
 }
 
 /*
- * Take the pages of a run; with @whole, also what else is logged in the words
- * that they are in.  The latter have entries of their own, which become stale:
- * neighbours get into one run without sorting.
+ * Take what the rings' entries from cursor to end say; false if no room.
+ *
+ * HARVEST (@whole) takes also what else is logged in the words of those pages:
+ * neighbours get into one run without sorting, and a walk of the page tables
+ * serves them all.  They have entries of their own, which become stale.
  */
-static bool batch_take_run(struct kvm_dirty_slot_log *log, u32 offset,
-			   u32 npages, bool whole)
+static __always_inline bool batch_take_rings(struct kvm_dirty_slot_log *log,
+					     u32 nr_rings, bool whole)
 {
-	unsigned long first = offset, last = first + npages - 1;
-	unsigned long word, mask;
-
-	for (word = first / BITS_PER_LONG; word <= last / BITS_PER_LONG; word++) {
-		mask = run_mask(first, last, word);
-		if (!(READ_ONCE(log->bitmap[word]) & mask))
-			continue;
-		if (!batch_take(log, word, whole ? ~0UL : mask))
-			return false;
-	}
-	return true;
-}
-
-/* Take what the rings' entries from cursor to end say; false if no room. */
-static bool batch_take_rings(struct kvm_dirty_slot_log *log, u32 nr_rings,
-			     bool whole)
-{
+	struct kvm_dirty_slot_batch *b = log->batch;
+	const struct kvm_dirty_run *runs;
 	struct kvm_dirty_slot_ring *ring;
-	struct kvm_dirty_run *run;
-	u32 i;
+	u32 i, offset, last = log->entries - 1;
+	u64 cursor, end;
 
 	for (i = 0; i < nr_rings; i++) {
 		ring = log->rings[i];
-		for (; ring->cursor != ring->end; ring->cursor++) {
-			run = &ring->runs[ring->cursor & (log->entries - 1)];
-			if (!batch_take_run(log, run->offset, run->npages, whole))
-				return false;
+		runs = ring->runs;
+		end = ring->end;
+		for (cursor = ring->cursor; cursor != end; cursor++) {
+			offset = runs[cursor & last].offset;
+			if (!batch_take(log, b, offset / BITS_PER_LONG, whole ?
+					~0UL : BIT(offset % BITS_PER_LONG)))
+				break;
 		}
+		ring->cursor = cursor;
+		if (cursor != end)
+			return false;
+		/* E */
+		if (whole && !batch_take(log, b, ring->in_flight / BITS_PER_LONG,
+					 ~0UL))
+			return false;
 		cond_resched();
 	}
 	return true;
@@ -620,7 +700,7 @@ static bool batch_take_summary(struct kvm_dirty_slot_log *log)
 		b->pos = word;
 		/* First, as a mark that finds it set leaves it at that. */
 		summary_clear(log, 0, word);
-		if (!batch_take(log, word, ~0UL)) {
+		if (!batch_take(log, b, word, ~0UL)) {
 			summary_set(log, 0, word);
 			return false;
 		}
@@ -628,6 +708,23 @@ static bool batch_take_summary(struct kvm_dirty_slot_log *log)
 		cond_resched();
 	}
 	return true;
+}
+
+static u64 times_start(bool enabled)
+{
+	return unlikely(enabled) ? ktime_get_ns() : 0;
+}
+
+/* What passed since the last time here belongs to @to, one of @t's. */
+static void times_lap(struct kvm_dirty_slot_times *t, u64 *to)
+{
+	u64 now;
+
+	if (likely(!t->last))
+		return;
+	now = ktime_get_ns();
+	*to += now - t->last;
+	t->last = now;
 }
 
 /* The log's memslot, or NULL if it has none any more.  Under kvm->srcu. */
@@ -641,6 +738,25 @@ static struct kvm_memory_slot *log_memslot(struct kvm_dirty_slot_log *log,
 }
 
 /*
+ * What an architecture does that has nothing better.  It need not be fast, and
+ * gives up mmu_lock whenever somebody waits for it.
+ */
+unsigned int __weak
+kvm_arch_dirty_slot_protect(struct kvm *kvm, struct kvm_memory_slot *memslot,
+			    const struct kvm_dirty_slot_mask *masks,
+			    unsigned int nr)
+{
+	unsigned int i = 0;
+
+	do {
+		kvm_arch_mmu_enable_log_dirty_pt_masked(kvm, memslot,
+							masks[i].offset,
+							masks[i].mask);
+	} while (++i < nr && !kvm_dirty_slot_must_yield(kvm));
+	return i;
+}
+
+/*
  * Re-protect the batch.  The slot may be gone, or going, or have stopped to
  * log: then there is nothing to protect it for.
  */
@@ -648,9 +764,10 @@ static void batch_protect(struct kvm_dirty_slot_log *log, struct kvm *kvm)
 {
 	struct kvm_dirty_slot_batch *b = log->batch;
 	struct kvm_memory_slot *memslot;
-	unsigned int i;
+	unsigned int i = 0;
 	int idx;
 
+	times_lap(&b->times, &b->times.collect);
 	if (!kvm || !b->nr_masks)
 		return;
 
@@ -658,44 +775,67 @@ static void batch_protect(struct kvm_dirty_slot_log *log, struct kvm *kvm)
 	memslot = log_memslot(log, kvm);
 	if (memslot) {
 		write_lock(&kvm->mmu_lock);
-		for (i = 0; i < b->nr_masks; i++) {
-			gfn_t offset = b->masks[i].word * BITS_PER_LONG;
-
-			kvm_arch_mmu_enable_log_dirty_pt_masked(kvm, memslot,
-								offset,
-								b->masks[i].mask);
-			cond_resched_rwlock_write(&kvm->mmu_lock);
+		for (;;) {
+			i += kvm_arch_dirty_slot_protect(kvm, memslot,
+							 b->masks + i,
+							 b->nr_masks - i);
+			if (i == b->nr_masks)
+				break;
+			write_unlock(&kvm->mmu_lock);
+			cond_resched();
+			write_lock(&kvm->mmu_lock);
 		}
 		write_unlock(&kvm->mmu_lock);
 		b->flush = true;
 	}
 	srcu_read_unlock(&kvm->srcu, idx);
+	times_lap(&b->times, &b->times.protect);
+}
+
+static int log_lock(struct kvm_dirty_slot_log *log, bool traced)
+{
+	u64 start = times_start(traced);
+
+	if (mutex_lock_interruptible(&log->mutex))
+		return -EINTR;
+	log->batch->flush = false;
+	log->batch->times = (struct kvm_dirty_slot_times){ .last = start };
+	return 0;
 }
 
 /*
  * Begin a call that looks at the rings: read and check what userspace says it
  * collected, and how far each ring goes now.
  */
-static int log_snapshot(struct kvm_dirty_slot_log *log, u32 *nr_rings)
+static int log_snapshot(struct kvm_dirty_slot_log *log, u32 *nr_rings, u64 *used)
 {
 	struct kvm_dirty_slot_ring *ring;
+	u64 reset;
 	u32 i;
+
+	*used = 0;
+
+	/* Marks without a vCPU that set a bit before now are in the summary. */
+	raw_spin_lock_irq(&log->mark_lock);
+	raw_spin_unlock_irq(&log->mark_lock);
+	smp_mb(); /* E */
 
 	*nr_rings = log_nr_rings(log);
 	for (i = 0; i < *nr_rings; i++) {
 		ring = log->rings[i];
+		ring->in_flight = smp_load_acquire(&ring->marking); /* E */
 		/* In this order: an honest consumer lags producer. */
 		ring->consumer = smp_load_acquire(&ring->user->consumer); /* C */
-		ring->limit = smp_load_acquire(&ring->producer); /* A */
+		ring->limit = smp_load_acquire(&ring->kern->producer); /* A */
+		reset = ring->kern->reset;
 		/* Unsigned, so that one behind reset is too far ahead as well. */
-		if (ring->consumer - ring->reset > ring->limit - ring->reset)
+		if (ring->consumer - reset > ring->limit - reset)
 			return -EINVAL;
-	}
-	for (i = 0; i < *nr_rings; i++) {
-		ring = log->rings[i];
-		ring->cursor = ring->reset;
+		ring->cursor = reset;
 		ring->end = ring->consumer;
+		*used += ring->limit - reset;
 	}
+	times_lap(&log->batch->times, &log->batch->times.wait);
 	return 0;
 }
 
@@ -704,20 +844,23 @@ static void log_publish(struct kvm_dirty_slot_log *log, struct kvm *kvm,
 			u32 nr_rings)
 {
 	struct kvm_dirty_slot_ring *ring;
+	u64 reset;
 	u32 i;
 
+	times_lap(&log->batch->times, &log->batch->times.collect);
 	if (log->batch->flush)
 		kvm_flush_remote_tlbs(kvm);
+	times_lap(&log->batch->times, &log->batch->times.flush);
 
 	for (i = 0; i < nr_rings; i++) {
 		ring = log->rings[i];
-		if (ring->cursor == ring->reset)
+		reset = ring->kern->reset;
+		if (ring->cursor == reset)
 			continue;
 		/* First, for reset never to be seen ahead of it. */
-		if (ring->cursor - ring->reset > ring->consumer - ring->reset)
+		if (ring->cursor - reset > ring->consumer - reset)
 			WRITE_ONCE(ring->user->consumer, ring->cursor);
-		smp_store_release(&ring->reset, ring->cursor); /* B */
-		smp_store_release(&ring->kern->reset, ring->cursor);
+		smp_store_release(&ring->kern->reset, ring->cursor); /* B */
 	}
 }
 
@@ -798,7 +941,8 @@ static int harvest_batch(struct kvm_dirty_slot_log *log, struct kvm *kvm,
 
 fault:
 	for (i = 0; i < b->nr_masks; i++)
-		log_put_back(log, b->masks[i].word, b->masks[i].mask);
+		log_put_back(log, b->masks[i].offset / BITS_PER_LONG,
+			     b->masks[i].mask);
 	return -EFAULT;
 }
 
@@ -806,7 +950,8 @@ static int log_harvest(struct kvm_dirty_slot_log *log, void __user *argp)
 {
 	struct kvm_dirty_slot_runs args;
 	u32 i, capacity, nr_rings;
-	u64 collected = 0;
+	struct kvm_dirty_slot_times *t = &log->batch->times;
+	u64 collected = 0, used;
 	struct kvm *kvm;
 	bool sync, done;
 	int r;
@@ -826,7 +971,7 @@ static int log_harvest(struct kvm_dirty_slot_log *log, void __user *argp)
 	if (copy_to_user(argp, &args, sizeof(args)))
 		return -EFAULT;
 
-	if (mutex_lock_interruptible(&log->mutex))
+	if (log_lock(log, trace_kvm_dirty_slot_log_harvest_enabled()))
 		return -EINTR;
 	kvm = log_get_kvm(log);
 
@@ -835,12 +980,10 @@ static int log_harvest(struct kvm_dirty_slot_log *log, void __user *argp)
 		if (r)
 			goto unlock;
 	}
-	log_quiesce(log);
-	r = log_snapshot(log, &nr_rings);
+	r = log_snapshot(log, &nr_rings, &used);
 	if (r)
 		goto unlock;
 
-	log->batch->flush = false;
 	r = log_reset_collected(log, kvm, nr_rings, &collected);
 	if (r)
 		goto publish;
@@ -865,7 +1008,9 @@ static int log_harvest(struct kvm_dirty_slot_log *log, void __user *argp)
 publish:
 	log_publish(log, kvm, nr_rings);
 	trace_kvm_dirty_slot_log_harvest(log->vm, log->slot, args.nr_runs,
-					 args.nr_pages, collected, args.flags, r);
+					 args.nr_pages, collected, used,
+					 args.flags | sync, r, t->wait,
+					 t->collect, t->protect, t->flush);
 unlock:
 	mutex_unlock(&log->mutex);
 	if (kvm) {
@@ -879,9 +1024,11 @@ unlock:
 
 static int log_reset(struct kvm_dirty_slot_log *log, void __user *argp)
 {
+	struct kvm_dirty_slot_times *t = &log->batch->times;
 	struct kvm_dirty_slot_reset args;
 	struct kvm *kvm;
 	u32 nr_rings;
+	u64 used;
 	bool empty;
 	int r;
 
@@ -895,16 +1042,15 @@ static int log_reset(struct kvm_dirty_slot_log *log, void __user *argp)
 	if (copy_to_user(argp, &args, sizeof(args)))
 		return -EFAULT;
 
-	if (mutex_lock_interruptible(&log->mutex))
+	if (log_lock(log, trace_kvm_dirty_slot_log_reset_enabled()))
 		return -EINTR;
 	kvm = log_get_kvm(log);
 
-	r = log_snapshot(log, &nr_rings);
+	r = log_snapshot(log, &nr_rings, &used);
 	if (r)
 		goto unlock;
 
 	empty = !log_ready(log, nr_rings, 1);
-	log->batch->flush = false;
 	r = log_reset_collected(log, kvm, nr_rings, &args.nr_pages);
 	log_publish(log, kvm, nr_rings);
 
@@ -912,8 +1058,9 @@ static int log_reset(struct kvm_dirty_slot_log *log, void __user *argp)
 		args.flags |= KVM_DIRTY_RESET_OVERFLOW;
 	if (!r && !kvm && empty)
 		r = -ENODEV;
-	trace_kvm_dirty_slot_log_reset(log->vm, log->slot, args.nr_pages,
-				       args.flags, r);
+	trace_kvm_dirty_slot_log_reset(log->vm, log->slot, args.nr_pages, used,
+				       args.flags, r, t->wait, t->collect,
+				       t->protect, t->flush);
 unlock:
 	mutex_unlock(&log->mutex);
 	if (kvm) {
@@ -986,7 +1133,7 @@ static unsigned int discard_word(struct kvm_dirty_slot_log *log,
 		batch_reset(log->batch, 0);
 	}
 	before = log->batch->nr_pages;
-	batch_take(log, word, mask);
+	batch_take(log, log->batch, word, mask);
 	return log->batch->nr_pages - before;
 }
 
@@ -1023,9 +1170,8 @@ static int log_mark_or_discard(struct kvm_dirty_slot_log *log,
 	 * not in the log needs nothing: it is protected.
 	 */
 	r = -EINTR;
-	if (mutex_lock_interruptible(&log->mutex))
+	if (log_lock(log, false))
 		goto put;
-	log->batch->flush = false;
 	batch_reset(log->batch, 0);
 	r = log_apply(log, kvm, &args, discard_word);
 	batch_protect(log, kvm);
@@ -1101,7 +1247,7 @@ static long log_ioctl(struct file *file, unsigned int cmd, unsigned long arg)
 static __poll_t log_poll(struct file *file, poll_table *wait)
 {
 	struct kvm_dirty_slot_log *log = file->private_data;
-	u32 level = ring_wake_level(log);
+	u32 level = log->wake_level;
 	__poll_t events = 0;
 
 	poll_wait(file, &log->wait, wait);
@@ -1293,7 +1439,7 @@ static int log_add_ring(struct kvm_dirty_slot_log *log, u32 n)
 	ring->kern = area + KVM_DIRTY_SLOT_RING_KERN_PAGE * PAGE_SIZE;
 	ring->runs = area + KVM_DIRTY_SLOT_RING_ENTRIES_PAGE * PAGE_SIZE;
 
-	log->rings[n] = ring;
+	smp_store_release(&log->rings[n], ring); /* F */
 	smp_store_release(&log->nr_rings, n + 1); /* F */
 	return 0;
 }
@@ -1348,6 +1494,7 @@ int kvm_dirty_slot_log_create(struct kvm *kvm, struct kvm_memory_slot *memslot)
 	log->slot = memslot->as_id << 16 | memslot->id;
 	log->entries = kvm->dirty_slot_ring.entries;
 	log->flags = kvm->dirty_slot_ring.flags;
+	log->wake_level = DIV_ROUND_UP(log->entries, 2);
 	log->vm = kvm->userspace_pid;
 	log->npages = memslot->npages;
 	log->nr_words = BITS_TO_LONGS(memslot->npages);

@@ -15,12 +15,14 @@
 
 /* A page joined the log, through the ring of the vCPU that wrote it. */
 TRACE_EVENT(kvm_dirty_slot_ring_push,
-	    TP_PROTO(int vm, int vcpu, u32 slot, u64 offset, u64 used),
-	    TP_ARGS(vm, vcpu, slot, offset, used),
+	    TP_PROTO(int vm, int vcpu, u32 slot, u64 offset, u64 used,
+		     u32 entries),
+	    TP_ARGS(vm, vcpu, slot, offset, used, entries),
 
 	    TP_STRUCT__entry(__field(int, vm)
 			     __field(int, vcpu)
 			     __field(u32, slot)
+			     __field(u32, entries)
 			     __field(u64, offset)
 			     __field(u64, used)
 	    ),
@@ -30,11 +32,12 @@ TRACE_EVENT(kvm_dirty_slot_ring_push,
 			   __entry->slot = slot;
 			   __entry->offset = offset;
 			   __entry->used = used;
+			   __entry->entries = entries;
 	    ),
 
-	    TP_printk("vm %d vcpu %d slot 0x%x offset 0x%llx used %llu",
+	    TP_printk("vm %d vcpu %d slot 0x%x offset 0x%llx used %llu entries %u",
 		      __entry->vm, __entry->vcpu, __entry->slot,
-		      __entry->offset, __entry->used)
+		      __entry->offset, __entry->used, __entry->entries)
 );
 
 /* Pages joined the log outside of any ring; vcpu is -1 if none wrote them. */
@@ -82,12 +85,17 @@ TRACE_EVENT(kvm_dirty_slot_ring_exit,
 
 /*
  * A harvest ended.  "collected" are pages that the mapping's reader had taken
- * and that were only re-protected; "ret" is what the caller gets.
+ * and that were only re-protected; "used" is what was in the rings when it
+ * began, stale entries too; "ret" is what the caller gets.  The times add up to
+ * the call: waiting for other calls and for hardware, taking pages and copying
+ * them out, re-protecting them (with the wait for mmu_lock), flushing TLBs.
  */
 TRACE_EVENT(kvm_dirty_slot_log_harvest,
 	    TP_PROTO(int vm, u32 slot, u32 runs, u64 pages, u64 collected,
-		     u32 flags, int ret),
-	    TP_ARGS(vm, slot, runs, pages, collected, flags, ret),
+		     u64 used, u32 flags, int ret, u64 wait_ns, u64 collect_ns,
+		     u64 protect_ns, u64 flush_ns),
+	    TP_ARGS(vm, slot, runs, pages, collected, used, flags, ret, wait_ns,
+		    collect_ns, protect_ns, flush_ns),
 
 	    TP_STRUCT__entry(__field(int, vm)
 			     __field(u32, slot)
@@ -95,7 +103,12 @@ TRACE_EVENT(kvm_dirty_slot_log_harvest,
 			     __field(u32, flags)
 			     __field(u64, pages)
 			     __field(u64, collected)
+			     __field(u64, used)
 			     __field(int, ret)
+			     __field(u64, wait_ns)
+			     __field(u64, collect_ns)
+			     __field(u64, protect_ns)
+			     __field(u64, flush_ns)
 	    ),
 
 	    TP_fast_assign(__entry->vm = vm;
@@ -104,36 +117,57 @@ TRACE_EVENT(kvm_dirty_slot_log_harvest,
 			   __entry->flags = flags;
 			   __entry->pages = pages;
 			   __entry->collected = collected;
+			   __entry->used = used;
 			   __entry->ret = ret;
+			   __entry->wait_ns = wait_ns;
+			   __entry->collect_ns = collect_ns;
+			   __entry->protect_ns = protect_ns;
+			   __entry->flush_ns = flush_ns;
 	    ),
 
-	    TP_printk("vm %d slot 0x%x runs %u pages %llu collected %llu flags 0x%x ret %d",
+	    TP_printk("vm %d slot 0x%x runs %u pages %llu collected %llu used %llu flags 0x%x ret %d wait %llu collect %llu protect %llu flush %llu ns",
 		      __entry->vm, __entry->slot, __entry->runs, __entry->pages,
-		      __entry->collected, __entry->flags, __entry->ret)
+		      __entry->collected, __entry->used, __entry->flags,
+		      __entry->ret, __entry->wait_ns, __entry->collect_ns,
+		      __entry->protect_ns, __entry->flush_ns)
 );
 
-/* KVM_DIRTY_SLOT_LOG_RESET ended. */
+/* KVM_DIRTY_SLOT_LOG_RESET ended; fields as above. */
 TRACE_EVENT(kvm_dirty_slot_log_reset,
-	    TP_PROTO(int vm, u32 slot, u64 pages, u32 flags, int ret),
-	    TP_ARGS(vm, slot, pages, flags, ret),
+	    TP_PROTO(int vm, u32 slot, u64 pages, u64 used, u32 flags, int ret,
+		     u64 wait_ns, u64 collect_ns, u64 protect_ns, u64 flush_ns),
+	    TP_ARGS(vm, slot, pages, used, flags, ret, wait_ns, collect_ns,
+		    protect_ns, flush_ns),
 
 	    TP_STRUCT__entry(__field(int, vm)
 			     __field(u32, slot)
 			     __field(u64, pages)
+			     __field(u64, used)
 			     __field(u32, flags)
 			     __field(int, ret)
+			     __field(u64, wait_ns)
+			     __field(u64, collect_ns)
+			     __field(u64, protect_ns)
+			     __field(u64, flush_ns)
 	    ),
 
 	    TP_fast_assign(__entry->vm = vm;
 			   __entry->slot = slot;
 			   __entry->pages = pages;
+			   __entry->used = used;
 			   __entry->flags = flags;
 			   __entry->ret = ret;
+			   __entry->wait_ns = wait_ns;
+			   __entry->collect_ns = collect_ns;
+			   __entry->protect_ns = protect_ns;
+			   __entry->flush_ns = flush_ns;
 	    ),
 
-	    TP_printk("vm %d slot 0x%x pages %llu flags 0x%x ret %d",
-		      __entry->vm, __entry->slot, __entry->pages,
-		      __entry->flags, __entry->ret)
+	    TP_printk("vm %d slot 0x%x pages %llu used %llu flags 0x%x ret %d wait %llu collect %llu protect %llu flush %llu ns",
+		      __entry->vm, __entry->slot, __entry->pages, __entry->used,
+		      __entry->flags, __entry->ret, __entry->wait_ns,
+		      __entry->collect_ns, __entry->protect_ns,
+		      __entry->flush_ns)
 );
 
 #endif /* _TRACE_KVM_DIRTY_SLOT_RING_H */
