@@ -1,0 +1,888 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+#ifndef DIRTY_SLOT_RING_KERNEL_H
+#define DIRTY_SLOT_RING_KERNEL_H
+
+/*
+ * As much of the kernel as virt/kvm/dirty_slot_ring.c and the kernel's own
+ * virt/kvm/dirty_ring.c need, for userspace.  It comes before the first line of
+ * the code (gcc -include); the headers that the code names are empty files.
+ *
+ * Atomic operations and barriers are compiler builtins of the kernel's strength
+ * and not more, so that ThreadSanitizer sees exactly the order that the code
+ * asked for.  Locks are those of pthreads, which it knows as well.
+ *
+ * Macros named BREAK_* take one property away, for scripts that show that the
+ * tests would notice; see the file mutants.
+ */
+
+#include <errno.h>
+#include <fcntl.h>
+#include <limits.h>
+#include <pthread.h>
+#include <sched.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+
+#include <linux/kvm.h>
+#include <linux/types.h>
+
+#if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__ || __SIZEOF_LONG__ != 8
+#error "64-bit and little endian only"
+#endif
+
+/*
+ * What a test can make happen, in sim.c.
+ */
+
+/* Where threads may be held up: opens windows between the code's steps. */
+#ifdef SHIM_JITTER
+void shim_jitter(void);
+#else
+static inline void shim_jitter(void)
+{
+}
+#endif
+
+/* Per thread: chance, in 256, that access to user memory or a sleep fails. */
+extern __thread unsigned int shim_inject;
+bool shim_fails(void);
+extern __thread bool shim_in_task;
+
+/* Allocations not freed yet. */
+extern long shim_allocated;
+void *shim_alloc(size_t size);
+void shim_free(const void *p);
+
+void shim_warn(const char *what);
+
+/*
+ * Types, compiler.
+ */
+
+typedef __u8 u8;
+typedef __u16 u16;
+typedef __u32 u32;
+typedef __u64 u64;
+typedef __s32 s32;
+typedef __s64 s64;
+typedef u64 gfn_t;
+typedef u64 kvm_pfn_t;
+typedef unsigned int gfp_t;
+typedef unsigned int vm_fault_t;
+
+#define U8_MAX			((u8)~0U)
+#define U16_MAX			((u16)~0U)
+#define U32_MAX			((u32)~0U)
+#define U64_MAX			((u64)~0ULL)
+#define S32_MAX			((s32)(U32_MAX >> 1))
+#define S64_MAX			((s64)(U64_MAX >> 1))
+
+#define __user
+#define __printf(a, b)		__attribute__((format(printf, a, b)))
+#define __noreturn		__attribute__((noreturn))
+#define __weak			__attribute__((weak))
+#define __must_check		__attribute__((warn_unused_result))
+#define noinline		__attribute__((noinline))
+#ifndef __always_inline
+#define __always_inline		inline __attribute__((always_inline))
+#endif
+#define __maybe_unused		__attribute__((unused))
+#define fallthrough		__attribute__((fallthrough))
+#define ____cacheline_aligned_in_smp	__attribute__((aligned(64)))
+#define ____cacheline_aligned	__attribute__((aligned(64)))
+#define L1_CACHE_BYTES		64
+#define likely(x)		__builtin_expect(!!(x), 1)
+#define unlikely(x)		__builtin_expect(!!(x), 0)
+#define prefetch(p)		__builtin_prefetch(p)
+#define prefetchw(p)		__builtin_prefetch(p, 1)
+#define barrier()		__asm__ __volatile__("" : : : "memory")
+
+#define ARRAY_SIZE(a)		(sizeof(a) / sizeof((a)[0]))
+#define DIV_ROUND_UP(n, d)	(((n) + (d) - 1) / (d))
+#define round_down(n, d)	((n) / (d) * (d))
+#define round_up(n, d)		(DIV_ROUND_UP(n, d) * (d))
+#define container_of(p, type, member) \
+	((type *)((char *)(p) - offsetof(type, member)))
+#define struct_size(p, member, n) \
+	(sizeof(*(p)) + sizeof((p)->member[0]) * (n))
+#define min_t(type, a, b) \
+	({ type _a = (a), _b = (b); _a < _b ? _a : _b; })
+#define max_t(type, a, b) \
+	({ type _a = (a), _b = (b); _a > _b ? _a : _b; })
+#define min(a, b)		min_t(__typeof__(a), a, b)
+#define max(a, b)		max_t(__typeof__(a), a, b)
+#define swap(a, b) \
+	({ __typeof__(a) _t = (a); (a) = (b); (b) = _t; })
+#define BUILD_BUG_ON(c)		_Static_assert(!(c), #c)
+#define static_assert		_Static_assert
+
+#define PAGE_SHIFT		12
+#define PAGE_SIZE		(1UL << PAGE_SHIFT)
+
+/* A warning of the kernel's is a failure here. */
+#define WARN_ON_ONCE(c) \
+	({ bool _c = (c); if (unlikely(_c)) shim_warn(#c); _c; })
+#define WARN_ON(c)		WARN_ON_ONCE(c)
+#define KVM_BUG_ON(c, kvm)	WARN_ON_ONCE(c)
+
+#define lockdep_assert_held(l)		do { } while (0)
+#define lockdep_assert_held_write(l)	do { } while (0)
+#define might_sleep()			do { } while (0)
+#define EXPORT_SYMBOL_GPL(s)
+#define array_index_nospec(i, n)	(i)
+
+/*
+ * Memory order.
+ */
+
+#define READ_ONCE(x)		__atomic_load_n(&(x), __ATOMIC_RELAXED)
+#define WRITE_ONCE(x, v)	__atomic_store_n(&(x), v, __ATOMIC_RELAXED)
+
+#ifdef BREAK_ACQUIRE
+#define smp_load_acquire(p)	READ_ONCE(*(p))
+#else
+#define smp_load_acquire(p) \
+	({ shim_jitter(); __atomic_load_n(p, __ATOMIC_ACQUIRE); })
+#endif
+
+#ifdef BREAK_RELEASE
+#define SHIM_RELEASE		__ATOMIC_RELAXED
+#else
+#define SHIM_RELEASE		__ATOMIC_RELEASE
+#endif
+#define smp_store_release(p, v)	\
+	({ shim_jitter(); shim_jitter(); __atomic_store_n(p, v, SHIM_RELEASE); })
+
+/*
+ * ThreadSanitizer does not know fences.  An atomic operation on a variable of
+ * the thread's own is as strong for the CPU, and tells ThreadSanitizer nothing.
+ */
+static inline void smp_mb(void)
+{
+	shim_jitter();
+#ifdef __SANITIZE_THREAD__
+	static __thread int own;
+
+	__atomic_fetch_add(&own, 0, __ATOMIC_SEQ_CST);
+#else
+	__atomic_thread_fence(__ATOMIC_SEQ_CST);
+#endif
+}
+
+#ifdef __SANITIZE_THREAD__
+#define smp_rmb()		smp_mb()
+#define smp_wmb()		smp_mb()
+#else
+#define smp_rmb()		__atomic_thread_fence(__ATOMIC_ACQUIRE)
+#define smp_wmb()		__atomic_thread_fence(__ATOMIC_RELEASE)
+#endif
+#define smp_mb__before_atomic()	smp_mb()
+#define smp_mb__after_atomic()	smp_mb()
+#define smp_store_mb(x, v)	do { WRITE_ONCE(x, v); smp_mb(); } while (0)
+
+/* The thread that is waited for may want this CPU. */
+#define smp_cond_load_acquire(p, cond)					\
+	({								\
+		__typeof__(*(p)) VAL;					\
+		while (VAL = smp_load_acquire(p), !(cond))		\
+			sched_yield();					\
+		VAL;							\
+	})
+#define cpu_relax()		sched_yield()
+
+/*
+ * Bits.
+ */
+
+#define BITS_PER_BYTE		8
+#define BITS_PER_LONG		64
+#define BITS_TO_LONGS(n)	DIV_ROUND_UP(n, BITS_PER_LONG)
+#define BIT(n)			(1UL << (n))
+#define BIT_ULL(n)		(1ULL << (n))
+#define BIT_MASK(n)		(1UL << ((n) % BITS_PER_LONG))
+#define BIT_WORD(n)		((n) / BITS_PER_LONG)
+#define GENMASK(h, l)		((~0UL << (l)) & (~0UL >> (BITS_PER_LONG - 1 - (h))))
+#define hweight_long(x)		((unsigned int)__builtin_popcountl(x))
+#define hweight64(x)		((unsigned int)__builtin_popcountll(x))
+#define for_each_set_bit(bit, addr, size) \
+	for ((bit) = find_next_bit(addr, size, 0); (bit) < (size); \
+	     (bit) = find_next_bit(addr, size, (bit) + 1))
+
+static inline unsigned long __ffs(unsigned long x)
+{
+	return __builtin_ctzl(x);
+}
+
+static inline unsigned long __fls(unsigned long x)
+{
+	return BITS_PER_LONG - 1 - __builtin_clzl(x);
+}
+
+static inline unsigned long ffz(unsigned long x)
+{
+	return __ffs(~x);
+}
+
+static inline bool is_power_of_2(unsigned long n)
+{
+	return n && !(n & (n - 1));
+}
+
+static inline unsigned int ilog2(unsigned long n)
+{
+	return __fls(n);
+}
+
+static inline unsigned long find_next_bit(const unsigned long *addr, unsigned long size,
+					  unsigned long bit)
+{
+	unsigned long val;
+
+	while (bit < size) {
+		val = READ_ONCE(addr[BIT_WORD(bit)]) & (~0UL << (bit % BITS_PER_LONG));
+		if (val)
+			return min_t(unsigned long, size,
+				     round_down(bit, BITS_PER_LONG) + __ffs(val));
+		bit = round_down(bit, BITS_PER_LONG) + BITS_PER_LONG;
+	}
+	return size;
+}
+
+/*
+ * Atomic operations: those that return a value are full barriers.
+ */
+
+typedef struct {
+	int counter;
+} atomic_t;
+
+typedef struct {
+	s64 counter;
+} atomic64_t;
+
+typedef struct {
+	long counter;
+} atomic_long_t;
+
+#define ATOMIC_INIT(i)		{ (i) }
+#define atomic_read(v)		READ_ONCE((v)->counter)
+#define atomic_set(v, i)	WRITE_ONCE((v)->counter, i)
+#define atomic_inc(v)		((void)__atomic_add_fetch(&(v)->counter, 1, __ATOMIC_RELAXED))
+#define atomic_inc_return(v)	__atomic_add_fetch(&(v)->counter, 1, __ATOMIC_SEQ_CST)
+#define atomic_dec_and_test(v)	(!__atomic_sub_fetch(&(v)->counter, 1, __ATOMIC_SEQ_CST))
+#define atomic64_read(v)	READ_ONCE((v)->counter)
+#define atomic64_set(v, i)	WRITE_ONCE((v)->counter, i)
+#define atomic64_add(i, v)	((void)__atomic_add_fetch(&(v)->counter, i, __ATOMIC_RELAXED))
+#define atomic64_inc(v)		atomic64_add(1, v)
+#define atomic_long_read(v)	((unsigned long)READ_ONCE((v)->counter))
+
+static inline unsigned long atomic_long_fetch_or(unsigned long mask, atomic_long_t *v)
+{
+	shim_jitter();
+	return __atomic_fetch_or(&v->counter, mask, __ATOMIC_SEQ_CST);
+}
+
+/* Pages are about to leave the log: wrong to protect them now, and not later. */
+#ifdef BREAK_PROTECT_FIRST
+extern bool shim_protects_first;
+void shim_protect_word(void *word, unsigned long mask);
+
+static void __attribute__((constructor)) shim_break_protect(void)
+{
+	shim_protects_first = true;
+}
+#else
+#define shim_protect_word(word, mask)	do { } while (0)
+#endif
+
+static inline unsigned long atomic_long_fetch_andnot(unsigned long mask, atomic_long_t *v)
+{
+	unsigned long old;
+
+	shim_protect_word(v, mask);
+	shim_jitter();
+	old = __atomic_fetch_and(&v->counter, ~mask, __ATOMIC_SEQ_CST);
+	shim_jitter();
+	return old;
+}
+
+static inline void atomic_long_or(unsigned long mask, atomic_long_t *v)
+{
+	__atomic_fetch_or(&v->counter, mask, __ATOMIC_RELAXED);
+}
+
+static inline void atomic_long_andnot(unsigned long mask, atomic_long_t *v)
+{
+	__atomic_fetch_and(&v->counter, ~mask, __ATOMIC_RELAXED);
+}
+
+#define xchg(p, v) \
+	({ __typeof__(*(p)) _v; \
+	   shim_protect_word(p, READ_ONCE(*(p))); \
+	   shim_jitter(); \
+	   _v = __atomic_exchange_n(p, v, __ATOMIC_SEQ_CST); \
+	   shim_jitter(); \
+	   _v; })
+#define cmpxchg(p, o, n) \
+	({ __typeof__(*(p)) _o = (o); \
+	   __atomic_compare_exchange_n(p, &_o, n, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST); \
+	   _o; })
+
+#define try_cmpxchg(p, o, n) \
+	__atomic_compare_exchange_n(p, o, n, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST)
+
+static inline void clear_bit(unsigned long n, unsigned long *addr)
+{
+	shim_jitter();
+	__atomic_fetch_and(&addr[BIT_WORD(n)], ~BIT_MASK(n), __ATOMIC_RELAXED);
+}
+
+static inline void set_bit(unsigned long n, unsigned long *addr)
+{
+	__atomic_fetch_or(&addr[BIT_WORD(n)], BIT_MASK(n), __ATOMIC_RELAXED);
+}
+
+static inline bool test_bit(unsigned long n, const unsigned long *addr)
+{
+	return READ_ONCE(addr[BIT_WORD(n)]) & BIT_MASK(n);
+}
+
+static inline bool test_and_set_bit(unsigned long n, unsigned long *addr)
+{
+	bool old;
+
+	shim_jitter();
+#ifdef BREAK_TEST_AND_SET
+	old = test_bit(n, addr);
+	shim_jitter();
+	shim_jitter();
+	WRITE_ONCE(addr[BIT_WORD(n)], READ_ONCE(addr[BIT_WORD(n)]) | BIT_MASK(n));
+#else
+	old = __atomic_fetch_or(&addr[BIT_WORD(n)], BIT_MASK(n), __ATOMIC_SEQ_CST) & BIT_MASK(n);
+#endif
+	/* Here a mark is in flight. */
+	shim_jitter();
+	return old;
+}
+
+#define set_bit_le		set_bit
+#define clear_bit_le		clear_bit
+#define test_bit_le		test_bit
+#define test_and_set_bit_le	test_and_set_bit
+
+static inline void bitmap_set(unsigned long *map, unsigned long start, unsigned long n)
+{
+	for (; n; start++, n--)
+		map[BIT_WORD(start)] |= BIT_MASK(start);
+}
+
+struct kref {
+	atomic_t refcount;
+};
+
+static inline void kref_init(struct kref *ref)
+{
+	atomic_set(&ref->refcount, 1);
+}
+
+static inline void kref_get(struct kref *ref)
+{
+	atomic_inc(&ref->refcount);
+}
+
+static inline int kref_put(struct kref *ref, void (*release)(struct kref *ref))
+{
+	if (!atomic_dec_and_test(&ref->refcount))
+		return 0;
+	release(ref);
+	return 1;
+}
+
+/*
+ * Locks.
+ */
+
+typedef struct {
+	pthread_mutex_t m;
+} spinlock_t;
+
+typedef spinlock_t raw_spinlock_t;
+
+struct mutex {
+	pthread_mutex_t m;
+};
+
+/* Who waits for it counts himself, for rwlock_needbreak(). */
+typedef struct {
+	pthread_rwlock_t l;
+	int waiters;
+} rwlock_t;
+
+struct srcu_struct {
+	pthread_rwlock_t l;
+};
+
+#define spin_lock_init(l)	pthread_mutex_init(&(l)->m, NULL)
+#define spin_lock(l)		(shim_jitter(), (void)pthread_mutex_lock(&(l)->m))
+#define spin_unlock(l)		((void)pthread_mutex_unlock(&(l)->m))
+#define raw_spin_lock_init(l)	spin_lock_init(l)
+#define raw_spin_lock(l)	spin_lock(l)
+#define raw_spin_unlock(l)	spin_unlock(l)
+#define raw_spin_lock_irq(l)	spin_lock(l)
+#define raw_spin_unlock_irq(l)	spin_unlock(l)
+#define raw_spin_lock_irqsave(l, flags)	do { (flags) = 0; spin_lock(l); } while (0)
+#define raw_spin_unlock_irqrestore(l, flags)	do { (void)(flags); spin_unlock(l); } while (0)
+
+#define mutex_init(l)		pthread_mutex_init(&(l)->m, NULL)
+#define mutex_lock(l)		(shim_jitter(), (void)pthread_mutex_lock(&(l)->m))
+#define mutex_unlock(l)		((void)pthread_mutex_unlock(&(l)->m))
+
+static inline int mutex_lock_interruptible(struct mutex *l)
+{
+	if (shim_fails())
+		return -EINTR;
+	mutex_lock(l);
+	return 0;
+}
+
+static inline void read_lock(rwlock_t *l)
+{
+	if (!pthread_rwlock_tryrdlock(&l->l))
+		return;
+	__atomic_add_fetch(&l->waiters, 1, __ATOMIC_RELAXED);
+	pthread_rwlock_rdlock(&l->l);
+	__atomic_sub_fetch(&l->waiters, 1, __ATOMIC_RELAXED);
+}
+
+static inline void read_unlock(rwlock_t *l)
+{
+	pthread_rwlock_unlock(&l->l);
+}
+
+static inline void write_lock(rwlock_t *l)
+{
+#ifdef BREAK_WRITE_LOCK
+	read_lock(l);
+#else
+	if (!pthread_rwlock_trywrlock(&l->l))
+		return;
+	__atomic_add_fetch(&l->waiters, 1, __ATOMIC_RELAXED);
+	pthread_rwlock_wrlock(&l->l);
+	__atomic_sub_fetch(&l->waiters, 1, __ATOMIC_RELAXED);
+#endif
+}
+
+static inline void write_unlock(rwlock_t *l)
+{
+	pthread_rwlock_unlock(&l->l);
+}
+
+static inline bool rwlock_needbreak(rwlock_t *l)
+{
+	return READ_ONCE(l->waiters);
+}
+
+#define rwlock_is_contended(l)	rwlock_needbreak(l)
+
+static inline int cond_resched_rwlock_write(rwlock_t *l)
+{
+	if (likely(!rwlock_needbreak(l)))
+		return 0;
+	write_unlock(l);
+	sched_yield();
+	write_lock(l);
+	return 1;
+}
+
+static inline int srcu_read_lock(struct srcu_struct *s)
+{
+	pthread_rwlock_rdlock(&s->l);
+	return 0;
+}
+
+static inline void srcu_read_unlock(struct srcu_struct *s, int idx)
+{
+	(void)idx;
+	pthread_rwlock_unlock(&s->l);
+}
+
+static inline u64 ktime_get_ns(void)
+{
+	struct timespec t;
+
+	clock_gettime(CLOCK_MONOTONIC, &t);
+	return t.tv_sec * 1000000000ULL + t.tv_nsec;
+}
+
+#define rcu_read_lock()		do { } while (0)
+#define rcu_read_unlock()	do { } while (0)
+#define preempt_disable()	do { } while (0)
+#define preempt_enable()	do { } while (0)
+#define in_task()		(shim_in_task)
+#define need_resched()		false
+#define cond_resched()		shim_jitter()
+#define current			NULL
+#define signal_pending(task)	((void)(task), shim_fails())
+#define usleep_range(lo, hi)	usleep(lo)
+
+/*
+ * Memory.
+ */
+
+#define GFP_KERNEL		0
+#define GFP_KERNEL_ACCOUNT	0
+#define __GFP_ZERO		0
+#define kzalloc(size, gfp)	shim_alloc(size)
+#define kcalloc(n, size, gfp)	shim_alloc((size_t)(n) * (size))
+#define kmalloc(size, gfp)	shim_alloc(size)
+#define kvzalloc(size, gfp)	shim_alloc(size)
+#define kvmalloc(size, gfp)	shim_alloc(size)
+#define kvcalloc(n, size, gfp)	shim_alloc((size_t)(n) * (size))
+#define kvmalloc_array(n, size, gfp)	shim_alloc((size_t)(n) * (size))
+#define __vmalloc(size, gfp)	shim_alloc(size)
+#define __vcalloc(n, size, gfp)	shim_alloc((size_t)(n) * (size))
+#define vzalloc(size)		shim_alloc(size)
+#define kfree(p)		shim_free(p)
+#define kvfree(p)		shim_free(p)
+#define vfree(p)		shim_free(p)
+
+#define u64_to_user_ptr(x)	((void *)(uintptr_t)(x))
+
+static inline unsigned long copy_to_user(void *to, const void *from, unsigned long n)
+{
+	if (shim_fails())
+		return n;
+	memcpy(to, from, n);
+	return 0;
+}
+
+static inline unsigned long copy_from_user(void *to, const void *from, unsigned long n)
+{
+	return copy_to_user(to, from, n);
+}
+
+/*
+ * Files, waiting.
+ */
+
+struct file;
+struct inode;
+struct module;
+struct vm_area_struct;
+
+#define THIS_MODULE		NULL
+#define __module_get(m)		((void)(m))
+#define module_put(m)		((void)(m))
+
+#define EPOLLIN			0x001
+#define EPOLLERR		0x008
+#define EPOLLHUP		0x010
+#define EPOLLRDNORM		0x040
+
+typedef struct {
+	int unused;
+} poll_table;
+
+/* Counts wake-ups, so that one between looking and sleeping is not missed. */
+typedef struct {
+	pthread_mutex_t m;
+	pthread_cond_t c;
+	unsigned long woken;
+} wait_queue_head_t;
+
+void shim_poll_wait(struct file *file, wait_queue_head_t *w);
+void shim_wake_up(wait_queue_head_t *w);
+void init_waitqueue_head(wait_queue_head_t *w);
+
+#define poll_wait(file, w, table)	((void)(table), shim_poll_wait(file, w))
+#define wake_up_poll(w, events)		shim_wake_up(w)
+
+struct irq_work {
+	void (*func)(struct irq_work *work);
+};
+
+static inline void init_irq_work(struct irq_work *work, void (*func)(struct irq_work *))
+{
+	work->func = func;
+}
+
+/* At once: an interrupt of this CPU comes no later than preemption is enabled. */
+static inline bool irq_work_queue(struct irq_work *work)
+{
+	work->func(work);
+	return true;
+}
+
+static inline void irq_work_sync(struct irq_work *work)
+{
+	(void)work;
+}
+
+struct file_operations {
+	struct module *owner;
+	int (*release)(struct inode *inode, struct file *file);
+	long (*unlocked_ioctl)(struct file *file, unsigned int cmd, unsigned long arg);
+	long (*compat_ioctl)(struct file *file, unsigned int cmd, unsigned long arg);
+	__poll_t (*poll)(struct file *file, poll_table *wait);
+	int (*mmap)(struct file *file, struct vm_area_struct *vma);
+	loff_t (*llseek)(struct file *file, loff_t offset, int whence);
+};
+
+struct file {
+	void *private_data;
+	const struct file_operations *f_op;
+	wait_queue_head_t *wait;
+};
+
+#define compat_ptr_ioctl	NULL
+#define noop_llseek		NULL
+
+int anon_inode_getfd(const char *name, const struct file_operations *fops, void *priv, int flags);
+
+/* A page is known by its address. */
+struct page;
+
+struct vm_fault {
+	struct vm_area_struct *vma;
+	unsigned long pgoff;
+	struct page *page;
+};
+
+struct vm_operations_struct {
+	vm_fault_t (*fault)(struct vm_fault *vmf);
+};
+
+struct vm_area_struct {
+	unsigned long vm_pgoff, vm_flags, nr_pages;
+	const struct vm_operations_struct *vm_ops;
+	struct file *vm_file;
+};
+
+#define VM_WRITE		0x02
+#define VM_EXEC			0x04
+#define VM_MAYWRITE		0x20
+#define VM_MAYEXEC		0x40
+#define VM_MAYSHARE		0x80
+#define VM_DONTCOPY		0x00020000
+#define VM_DONTEXPAND		0x00040000
+#define VM_DONTDUMP		0x04000000
+#define VM_FAULT_SIGBUS		2
+
+static inline unsigned long vma_pages(const struct vm_area_struct *vma)
+{
+	return vma->nr_pages;
+}
+
+static inline void vm_flags_mod(struct vm_area_struct *vma, unsigned long set, unsigned long clear)
+{
+	vma->vm_flags = (vma->vm_flags | set) & ~clear;
+}
+
+static inline void vm_flags_clear(struct vm_area_struct *vma, unsigned long clear)
+{
+	vm_flags_mod(vma, 0, clear);
+}
+
+static inline struct page *vmalloc_to_page(const void *addr)
+{
+	return (struct page *)(uintptr_t)addr;
+}
+
+static inline void get_page(struct page *page)
+{
+	(void)page;
+}
+
+/*
+ * Tracepoints: their arguments are evaluated and checked.
+ */
+
+#define TP_PROTO(...)		__VA_ARGS__
+#define TP_ARGS(...)		__VA_ARGS__
+#define TRACE_EVENT(name, proto, ...)					\
+	static inline void __maybe_unused trace_##name(proto)		\
+	{								\
+	}								\
+	static inline bool __maybe_unused trace_##name##_enabled(void)	\
+	{								\
+		return false;						\
+	}								\
+	struct shim_trace_##name
+
+#define trace_kvm_dirty_ring_push(ring, slot, offset)	do { } while (0)
+#define trace_kvm_dirty_ring_reset(ring)		do { } while (0)
+#define trace_kvm_dirty_ring_exit(vcpu)			do { } while (0)
+
+/*
+ * KVM.
+ */
+
+#define CONFIG_HAVE_KVM_DIRTY_SLOT_RING
+#define CONFIG_HAVE_KVM_DIRTY_RING
+#define KVM_HAVE_MMU_RWLOCK
+
+#define KVM_REQ_DIRTY_RING_SOFT_FULL	3
+#define KVM_REQ_DIRTY_SLOT_RING_FULL	4
+#define KVM_USER_MEM_SLOTS		32764
+#define KVM_DIRTY_RING_RSVD_ENTRIES	64
+
+#ifndef KVM_EXIT_DIRTY_RING_FULL
+#define KVM_EXIT_DIRTY_RING_FULL	31
+#endif
+
+#include <linux/kvm_dirty_slot_ring.h>
+#ifdef SHIM_UPSTREAM_RING
+#include SHIM_UPSTREAM_RING
+#endif
+
+#define SIM_MAX_VCPUS			8
+#define SIM_MAX_SLOTS			2
+#define SIM_LEVELS			4
+
+struct kvm_memory_slot {
+	gfn_t base_gfn;
+	unsigned long npages;
+	unsigned long *dirty_bitmap;
+	struct kvm_dirty_slot_log *dirty_slot_log;
+	u16 as_id;
+	short id;
+};
+
+struct kvm_memslots {
+	struct kvm_memory_slot *slot[SIM_MAX_SLOTS];
+};
+
+struct kvm_vcpu_stat_generic {
+	u64 dirty_slot_ring_pushed;
+	u64 dirty_slot_ring_overflowed;
+	u64 dirty_slot_ring_full_exits;
+};
+
+struct kvm_vm_stat_generic {
+	atomic64_t dirty_slot_log_harvests;
+	atomic64_t dirty_slot_log_harvested_pages;
+	atomic64_t dirty_slot_log_resets;
+	atomic64_t dirty_slot_log_reset_pages;
+	atomic64_t dirty_slot_log_marked_pages;
+	atomic64_t dirty_slot_log_discarded_pages;
+};
+
+/* The part of struct kvm_run that the code writes. */
+struct shim_run {
+	u32 exit_reason;
+	struct kvm_dirty_slot_ring_exit dirty_slot_ring;
+};
+
+/* A CPU's side of a simulated vCPU, in sim.c. */
+struct sim_vcpu;
+
+struct kvm_vcpu {
+	struct kvm *kvm;
+	int vcpu_id, vcpu_idx;
+	struct shim_run *run;
+	struct { struct kvm_vcpu_stat_generic generic; } stat;
+	struct kvm_dirty_slot_ring_vcpu dirty_slot_ring;
+#ifdef SHIM_UPSTREAM_RING
+	struct kvm_dirty_ring dirty_ring;
+#endif
+	u64 requests;
+	struct sim_vcpu *sim;
+};
+
+struct kvm {
+	rwlock_t mmu_lock;
+	struct mutex lock, slots_lock;
+	struct srcu_struct srcu;
+	struct kvm_memslots *memslots;
+	struct kvm_vcpu *vcpus[SIM_MAX_VCPUS];
+	atomic_t online_vcpus, nr_memslots_dirty_logging, users;
+	int max_vcpus, userspace_pid;
+	u32 dirty_ring_size;
+	bool dirty_ring_with_bitmap, init_set;
+	struct kvm_dirty_slot_ring_vm dirty_slot_ring;
+	struct { struct kvm_vm_stat_generic generic; } stat;
+
+	/* The page table, a radix tree: level 0 has a leaf SPTE for each page. */
+	u64 *spte[SIM_LEVELS];
+	size_t spte_size[SIM_LEVELS];
+	u64 log_mask;		/* the SPTE bit that logging clears */
+};
+
+static inline bool kvm_dirty_slot_ring_enabled(struct kvm *kvm)
+{
+	return READ_ONCE(kvm->dirty_slot_ring.entries);
+}
+
+static inline bool kvm_dirty_log_manual_protect_and_init_set(struct kvm *kvm)
+{
+	return kvm->init_set;
+}
+
+static inline int kvm_arch_nr_memslot_as_ids(struct kvm *kvm)
+{
+	(void)kvm;
+	return 1;
+}
+
+static inline struct kvm_memslots *__kvm_memslots(struct kvm *kvm, int as_id)
+{
+	(void)as_id;
+	return kvm->memslots;
+}
+
+static inline struct kvm_memory_slot *id_to_memslot(struct kvm_memslots *slots, int id)
+{
+	return id < SIM_MAX_SLOTS ? slots->slot[id] : NULL;
+}
+
+#define kvm_for_each_memslot(memslot, bkt, slots)			\
+	for ((bkt) = 0; (bkt) < SIM_MAX_SLOTS; (bkt)++)			\
+		if (!((memslot) = (slots)->slot[bkt])) { } else
+
+#define kvm_for_each_vcpu(i, vcpu, kvm)					\
+	for ((i) = 0; (i) < (unsigned long)atomic_read(&(kvm)->online_vcpus) && \
+	     ((vcpu) = (kvm)->vcpus[i], true); (i)++)
+
+static inline bool kvm_get_kvm_safe(struct kvm *kvm)
+{
+	atomic_inc(&kvm->users);
+	return true;
+}
+
+static inline void kvm_put_kvm(struct kvm *kvm)
+{
+	WARN_ON(atomic_dec_and_test(&kvm->users));
+}
+
+static inline void kvm_make_request(int req, struct kvm_vcpu *vcpu)
+{
+	__atomic_fetch_or(&vcpu->requests, BIT_ULL(req), __ATOMIC_RELEASE);
+}
+
+static inline bool kvm_check_request(int req, struct kvm_vcpu *vcpu)
+{
+	return READ_ONCE(vcpu->requests) & BIT_ULL(req) &&
+	       __atomic_fetch_and(&vcpu->requests, ~BIT_ULL(req), __ATOMIC_SEQ_CST) & BIT_ULL(req);
+}
+
+void kvm_arch_mmu_enable_log_dirty_pt_masked(struct kvm *kvm, struct kvm_memory_slot *slot,
+					     gfn_t gfn_offset, unsigned long mask);
+void kvm_flush_remote_tlbs(struct kvm *kvm);
+bool kvm_vcpu_kick(struct kvm_vcpu *vcpu);
+
+/* Of the page table, for what stands in for arch/x86/kvm. */
+#define SPTE_PRESENT		BIT_ULL(0)
+#define SPTE_WRITABLE		BIT_ULL(1)
+#define SPTE_DIRTY		BIT_ULL(6)
+
+#ifdef BREAK_FLUSH
+#define kvm_flush_remote_tlbs(kvm)	((void)(kvm))
+#endif
+
+#endif /* DIRTY_SLOT_RING_KERNEL_H */

@@ -1,0 +1,787 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * What instruction counts cannot show: cache misses and contention.  vCPUs on
+ * one CPU, who collects their dirty pages on another, and the same work for each
+ * way to log them:
+ *
+ *	floor		nobody logs, the collector knows the pages by heart
+ *	bitmap-get	KVM_GET_DIRTY_LOG, which clears and re-protects
+ *	bitmap-clear	with manual protect: KVM_GET_DIRTY_LOG, and
+ *			KVM_CLEAR_DIRTY_LOG of each 64 Ki pages that have a dirty one
+ *	ring		the kernel's dirty ring, virt/kvm/dirty_ring.c
+ *	slot-ring	virt/kvm/dirty_slot_ring.c
+ *
+ * In each round the vCPUs write to a set of pages that are write-protected.
+ * "apart": then, when they are done, the collector collects.  "together": they
+ * write to the next set while it collects the one before.  What is told are
+ * nanoseconds of CPU time for each page, in the lower quartile of the rounds: of
+ * the fault (finding the SPTE, making it writable, logging the page) and of
+ * collecting (finding the page, write-protecting it, giving it to userspace).
+ */
+
+#include <getopt.h>
+#include <linux/perf_event.h>
+#include <math.h>
+#include <sys/ioctl.h>
+#include <sys/syscall.h>
+#include <time.h>
+
+#include "sim.h"
+
+#define MAX_PAGES	65536
+#define MAX_SETS	4
+#define MAX_ROUNDS	200
+#define RING_ENTRIES	65536		/* the most that the kernel's ring can have */
+#define CLEAR_CHUNK	65536		/* pages in a KVM_CLEAR_DIRTY_LOG */
+
+enum mechanism { FLOOR, BITMAP_GET, BITMAP_CLEAR, RING, SLOT_RING, NR_MECHANISMS };
+
+static const char * const names[NR_MECHANISMS] = {
+	"floor", "bitmap-get", "bitmap-clear", "ring", "slot-ring",
+};
+
+struct point {
+	unsigned int mib;
+	unsigned int pages;
+	bool in_order;
+	unsigned int vcpus;
+};
+
+/* Those that the guests' benchmark has, and some that no rig here can hold. */
+static const struct point points[] = {
+	{ 64, 1000, false, 1 },
+	{ 64, 16384, true, 1 },
+	{ 1 << 10, 1000, false, 1 },
+	{ 1 << 10, 20000, false, 1 },
+	{ 1 << 10, 20000, false, 4 },
+	{ 64 << 10, 100, false, 1 },
+	{ 64 << 10, 1000, false, 1 },
+	{ 512 << 10, 1000, false, 1 },
+	{ 1 << 20, 1000, false, 1 },
+	{ 1 << 20, 20000, false, 1 },
+};
+
+/* Cache misses as the CPU counts them, if it does and one may look. */
+enum { LLC_MISSES, L1D_MISSES, NR_COUNTERS };
+
+struct side {
+	double ns[MAX_ROUNDS];
+	int counter[NR_COUNTERS];
+	u64 misses[NR_COUNTERS], pages;
+};
+
+static u32 entries = 4096;
+static unsigned int budget_ms = 150;
+static enum mechanism mechanism;
+static const struct point *point;
+static unsigned long npages;
+static unsigned int nr_sets;
+static u32 *sets[MAX_SETS];
+static int log_fd;
+static struct kvm_dirty_run *runs;
+static u32 *list;			/* what the collector got, if not runs */
+static unsigned long *user_map;
+static int cpus[2];
+static const char *no_counters;
+static double clock_ns[2];		/* what it takes to look at the clock */
+
+/* The producer's order: "mark set n", and that it did. */
+static int go, done;
+static bool quit;
+static struct side producer, collector;
+
+static void __noreturn die(const char *what)
+{
+	fprintf(stderr, "race: %s\n", what);
+	exit(1);
+}
+
+static double now_ns(void)
+{
+	struct timespec t;
+
+	clock_gettime(CLOCK_MONOTONIC, &t);
+	return t.tv_sec * 1e9 + t.tv_nsec;
+}
+
+/* As the kernel's, for the ways to log that there are here. */
+void mark_page_dirty_in_slot(struct kvm *kvm, const struct kvm_memory_slot *memslot,
+			     struct kvm_vcpu *vcpu, gfn_t gfn)
+{
+	if (memslot->dirty_slot_log)
+		kvm_dirty_slot_log_mark(kvm, memslot, vcpu, gfn - memslot->base_gfn);
+	else if (kvm->dirty_ring_size)
+		kvm_dirty_ring_push(vcpu, 0, gfn - memslot->base_gfn);
+	else if (memslot->dirty_bitmap)
+		set_bit_le(gfn - memslot->base_gfn, memslot->dirty_bitmap);
+}
+
+/*
+ * Counters.
+ */
+
+static void open_counters(struct side *s)
+{
+	static const u64 what[NR_COUNTERS][2] = {
+		[LLC_MISSES] = { PERF_TYPE_HARDWARE, PERF_COUNT_HW_CACHE_MISSES },
+		[L1D_MISSES] = { PERF_TYPE_HW_CACHE, PERF_COUNT_HW_CACHE_L1D |
+				 PERF_COUNT_HW_CACHE_OP_READ << 8 |
+				 PERF_COUNT_HW_CACHE_RESULT_MISS << 16 },
+	};
+	unsigned int i;
+
+	for (i = 0; i < NR_COUNTERS; i++) {
+		struct perf_event_attr attr = {
+			.type = what[i][0], .size = sizeof(attr), .config = what[i][1],
+			.exclude_kernel = 1, .exclude_hv = 1,
+		};
+
+		s->counter[i] = syscall(SYS_perf_event_open, &attr, 0, -1, -1, 0);
+		if (s->counter[i] < 0)
+			__atomic_store_n(&no_counters, strerror(errno), __ATOMIC_RELAXED);
+	}
+}
+
+static void close_counters(struct side *s)
+{
+	unsigned int i;
+
+	for (i = 0; i < NR_COUNTERS; i++) {
+		if (s->counter[i] >= 0)
+			close(s->counter[i]);
+	}
+}
+
+static void read_counters(struct side *s, u64 *val)
+{
+	unsigned int i;
+
+	for (i = 0; i < NR_COUNTERS; i++) {
+		val[i] = 0;
+		if (s->counter[i] >= 0 && read(s->counter[i], &val[i], 8) != 8)
+			val[i] = 0;
+	}
+}
+
+static void pin(int cpu)
+{
+	cpu_set_t set;
+
+	CPU_ZERO(&set);
+	CPU_SET(cpu, &set);
+	if (sched_setaffinity(0, sizeof(set), &set))
+		die("cannot stay on one CPU");
+}
+
+/*
+ * Time that the thread ran, so that what else runs here does not count.  Nobody
+ * sleeps while he works: the fast page fault takes no lock.  But it is a system
+ * call, and may leave caches and predictors empty, which shows in short rounds:
+ * every other round uses the wall clock, and the faster half wins.
+ */
+static double clock_of(unsigned int round)
+{
+	struct timespec t;
+
+	clock_gettime(round % 2 ? CLOCK_THREAD_CPUTIME_ID : CLOCK_MONOTONIC, &t);
+	return t.tv_sec * 1e9 + t.tv_nsec;
+}
+
+/* Measures one round of one side. */
+static void measure(struct side *s, unsigned int round, unsigned int (*work)(unsigned int set),
+		    unsigned int set)
+{
+	u64 before[NR_COUNTERS], after[NR_COUNTERS];
+	unsigned int i, n;
+	double t;
+
+	read_counters(s, before);
+	t = clock_of(round);
+	n = work(set);
+	t = clock_of(round) - t - clock_ns[round % 2];
+	read_counters(s, after);
+	/* A collector that found little ran ahead: no sample. */
+	s->ns[round] = n > point->pages / 4 ? max(t, 0.0) / n : -1;
+	s->pages += n;
+	for (i = 0; i < NR_COUNTERS; i++)
+		s->misses[i] += after[i] - before[i];
+}
+
+/*
+ * The vCPUs.
+ */
+
+static unsigned int mark_set(unsigned int set)
+{
+	const u32 *pages = sets[set];
+	unsigned int i, vcpu = 0;
+
+	for (i = 0; i < point->pages; i++) {
+		sim_fault(sim_kvm->vcpus[vcpu], pages[i]);
+		if (++vcpu == point->vcpus)
+			vcpu = 0;
+	}
+	return point->pages;
+}
+
+static void wait_for(int *p, int val)
+{
+	unsigned int n;
+
+	for (n = 1; __atomic_load_n(p, __ATOMIC_ACQUIRE) < val; n++) {
+		/* With one CPU, or a busy machine, the other side needs it. */
+		if (!(n % 1000))
+			sched_yield();
+	}
+}
+
+static void *producer_thread(void *arg)
+{
+	unsigned int round;
+
+	(void)arg;
+	pin(cpus[0]);
+	open_counters(&producer);
+	for (round = 0;; round++) {
+		wait_for(&go, round + 1);
+		if (__atomic_load_n(&quit, __ATOMIC_RELAXED))
+			break;
+		measure(&producer, round, mark_set, round % nr_sets);
+		__atomic_store_n(&done, round + 1, __ATOMIC_RELEASE);
+	}
+	close_counters(&producer);
+	return NULL;
+}
+
+/*
+ * The collector; each returns how many pages it got.
+ */
+
+static unsigned int collect_floor(unsigned int set)
+{
+	struct kvm_memory_slot *memslot = sim_kvm->memslots->slot[0];
+	unsigned int i;
+
+	write_lock(&sim_kvm->mmu_lock);
+	for (i = 0; i < point->pages; i++) {
+		list[i] = sets[set][i];
+		kvm_arch_mmu_enable_log_dirty_pt_masked(sim_kvm, memslot, list[i], 1);
+	}
+	write_unlock(&sim_kvm->mmu_lock);
+	kvm_flush_remote_tlbs(sim_kvm);
+	return point->pages;
+}
+
+/* Userspace: the pages of the words that are not zero. */
+static unsigned int scan(const unsigned long *map, unsigned long words, unsigned long first,
+			 unsigned int n)
+{
+	unsigned long i, mask;
+
+	for (i = 0; i < words; i++) {
+		for (mask = map[i]; mask; mask &= mask - 1)
+			list[n++] = first + i * BITS_PER_LONG + __ffs(mask);
+	}
+	return n;
+}
+
+/* kvm_get_dirty_log_protect() */
+static unsigned int collect_bitmap_get(unsigned int set)
+{
+	struct kvm_memory_slot *memslot = sim_kvm->memslots->slot[0];
+	unsigned long words = BITS_TO_LONGS(npages), i, mask;
+	unsigned long *buffer = memslot->dirty_bitmap + words;
+
+	(void)set;
+	mutex_lock(&sim_kvm->slots_lock);
+	memset(buffer, 0, words * sizeof(*buffer));
+	write_lock(&sim_kvm->mmu_lock);
+	for (i = 0; i < words; i++) {
+		if (!memslot->dirty_bitmap[i])
+			continue;
+		mask = xchg(&memslot->dirty_bitmap[i], 0);
+		buffer[i] = mask;
+		kvm_arch_mmu_enable_log_dirty_pt_masked(sim_kvm, memslot, i * BITS_PER_LONG, mask);
+	}
+	write_unlock(&sim_kvm->mmu_lock);
+	kvm_flush_remote_tlbs(sim_kvm);
+	memcpy(user_map, buffer, words * sizeof(*buffer));
+	mutex_unlock(&sim_kvm->slots_lock);
+	return scan(user_map, words, 0, 0);
+}
+
+/* kvm_clear_dirty_log_protect() */
+static void clear_dirty_log(unsigned long first, unsigned long n)
+{
+	struct kvm_memory_slot *memslot = sim_kvm->memslots->slot[0];
+	unsigned long *buffer = memslot->dirty_bitmap + BITS_TO_LONGS(npages), i, mask;
+	bool flush = false;
+
+	mutex_lock(&sim_kvm->slots_lock);
+	memcpy(buffer, user_map + first, n * sizeof(*buffer));
+	write_lock(&sim_kvm->mmu_lock);
+	for (i = 0; i < n; i++) {
+		mask = buffer[i];
+		if (!mask)
+			continue;
+		mask &= atomic_long_fetch_andnot(mask, (atomic_long_t *)
+						 &memslot->dirty_bitmap[first + i]);
+		if (!mask)
+			continue;
+		flush = true;
+		kvm_arch_mmu_enable_log_dirty_pt_masked(sim_kvm, memslot,
+							(first + i) * BITS_PER_LONG, mask);
+	}
+	write_unlock(&sim_kvm->mmu_lock);
+	if (flush)
+		kvm_flush_remote_tlbs(sim_kvm);
+	mutex_unlock(&sim_kvm->slots_lock);
+}
+
+static unsigned int collect_bitmap_clear(unsigned int set)
+{
+	struct kvm_memory_slot *memslot = sim_kvm->memslots->slot[0];
+	unsigned long words = BITS_TO_LONGS(npages), i, chunk = CLEAR_CHUNK / BITS_PER_LONG;
+	unsigned int n = 0, got;
+
+	(void)set;
+	mutex_lock(&sim_kvm->slots_lock);
+	memcpy(user_map, memslot->dirty_bitmap, words * sizeof(*user_map));
+	mutex_unlock(&sim_kvm->slots_lock);
+	for (i = 0; i < words; i += chunk) {
+		chunk = min(chunk, words - i);
+		got = scan(user_map + i, chunk, i * BITS_PER_LONG, n);
+		if (got != n)
+			clear_dirty_log(i, chunk);
+		n = got;
+	}
+	return n;
+}
+
+/* What userspace does with the mapping, and KVM_RESET_DIRTY_RINGS. */
+static unsigned int collect_ring(unsigned int set)
+{
+	static u32 fetch[SIM_MAX_VCPUS];
+	struct kvm_dirty_gfn *gfn;
+	struct kvm_dirty_ring *ring;
+	struct kvm_vcpu *vcpu;
+	unsigned int n = 0;
+	unsigned long i;
+	int cleared = 0;
+
+	if (set == UINT_MAX) {
+		memset(fetch, 0, sizeof(fetch));
+		return 0;
+	}
+	kvm_for_each_vcpu(i, vcpu, sim_kvm) {
+		ring = &vcpu->dirty_ring;
+		for (;;) {
+			gfn = &ring->dirty_gfns[fetch[i] & (ring->size - 1)];
+			/* Pairs with kvm_dirty_ring_push(). */
+			if (smp_load_acquire(&gfn->flags) != KVM_DIRTY_GFN_F_DIRTY)
+				break;
+			list[n++] = gfn->offset;
+			/* Pairs with kvm_dirty_gfn_harvested(). */
+			smp_store_release(&gfn->flags, KVM_DIRTY_GFN_F_RESET);
+			fetch[i]++;
+		}
+	}
+	mutex_lock(&sim_kvm->slots_lock);
+	kvm_for_each_vcpu(i, vcpu, sim_kvm)
+		cleared += kvm_dirty_ring_reset(sim_kvm, &vcpu->dirty_ring);
+	mutex_unlock(&sim_kvm->slots_lock);
+	if (cleared)
+		kvm_flush_remote_tlbs(sim_kvm);
+	return n;
+}
+
+static unsigned int collect_slot_ring(unsigned int set)
+{
+	struct kvm_dirty_slot_runs args = { .runs = (uintptr_t)runs, .nr_runs = MAX_PAGES };
+
+	(void)set;
+	if (sim_ioctl(log_fd, KVM_DIRTY_SLOT_LOG_HARVEST, &args))
+		die("KVM_DIRTY_SLOT_LOG_HARVEST failed");
+	return args.nr_pages;
+}
+
+static unsigned int (* const collect[NR_MECHANISMS])(unsigned int set) = {
+	collect_floor, collect_bitmap_get, collect_bitmap_clear, collect_ring, collect_slot_ring,
+};
+
+/*
+ * A point.
+ */
+
+static void choose_pages(void)
+{
+	u64 rnd = 88172645463325252ULL;
+	unsigned char *taken = calloc(npages / 8 + 1, 1);
+	unsigned int set, i;
+	u32 page;
+
+	for (set = 0; set < nr_sets; set++) {
+		sets[set] = calloc(point->pages, sizeof(u32));
+		for (i = 0; i < point->pages; i++) {
+			page = i;
+			/* In order: all pages are in each set, which "together" cannot. */
+			while (!point->in_order) {
+				rnd ^= rnd << 13;
+				rnd ^= rnd >> 7;
+				rnd ^= rnd << 17;
+				page = (rnd >> 20) % npages;
+				if (!(taken[page / 8] & 1 << page % 8))
+					break;
+			}
+			taken[page / 8] |= 1 << page % 8;
+			sets[set][i] = page;
+		}
+	}
+	free(taken);
+}
+
+static void create(void)
+{
+	struct sim_config *config = calloc(1, sizeof(*config));
+	struct kvm_dirty_slot_log_fd arg = { 0 };
+	unsigned long words = BITS_TO_LONGS(npages);
+	struct kvm_memory_slot *memslot;
+	unsigned int set, i;
+
+	config->npages = npages;
+	config->nr_vcpus = point->vcpus;
+	config->entries = mechanism == SLOT_RING ? entries : 0;
+	config->fast_fault = true;
+	sim_create(config);
+	memslot = sim_kvm->memslots->slot[0];
+	switch (mechanism) {
+	case BITMAP_GET:
+	case BITMAP_CLEAR:
+		memslot->dirty_bitmap = shim_alloc(2 * words * sizeof(long));
+		user_map = shim_alloc(words * sizeof(long));
+		break;
+	case RING:
+		sim_kvm->dirty_ring_size = RING_ENTRIES * sizeof(struct kvm_dirty_gfn);
+		for (i = 0; i < point->vcpus; i++)
+			kvm_dirty_ring_alloc(&sim_kvm->vcpus[i]->dirty_ring, i,
+					     sim_kvm->dirty_ring_size);
+		collect_ring(UINT_MAX);
+		break;
+	case SLOT_RING:
+		log_fd = kvm_vm_ioctl_get_dirty_slot_log_fd(sim_kvm, &arg);
+		if (log_fd < 0)
+			die("no log");
+		break;
+	default:
+		break;
+	}
+	for (set = 0; set < nr_sets; set++)
+		for (i = 0; i < point->pages; i++)
+			sim_map_page(sets[set][i]);
+}
+
+static void destroy(void)
+{
+	struct kvm_memory_slot *memslot = sim_kvm->memslots->slot[0];
+	unsigned int i;
+
+	if (mechanism == BITMAP_GET || mechanism == BITMAP_CLEAR) {
+		shim_free(memslot->dirty_bitmap);
+		memslot->dirty_bitmap = NULL;
+		shim_free(user_map);
+	}
+	if (mechanism == RING)
+		for (i = 0; i < point->vcpus; i++)
+			kvm_dirty_ring_free(&sim_kvm->vcpus[i]->dirty_ring);
+	if (mechanism == SLOT_RING)
+		sim_close(log_fd);
+	sim_destroy();
+}
+
+static int compare(const void *a, const void *b)
+{
+	double x = *(const double *)a, y = *(const double *)b;
+
+	return (x > y) - (x < y);
+}
+
+/*
+ * Of the rounds with one clock the lower quartile: what else runs on the machine
+ * empties caches, and never fills them.
+ */
+static double quartile(const double *ns, unsigned int n, unsigned int clock)
+{
+	double sorted[MAX_ROUNDS];
+	unsigned int i, nr = 0;
+
+	for (i = clock; i < n; i += 2) {
+		if (ns[i] >= 0)
+			sorted[nr++] = ns[i];
+	}
+	qsort(sorted, nr, sizeof(*ns), compare);
+	return nr ? sorted[nr / 4] : INFINITY;
+}
+
+/* Without the first two rounds, which find cold caches and first touches. */
+static double fastest(const double *ns, unsigned int n)
+{
+	double wall = quartile(ns + 2, n - 2, 0), cpu = quartile(ns + 2, n - 2, 1);
+
+	return min(wall, cpu);
+}
+
+static void time_the_clocks(void)
+{
+	double ns[MAX_ROUNDS], t;
+	unsigned int i;
+
+	for (i = 0; i < MAX_ROUNDS; i++) {
+		t = clock_of(i);
+		ns[i] = clock_of(i) - t;
+	}
+	clock_ns[0] = quartile(ns, MAX_ROUNDS, 0);
+	clock_ns[1] = quartile(ns, MAX_ROUNDS, 1);
+}
+
+struct result {
+	double mark, harvest;
+	double misses[2][NR_COUNTERS];
+	unsigned int rounds;
+};
+
+/* Rounds until the time is up, at least twelve. */
+static void run(bool together, struct result *r)
+{
+	u64 marked = 0, got = 0;
+	double end;
+	unsigned int round, i;
+	pthread_t thread;
+
+	memset(&producer, 0, sizeof(producer));
+	memset(&collector, 0, sizeof(collector));
+	go = 0;
+	done = 0;
+	quit = false;
+	open_counters(&collector);
+	if (pthread_create(&thread, NULL, producer_thread, NULL))
+		die("cannot start a thread");
+
+	end = now_ns() + budget_ms * 1e6;
+	for (round = 0; round < MAX_ROUNDS && (round < 12 || now_ns() < end); round++) {
+		__atomic_store_n(&go, round + 1, __ATOMIC_RELEASE);
+		if (!together || !round)
+			wait_for(&done, round + 1);
+		/* The floor's collector has to know whose turn it is. */
+		measure(&collector, round, collect[mechanism],
+			(round + nr_sets - (together && round)) % nr_sets);
+		wait_for(&done, round + 1);
+	}
+	__atomic_store_n(&quit, true, __ATOMIC_RELAXED);
+	__atomic_store_n(&go, INT_MAX, __ATOMIC_RELEASE);
+	pthread_join(thread, NULL);
+	close_counters(&collector);
+
+	marked = producer.pages;
+	got = collector.pages;
+	if (mechanism != FLOOR) {
+		got += collect[mechanism](0);
+		if (got != marked) {
+			fprintf(stderr, "race: %s: %llu pages marked, %llu collected\n",
+				names[mechanism], marked, got);
+			exit(1);
+		}
+	} else if (together) {
+		/* What the last round wrote. */
+		collect_floor((round - 1) % nr_sets);
+	}
+
+	r->mark = fastest(producer.ns, round);
+	r->harvest = fastest(collector.ns, round);
+	r->rounds = round;
+	for (i = 0; i < NR_COUNTERS; i++) {
+		r->misses[0][i] = (double)producer.misses[i] / producer.pages;
+		r->misses[1][i] = (double)collector.misses[i] / collector.pages;
+	}
+}
+
+static void print_json(FILE *f, const char *mode, const struct result *r)
+{
+	static const char * const sides[] = { "fault", "collect" };
+	unsigned int i;
+
+	fprintf(f, "{\"test\": \"native-race\", \"slot_mib\": %u, \"pages\": %u, ",
+		point->mib, point->pages);
+	fprintf(f, "\"order\": \"%s\", \"vcpus\": %u, \"mechanism\": \"%s\", ",
+		point->in_order ? "in-order" : "random", point->vcpus, names[mechanism]);
+	fprintf(f, "\"mode\": \"%s\", \"rounds\": %u, \"fault_ns\": %.1f, \"collect_ns\": %.1f",
+		mode, r->rounds, r->mark, r->harvest);
+	for (i = 0; i < ARRAY_SIZE(sides) && !no_counters; i++)
+		fprintf(f, ", \"%s_llc_misses\": %.2f, \"%s_l1d_misses\": %.2f",
+			sides[i], r->misses[i][LLC_MISSES], sides[i], r->misses[i][L1D_MISSES]);
+	fprintf(f, "}\n");
+	fflush(f);
+}
+
+static void print_row(const struct result *apart, const struct result *together,
+		      double slot_ring)
+{
+	printf("  %-14s %8.1f %9.1f", names[mechanism], apart->mark, apart->harvest);
+	if (together)
+		printf("   %8.1f %9.1f", together->mark, together->harvest);
+	else
+		printf("   %8s %9s", "-", "-");
+	printf("   %7.2f", apart->harvest / slot_ring);
+	if (!no_counters)
+		printf("   %6.2f %6.2f", apart->misses[0][LLC_MISSES],
+		       apart->misses[1][LLC_MISSES]);
+	printf("\n");
+}
+
+static void run_point(FILE *json)
+{
+	struct result apart[NR_MECHANISMS], together[NR_MECHANISMS];
+	unsigned int set;
+
+	npages = (unsigned long)point->mib << (20 - PAGE_SHIFT);
+	nr_sets = point->pages > 5000 ? 2 : MAX_SETS;
+	choose_pages();
+	for (mechanism = 0; mechanism < NR_MECHANISMS; mechanism++) {
+		create();
+		run(false, &apart[mechanism]);
+		if (json)
+			print_json(json, "apart", &apart[mechanism]);
+		if (!point->in_order) {
+			run(true, &together[mechanism]);
+			if (json)
+				print_json(json, "together", &together[mechanism]);
+		}
+		destroy();
+	}
+
+	if (point->mib < 1024)
+		printf("\n%u MiB", point->mib);
+	else
+		printf("\n%u GiB", point->mib >> 10);
+	printf(", %u pages %s, %u vCPU%s\n", point->pages,
+	       point->in_order ? "in order" : "at random", point->vcpus,
+	       point->vcpus > 1 ? "s" : "");
+	for (mechanism = 0; mechanism < NR_MECHANISMS; mechanism++)
+		print_row(&apart[mechanism], point->in_order ? NULL : &together[mechanism],
+			  apart[SLOT_RING].harvest);
+	for (set = 0; set < nr_sets; set++)
+		free(sets[set]);
+	fflush(stdout);
+}
+
+static void choose_cpus(void)
+{
+	cpu_set_t set;
+	int cpu, n = 0;
+
+	if (sched_getaffinity(0, sizeof(set), &set))
+		die("cannot tell the CPUs");
+	for (cpu = 0; cpu < CPU_SETSIZE && n < 2; cpu++) {
+		if (CPU_ISSET(cpu, &set))
+			cpus[n++] = cpu;
+	}
+	if (n < 2) {
+		printf("One CPU only: there is no contention to see, nor the misses it makes.\n");
+		cpus[1] = cpus[0];
+	}
+	pin(cpus[1]);
+}
+
+static void usage(FILE *f)
+{
+	fprintf(f, "race [-e ENTRIES] [-t MS] [-m MIB] [-j FILE]\n\n"
+		"  -e ENTRIES  of each slot ring, a power of two (default: %u)\n"
+		"  -t MS       time for each measurement (default: %u)\n"
+		"  -m MIB      no slots larger than this (default: all, up to 1 TiB)\n"
+		"  -j FILE     write JSON lines there as well\n", entries, budget_ms);
+}
+
+static unsigned long number(const char *arg, unsigned long max)
+{
+	char *end;
+	unsigned long n = strtoul(arg, &end, 10);
+
+	if (*end || !n || n > max) {
+		fprintf(stderr, "race: want one from 1 to %lu, not %s\n", max, arg);
+		exit(2);
+	}
+	return n;
+}
+
+int main(int argc, char **argv)
+{
+	static const struct option options[] = {
+		{ "help", no_argument, NULL, 'h' },
+		{ }
+	};
+	unsigned int max_mib = 1 << 20, i;
+	FILE *json = NULL;
+	int c;
+
+	while ((c = getopt_long(argc, argv, "he:t:m:j:", options, NULL)) != -1) {
+		switch (c) {
+		case 'h':
+			usage(stdout);
+			return 0;
+		case 'e':
+			entries = number(optarg, KVM_DIRTY_SLOT_RING_MAX_ENTRIES);
+			if (!is_power_of_2(entries)) {
+				fprintf(stderr, "race: %u is not a power of two\n", entries);
+				return 2;
+			}
+			break;
+		case 't':
+			budget_ms = number(optarg, 60000);
+			break;
+		case 'm':
+			max_mib = number(optarg, 1 << 20);
+			break;
+		case 'j':
+			json = fopen(optarg, "w");
+			if (!json) {
+				fprintf(stderr, "race: cannot write %s: %s\n", optarg,
+					strerror(errno));
+				return 1;
+			}
+			break;
+		default:
+			usage(stderr);
+			return 2;
+		}
+	}
+	if (optind != argc) {
+		usage(stderr);
+		return 2;
+	}
+
+	choose_cpus();
+	time_the_clocks();
+	open_counters(&collector);
+	close_counters(&collector);
+	printf("ns for each page, vCPUs on CPU %d, collector on CPU %d, slot rings of %u entries\n",
+	       cpus[0], cpus[1], entries);
+	if (no_counters)
+		printf("Cache misses are not shown: this machine does not count them (%s).\n",
+		       no_counters);
+	printf("\n  %-14s %18s   %18s   %7s%s\n", "", "apart      ", "together    ", "collect",
+	       no_counters ? "" : "     LLC misses");
+	printf("  %-14s %8s %9s   %8s %9s   %7s%s\n", "", "fault", "collect", "fault", "collect",
+	       "/ ours", no_counters ? "" : "    fault collect");
+
+	runs = calloc(MAX_PAGES, sizeof(*runs));
+	list = calloc(2 * MAX_PAGES, sizeof(*list));
+	for (i = 0; i < ARRAY_SIZE(points); i++) {
+		point = &points[i];
+		if (point->mib <= max_mib)
+			run_point(json);
+	}
+	if (json)
+		fclose(json);
+	free(runs);
+	free(list);
+	return 0;
+}

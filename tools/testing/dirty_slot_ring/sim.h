@@ -1,0 +1,75 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+#ifndef DIRTY_SLOT_RING_SIM_H
+#define DIRTY_SLOT_RING_SIM_H
+
+/*
+ * A virtual machine without a guest: vCPUs that write to pages through a page
+ * table and a TLB, and that fault, exit and are kicked as arch/x86/kvm has it.
+ * One memslot, number 0, at guest physical address 0.
+ */
+
+#include "kernel.h"
+
+struct sim_config {
+	unsigned long npages;
+	unsigned int nr_vcpus;
+	u32 entries;		/* of each slot ring; 0: the VM has none */
+	u32 flags;		/* KVM_DIRTY_SLOT_RING_* */
+	bool pml;		/* hardware sets D bits and buffers pages */
+	bool fast_fault;	/* the lockless fast page fault */
+	bool init_set;		/* KVM_DIRTY_LOG_INITIALLY_SET */
+	bool memory;		/* there is memory behind the pages */
+};
+
+/* What a CPU keeps to itself. */
+struct sim_vcpu {
+	struct kvm_vcpu vcpu;
+	struct shim_run run;
+	const struct sim_config *config;
+	bool in_guest;
+	u32 flush_wanted, flush_done;
+	bool kicked;
+	u32 *tlb, tlb_time;	/* a page's entry is good if it is of this time */
+	unsigned int nr_pml;
+	u64 pml[512];
+};
+
+/* The only VM, its memory (a word for a page), its configuration. */
+extern struct kvm *sim_kvm;
+extern u64 *sim_memory;
+
+struct kvm *sim_create(const struct sim_config *config);
+void sim_destroy(void);
+
+/* Make the memslot go away, as KVM_SET_USER_MEMORY_REGION does. */
+void sim_delete_slot(void);
+
+/*
+ * A write of the guest: adds one to the page's word, returns what it is then.
+ * 0, and no write, if the vCPU has to leave to userspace for a full ring.
+ */
+u64 sim_write(struct kvm_vcpu *vcpu, gfn_t gfn);
+void sim_exit(struct kvm_vcpu *vcpu);
+
+/* The fault alone, of a write to a read-only page.  Under kvm->srcu. */
+void sim_fault(struct kvm_vcpu *vcpu, gfn_t gfn);
+
+/* Make the page table know a page, read-only. */
+void sim_map_page(gfn_t gfn);
+
+/* KVM's function of this name; stress.c and race.c have their own. */
+void mark_page_dirty_in_slot(struct kvm *kvm, const struct kvm_memory_slot *memslot,
+			     struct kvm_vcpu *vcpu, gfn_t gfn);
+
+/* File descriptors of anon_inode_getfd(). */
+long sim_ioctl(int fd, unsigned int cmd, void *arg);
+void *sim_mmap(int fd, unsigned long pgoff, bool writable);
+void sim_close(int fd);
+
+/*
+ * Wait until it can be read, or for ms milliseconds.  Returns the events, or
+ * -EDEADLK if it can be read and nobody said so.
+ */
+int sim_poll(int fd, unsigned int ms);
+
+#endif /* DIRTY_SLOT_RING_SIM_H */

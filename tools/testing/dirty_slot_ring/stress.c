@@ -1,0 +1,856 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * Is any write lost, is any page reported twice?  virt/kvm/dirty_slot_ring.c
+ * itself, as a userspace program: vCPUs and others write to pages while
+ * consumers of every kind take pages out of the log and copy them.
+ *
+ * In each case, again and again: let all of them run, stop the writers, take
+ * what is left, then
+ *
+ *  - the copy is the memory: the last write to each page was followed by a report
+ *    of it, which its reader made use of after the call had returned;
+ *  - no more pages were reported than entered the log;
+ *  - no SPTE is writable (with PML: dirty), so that the next write is logged.
+ *
+ * And while they run
+ *
+ *  - no page is reported more often than it was marked;
+ *  - with one consumer, a write that was over before a harvest began is in that
+ *    harvest (of KVM_DIRTY_HARVEST_SYNC's kind, if hardware may hold it back).
+ */
+
+#include <getopt.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <time.h>
+
+#include "sim.h"
+
+#define MAX_CAPACITY	8192
+#define RECENT		32
+#define ROUND_MS	25
+
+struct test_case {
+	const char *name, *what;
+	struct sim_config vm;
+	unsigned int capacity;		/* of a harvest's array */
+	unsigned int harvesters;
+	bool strict;			/* the only consumer sees all there is */
+	bool sync;
+	bool mapped;			/* reads the mapping and calls RESET */
+	bool steal;			/* KVM_GET_DIRTY_LOG */
+	bool discard;
+	bool device;			/* writes without a vCPU, and MARK */
+	unsigned int kvm_writes;	/* of 64, made by KVM in the vCPU's thread... */
+	unsigned int irq_writes;	/* ...or in an interrupt there */
+	unsigned int sparse, words;	/* write to so many places, words of each */
+	bool wait;			/* harvest when poll() says so */
+	unsigned int inject;		/* chance, in 256, of a fault or signal */
+};
+
+static const struct test_case cases[] = {
+	{
+		.name = "overflow", .what = "2 vCPUs, tiny rings, small arrays",
+		.vm = { .npages = 8192, .nr_vcpus = 2, .entries = 32 },
+		.kvm_writes = 1, .irq_writes = 1,
+		.capacity = 37, .harvesters = 1, .strict = true,
+	}, {
+		.name = "rings", .what = "rings that hold all, harvested when poll() says so",
+		.vm = { .npages = 1400, .nr_vcpus = 1, .entries = 2048, .init_set = true },
+		.kvm_writes = 1,
+		.capacity = MAX_CAPACITY, .harvesters = 1, .strict = true, .wait = true,
+	}, {
+		.name = "in-flight", .what = "3 vCPUs write to the same few pages",
+		.vm = { .npages = 1024, .nr_vcpus = 3, .entries = 16 },
+		.kvm_writes = 56, .irq_writes = 1,
+		.capacity = 100, .harvesters = 1, .sparse = 4, .words = 4, .strict = true,
+	}, {
+		.name = "summary", .what = "a sparse overflow log of three levels",
+		.vm = { .npages = 1 << 19, .nr_vcpus = 2, .entries = 1 },
+		.kvm_writes = 60, .irq_writes = 1,
+		.capacity = 1000, .harvesters = 1, .strict = true, .sparse = 32, .words = 16,
+	}, {
+		.name = "fast-fault", .what = "the lockless fast page fault, with SYNC",
+		.vm = { .npages = 512, .nr_vcpus = 3, .entries = 64, .fast_fault = true },
+		.kvm_writes = 1, .irq_writes = 1,
+		.capacity = 100, .harvesters = 1, .strict = true, .sync = true,
+	}, {
+		.name = "pml", .what = "D bits and a PML buffer, with SYNC",
+		.vm = { .npages = 4096, .nr_vcpus = 2, .entries = 128, .pml = true },
+		.kvm_writes = 1, .irq_writes = 1,
+		.capacity = 1000, .harvesters = 1, .strict = true, .sync = true,
+	}, {
+		.name = "everybody",
+		.what = "2 harvesters, GET_DIRTY_LOG, DISCARD, MARK and writes without a vCPU",
+		.vm = { .npages = 2048, .nr_vcpus = 2, .entries = 16, .fast_fault = true },
+		.kvm_writes = 1, .irq_writes = 1,
+		.capacity = 64, .harvesters = 2, .steal = true, .discard = true, .device = true,
+	}, {
+		.name = "mapping", .what = "a reader of the mapping, RESET, exits for full rings",
+		.vm = { .npages = 4096, .nr_vcpus = 2, .entries = 64,
+			.flags = KVM_DIRTY_SLOT_RING_EXIT_ON_FULL },
+		.kvm_writes = 1, .irq_writes = 1,
+		.capacity = 64, .mapped = true, .steal = true, .device = true,
+	}, {
+		.name = "overrun", .what = "a reader of the mapping whose rings overflow",
+		.vm = { .npages = 4096, .nr_vcpus = 2, .entries = 16, .fast_fault = true },
+		.kvm_writes = 1, .irq_writes = 1,
+		.capacity = 512, .mapped = true, .discard = true, .sync = true,
+	}, {
+		.name = "faults", .what = "arrays that cannot be written, signals",
+		.vm = { .npages = 4096, .nr_vcpus = 2, .entries = 64 },
+		.kvm_writes = 1, .irq_writes = 1,
+		.capacity = 128, .harvesters = 2, .device = true, .discard = true, .inject = 24,
+	},
+};
+
+static const struct test_case *test;
+static int fd;
+static bool stop, stopped_logging;
+static pthread_barrier_t round_ends, round_begins;
+
+/* What consumers made of the reports, the last one of each page's writes. */
+static u64 *copy;
+static u32 *marks, *reports;
+static u64 harvested, stolen;
+
+static struct {
+	struct kvm_dirty_slot_ring_user *user;
+	struct kvm_dirty_slot_ring_kern *kern;
+	struct kvm_dirty_run *runs;
+} rings[SIM_MAX_VCPUS];
+
+/* The last writes of each vCPU, page (24 bits) and value, for the strict test. */
+static u64 recent[SIM_MAX_VCPUS][RECENT];
+
+static void __printf(1, 2) __noreturn fail(const char *fmt, ...)
+{
+	va_list args;
+
+	va_start(args, fmt);
+	flockfile(stdout);
+	printf("# FAIL %s: ", test ? test->name : "");
+	vprintf(fmt, args);
+	printf("\n");
+	va_end(args);
+	fflush(stdout);
+	_exit(1);
+}
+
+static void hung(int sig)
+{
+	static const char what[] = "# FAIL: it hangs\n";
+
+	(void)sig;
+	if (write(STDOUT_FILENO, what, sizeof(what) - 1) < 0)
+		_exit(3);
+	_exit(1);
+}
+
+static u32 random_u32(u64 *state)
+{
+	*state ^= *state << 13;
+	*state ^= *state >> 7;
+	*state ^= *state << 17;
+	return *state >> 32;
+}
+
+/* As the kernel's, and it counts. */
+void mark_page_dirty_in_slot(struct kvm *kvm, const struct kvm_memory_slot *memslot,
+			     struct kvm_vcpu *vcpu, gfn_t gfn)
+{
+	if (!memslot || !memslot->dirty_slot_log)
+		return;
+	__atomic_add_fetch(&marks[gfn], 1, __ATOMIC_RELAXED);
+	kvm_dirty_slot_log_mark(kvm, memslot, vcpu, gfn);
+}
+
+/*
+ * Writers.
+ */
+
+/* Random pages, many of them neighbours, some of them often. */
+static gfn_t next_page(u64 *rnd, gfn_t last)
+{
+	u32 r = random_u32(rnd), page = random_u32(rnd) % test->vm.npages;
+
+	if (test->sparse)
+		return r % test->sparse * (test->vm.npages / test->sparse) +
+		       r / test->sparse % test->words * BITS_PER_LONG;
+
+	switch (r % 4) {
+	case 0:
+		return page;
+	case 1:
+		return page % 64 * test->vm.npages / 64;
+	default:
+		return (last + 1 + (r / 4 % 16 == 0)) % test->vm.npages;
+	}
+}
+
+/* KVM writes to guest memory, not through the page table, then marks the page. */
+static u64 write_as_kvm(struct kvm_vcpu *vcpu, gfn_t gfn)
+{
+	struct kvm *kvm = sim_kvm;
+	int idx = srcu_read_lock(&kvm->srcu);
+	u64 val = __atomic_add_fetch(&sim_memory[gfn], 1, __ATOMIC_RELAXED);
+
+	mark_page_dirty_in_slot(kvm, kvm->memslots->slot[0], vcpu, gfn);
+	srcu_read_unlock(&kvm->srcu, idx);
+	return val;
+}
+
+static void end_of_round(void)
+{
+	pthread_barrier_wait(&round_ends);
+	pthread_barrier_wait(&round_begins);
+}
+
+static void *vcpu_thread(void *arg)
+{
+	struct kvm_vcpu *vcpu = arg;
+	u64 rnd = 0x9e3779b97f4a7c15ULL * (vcpu->vcpu_idx + 1), val;
+	unsigned int n = 0;
+	gfn_t gfn = 0;
+	u32 how;
+
+	while (!READ_ONCE(stopped_logging)) {
+		if (READ_ONCE(stop)) {
+			sim_exit(vcpu);
+			end_of_round();
+			continue;
+		}
+		gfn = next_page(&rnd, gfn);
+		how = random_u32(&rnd) % 64;
+		if (how < test->kvm_writes) {
+			sim_exit(vcpu);
+			val = write_as_kvm(vcpu, gfn);
+		} else if (how < test->kvm_writes + test->irq_writes) {
+			/* An interrupt's; the CPU has this vCPU loaded. */
+			sim_exit(vcpu);
+			shim_in_task = false;
+			val = write_as_kvm(vcpu, gfn);
+			shim_in_task = true;
+		} else {
+			val = sim_write(vcpu, gfn);
+			if (!val) {
+				usleep(20);
+				continue;
+			}
+		}
+		/* The write was over: pairs with strict_harvest(). */
+		smp_store_release(&recent[vcpu->vcpu_idx][n++ % RECENT], gfn | val << 24);
+	}
+	return NULL;
+}
+
+static void mark_by_ioctl(gfn_t gfn, u32 n)
+{
+	struct kvm_dirty_run run = { .offset = gfn, .npages = n };
+	struct kvm_dirty_slot_runs args = { .runs = (uintptr_t)&run, .nr_runs = 1 };
+	u32 i;
+	int r;
+
+	for (i = 0; i < n; i++)
+		__atomic_add_fetch(&sim_memory[gfn + i], 1, __ATOMIC_RELAXED);
+	do {
+		for (i = 0; i < n; i++)
+			__atomic_add_fetch(&marks[gfn + i], 1, __ATOMIC_RELAXED);
+		r = sim_ioctl(fd, KVM_DIRTY_SLOT_LOG_MARK, &args);
+	} while (r && test->inject && (r == -EINTR || r == -EFAULT));
+	if (r && r != -ENODEV)
+		fail("MARK: %s", strerror(-r));
+	if (args.nr_pages > n)
+		fail("MARK added %llu of %u pages", args.nr_pages, n);
+}
+
+static void *device_thread(void *arg)
+{
+	u64 rnd = 12345;
+	gfn_t gfn = 0;
+
+	(void)arg;
+	shim_inject = test->inject;
+	while (!READ_ONCE(stopped_logging)) {
+		if (READ_ONCE(stop)) {
+			end_of_round();
+			continue;
+		}
+		gfn = next_page(&rnd, gfn);
+		if (random_u32(&rnd) % 4)
+			write_as_kvm(NULL, gfn);
+		else
+			mark_by_ioctl(gfn, min_t(u32, 1 + random_u32(&rnd) % 100,
+						 test->vm.npages - gfn));
+		usleep(50);
+	}
+	return NULL;
+}
+
+/*
+ * Consumers.
+ */
+
+struct consumer {
+	unsigned int seed;
+	struct kvm_dirty_run *runs;
+	u32 *pages;
+};
+
+/* After the call that reported it: what is read now is the consumer's. */
+static void copy_page(gfn_t gfn)
+{
+	u64 val = __atomic_load_n(&sim_memory[gfn], __ATOMIC_RELAXED), old;
+
+	old = __atomic_load_n(&copy[gfn], __ATOMIC_RELAXED);
+	while (old < val && !__atomic_compare_exchange_n(&copy[gfn], &old, val, false,
+							 __ATOMIC_RELAXED, __ATOMIC_RELAXED))
+		;
+}
+
+static void take_page(gfn_t gfn)
+{
+	u32 n;
+
+	if (gfn >= test->vm.npages)
+		fail("page %llu reported, there are %lu", gfn, test->vm.npages);
+	n = __atomic_add_fetch(&reports[gfn], 1, __ATOMIC_RELAXED);
+	/* A mapping's reader also sees entries of pages that others took. */
+	if (!test->mapped && n > __atomic_load_n(&marks[gfn], __ATOMIC_RELAXED))
+		fail("page %llu reported %u times, more often than marked",
+		     gfn, n);
+	copy_page(gfn);
+}
+
+static void map_rings(void)
+{
+	struct kvm_dirty_slot_log_info info;
+	unsigned long page;
+	unsigned int i;
+
+	if (sim_ioctl(fd, KVM_DIRTY_SLOT_LOG_INFO, &info))
+		fail("INFO");
+	if (info.nr_rings != test->vm.nr_vcpus || info.entries != test->vm.entries)
+		fail("INFO tells of %u rings of %u entries", info.nr_rings, info.entries);
+	for (i = 0; i < info.nr_rings; i++) {
+		page = i * info.stride / PAGE_SIZE;
+		rings[i].user = sim_mmap(fd, page + KVM_DIRTY_SLOT_RING_USER_PAGE, true);
+		rings[i].kern = sim_mmap(fd, page + KVM_DIRTY_SLOT_RING_KERN_PAGE, false);
+		rings[i].runs = sim_mmap(fd, page + KVM_DIRTY_SLOT_RING_ENTRIES_PAGE, false);
+		if (!rings[i].user || !rings[i].kern || !rings[i].runs)
+			fail("cannot map ring %u", i);
+	}
+}
+
+/* What the mapping shows, whenever one looks.  None of the three goes back. */
+static void check_markers(unsigned int ring)
+{
+	u64 reset = __atomic_load_n(&rings[ring].kern->reset, __ATOMIC_ACQUIRE);
+	u64 consumer = __atomic_load_n(&rings[ring].user->consumer, __ATOMIC_ACQUIRE);
+	u64 producer = __atomic_load_n(&rings[ring].kern->producer, __ATOMIC_ACQUIRE);
+
+	if (reset > consumer || consumer > producer)
+		fail("ring %u shows reset %llu, consumer %llu, producer %llu",
+		     ring, reset, consumer, producer);
+}
+
+/* One call; returns 0, KVM_DIRTY_HARVEST_MORE or an error. */
+static int harvest_once(struct consumer *c, bool sync, u64 *nr_pages)
+{
+	struct kvm_dirty_slot_runs args = {
+		.runs = (uintptr_t)c->runs, .nr_runs = test->capacity,
+		.flags = sync ? KVM_DIRTY_HARVEST_SYNC : 0,
+	};
+	u64 n = 0;
+	u32 i, j;
+	int r;
+
+	r = sim_ioctl(fd, KVM_DIRTY_SLOT_LOG_HARVEST, &args);
+	for (i = 0; i < test->vm.nr_vcpus; i++)
+		check_markers(i);
+	if (r)
+		return r;
+	if (args.nr_runs > test->capacity)
+		fail("%u runs in an array of %u", args.nr_runs, test->capacity);
+	for (i = 0; i < args.nr_runs; i++) {
+		if (!c->runs[i].npages)
+			fail("an empty run");
+		n += c->runs[i].npages;
+		for (j = 0; j < c->runs[i].npages; j++)
+			take_page((gfn_t)c->runs[i].offset + j);
+	}
+	if (n != args.nr_pages)
+		fail("%llu pages in the runs, nr_pages %llu",
+		     n, args.nr_pages);
+	__atomic_add_fetch(&harvested, n, __ATOMIC_RELAXED);
+	*nr_pages += n;
+	return args.flags & KVM_DIRTY_HARVEST_MORE;
+}
+
+/* All there is; -ENODEV if the slot has stopped logging and all was harvested. */
+static int harvest_all(struct consumer *c, bool sync, u64 *nr_pages)
+{
+	int r;
+
+	*nr_pages = 0;
+	do {
+		r = harvest_once(c, sync, nr_pages);
+		if (r < 0 && r != -ENODEV &&
+		    !(shim_inject && (r == -EINTR || r == -EFAULT)))
+			fail("HARVEST: %s", strerror(-r));
+	} while (r && r != -ENODEV);
+	return r;
+}
+
+static void strict_harvest(struct consumer *c)
+{
+	u64 before[SIM_MAX_VCPUS][RECENT], nr_pages;
+	unsigned int i, n;
+	gfn_t gfn;
+
+	for (i = 0; i < test->vm.nr_vcpus; i++)
+		for (n = 0; n < RECENT; n++)
+			/* Pairs with vcpu_thread(). */
+			before[i][n] = smp_load_acquire(&recent[i][n]);
+	harvest_all(c, test->sync, &nr_pages);
+	for (i = 0; i < test->vm.nr_vcpus; i++) {
+		for (n = 0; n < RECENT; n++) {
+			gfn = before[i][n] & 0xffffff;
+			if (copy[gfn] < before[i][n] >> 24)
+				fail("page %llu: write %llu was over, but the harvest has %llu",
+				     gfn, (before[i][n] >> 24),
+				     copy[gfn]);
+		}
+	}
+}
+
+static void *harvest_thread(void *arg)
+{
+	struct consumer *c = arg;
+	u64 nr_pages;
+	int r;
+
+	shim_inject = test->inject;
+	while (!READ_ONCE(stopped_logging)) {
+		if (READ_ONCE(stop)) {
+			end_of_round();
+			continue;
+		}
+		if (test->wait) {
+			r = sim_poll(fd, 3);
+			if (r < 0)
+				fail("it became readable and woke nobody");
+			if (!r)
+				continue;
+		}
+		if (test->strict)
+			strict_harvest(c);
+		else
+			harvest_all(c, test->sync, &nr_pages);
+	}
+	return NULL;
+}
+
+/* Read all rings, say so, RESET, then copy; now and then HARVEST what overflowed. */
+static void read_mapping(struct consumer *c)
+{
+	struct kvm_dirty_slot_reset reset = { 0 };
+	struct kvm_dirty_run run;
+	u64 consumer, producer, nr_pages;
+	unsigned int i, n = 0, max = MAX_CAPACITY;
+	int r;
+
+	for (i = 0; i < test->vm.nr_vcpus; i++) {
+		check_markers(i);
+		consumer = __atomic_load_n(&rings[i].user->consumer, __ATOMIC_RELAXED);
+		producer = __atomic_load_n(&rings[i].kern->producer, __ATOMIC_ACQUIRE);
+		for (; consumer != producer; consumer++) {
+			run = rings[i].runs[consumer & (test->vm.entries - 1)];
+			if (!run.npages || n + run.npages > max)
+				break;
+			while (run.npages--)
+				c->pages[n++] = run.offset++;
+		}
+		__atomic_store_n(&rings[i].user->consumer, consumer, __ATOMIC_RELEASE);
+	}
+	r = sim_ioctl(fd, KVM_DIRTY_SLOT_LOG_RESET, &reset);
+	if (r)
+		fail("RESET: %s", strerror(-r));
+	for (i = 0; i < n; i++)
+		take_page(c->pages[i]);
+	if (reset.nr_pages > n)
+		fail("RESET re-protected %llu pages, %u were collected",
+		     reset.nr_pages, n);
+	if (reset.flags & KVM_DIRTY_RESET_OVERFLOW)
+		harvest_all(c, test->sync, &nr_pages);
+}
+
+static void *mapping_thread(void *arg)
+{
+	while (!READ_ONCE(stopped_logging)) {
+		if (READ_ONCE(stop))
+			end_of_round();
+		else
+			read_mapping(arg);
+	}
+	return NULL;
+}
+
+static void protect_word(struct kvm_memory_slot *memslot, unsigned long word, unsigned long mask)
+{
+	kvm_arch_mmu_enable_log_dirty_pt_masked(sim_kvm, memslot, word * BITS_PER_LONG, mask);
+}
+
+/* kvm_get_dirty_log_protect() */
+static void *steal_thread(void *arg)
+{
+	unsigned long words = BITS_TO_LONGS(test->vm.npages), i, mask, *map;
+	struct kvm *kvm = sim_kvm;
+	struct kvm_memory_slot *memslot;
+	unsigned int bit;
+
+	(void)arg;
+	map = calloc(words, sizeof(*map));
+	while (!READ_ONCE(stopped_logging)) {
+		if (READ_ONCE(stop)) {
+			end_of_round();
+			continue;
+		}
+		memset(map, 0, words * sizeof(*map));
+		mutex_lock(&kvm->slots_lock);
+		memslot = kvm->memslots->slot[0];
+		if (memslot) {
+			write_lock(&kvm->mmu_lock);
+			for (i = 0; i < words; i++) {
+				if (!READ_ONCE(memslot->dirty_bitmap[i]))
+					continue;
+				map[i] = xchg(&memslot->dirty_bitmap[i], 0);
+				if (map[i])
+					protect_word(memslot, i, map[i]);
+			}
+			write_unlock(&kvm->mmu_lock);
+			kvm_flush_remote_tlbs(kvm);
+		}
+		mutex_unlock(&kvm->slots_lock);
+		for (i = 0; i < words; i++) {
+			for (mask = map[i]; mask; mask &= mask - 1) {
+				bit = __ffs(mask);
+				take_page(i * BITS_PER_LONG + bit);
+				__atomic_add_fetch(&stolen, 1, __ATOMIC_RELAXED);
+			}
+		}
+		usleep(300);
+	}
+	free(map);
+	return NULL;
+}
+
+/* What was discarded is as good as any other content: take what is there. */
+static void *discard_thread(void *arg)
+{
+	struct kvm_dirty_run run;
+	struct kvm_dirty_slot_runs args;
+	u64 rnd = 54321;
+	u32 i;
+	int r;
+
+	(void)arg;
+	shim_inject = test->inject;
+	while (!READ_ONCE(stopped_logging)) {
+		if (READ_ONCE(stop)) {
+			end_of_round();
+			continue;
+		}
+		run.offset = random_u32(&rnd) % test->vm.npages;
+		run.npages = min_t(u32, 1 + random_u32(&rnd) % 300,
+				   test->vm.npages - run.offset);
+		args = (struct kvm_dirty_slot_runs){ .runs = (uintptr_t)&run, .nr_runs = 1 };
+		r = sim_ioctl(fd, KVM_DIRTY_SLOT_LOG_DISCARD, &args);
+		if (r && r != -ENODEV && !(test->inject && (r == -EINTR || r == -EFAULT)))
+			fail("DISCARD: %s", strerror(-r));
+		/* It may have got some way before it failed. */
+		for (i = 0; i < run.npages; i++)
+			copy_page(run.offset + i);
+		usleep(500);
+	}
+	return NULL;
+}
+
+/*
+ * Checks.
+ */
+
+static void compare(const char *when)
+{
+	unsigned long i;
+
+	for (i = 0; i < test->vm.npages; i++) {
+		if (copy[i] != sim_memory[i])
+			fail("%s: page %lu lost: memory %llu, copy %llu, marks %u, reports %u",
+			     when, i, sim_memory[i], copy[i], marks[i], reports[i]);
+	}
+}
+
+static void check_counts(void)
+{
+	struct kvm_vm_stat_generic *stat = &sim_kvm->stat.generic;
+	u64 in = atomic64_read(&stat->dirty_slot_log_marked_pages), out;
+	struct kvm_vcpu *vcpu;
+	unsigned long i;
+
+	if (test->vm.init_set)
+		in += test->vm.npages;
+	kvm_for_each_vcpu(i, vcpu, sim_kvm)
+		in += vcpu->stat.generic.dirty_slot_ring_pushed +
+		      vcpu->stat.generic.dirty_slot_ring_overflowed;
+	out = harvested + stolen + atomic64_read(&stat->dirty_slot_log_reset_pages) +
+	      atomic64_read(&stat->dirty_slot_log_discarded_pages);
+	/*
+	 * Not always as many: pages that could not be reported go back, and one
+	 * that was marked in between had joined once more.
+	 */
+	if (in < out)
+		fail("%llu pages went in, %llu came out: %llu harvested, %llu stolen", in,
+		     out, harvested, stolen);
+	if (harvested != (u64)atomic64_read(&stat->dirty_slot_log_harvested_pages))
+		fail("the statistics have another number of harvested pages");
+}
+
+/* All but the main thread wait. */
+static void check_round(struct consumer *c)
+{
+	u64 nr_pages;
+	unsigned long i;
+
+	harvest_all(c, true, &nr_pages);
+	compare("after a last harvest");
+	check_counts();
+	for (i = 0; i < test->vm.npages; i++) {
+		if (sim_kvm->spte[0][i] & sim_kvm->log_mask)
+			fail("page %lu is not in the log, and writes to it would not be", i);
+	}
+	harvest_all(c, true, &nr_pages);
+	if (nr_pages)
+		fail("the log was empty, and there are %llu pages", nr_pages);
+}
+
+/* Pages are dirty, a consumer is at work, and the slot goes away. */
+static void check_deletion(struct consumer *c)
+{
+	u64 rnd = 99, nr_pages;
+	gfn_t gfn = 0;
+	int i;
+
+	for (i = 0; i < 500; i++) {
+		gfn = next_page(&rnd, gfn);
+		write_as_kvm(i % 2 ? sim_kvm->vcpus[0] : NULL, gfn);
+	}
+	sim_delete_slot();
+	while (harvest_all(c, true, &nr_pages) != -ENODEV)
+		;
+	compare("after the slot was deleted");
+	if (sim_poll(fd, 0) != EPOLLHUP)
+		fail("poll() of an empty log whose slot is gone");
+}
+
+static void init_consumer(struct consumer *c)
+{
+	c->runs = calloc(MAX_CAPACITY, sizeof(*c->runs));
+	c->pages = calloc(MAX_CAPACITY, sizeof(*c->pages));
+}
+
+static void free_consumer(struct consumer *c)
+{
+	free(c->runs);
+	free(c->pages);
+}
+
+static void start(pthread_t *threads, unsigned int *n, void *(*fn)(void *), void *arg)
+{
+	if (pthread_create(&threads[(*n)++], NULL, fn, arg))
+		fail("no more threads");
+}
+
+static u64 now_ms(void)
+{
+	struct timespec t;
+
+	clock_gettime(CLOCK_MONOTONIC, &t);
+	return t.tv_sec * 1000ULL + t.tv_nsec / 1000000;
+}
+
+static void run_case(unsigned int ms)
+{
+	struct kvm_dirty_slot_log_fd arg = { 0 };
+	struct consumer own, consumers[2];
+	unsigned int i, nr = 0, rounds = 0, nr_threads;
+	unsigned long npages = test->vm.npages, k;
+	pthread_t threads[16];
+	u64 end;
+
+	stop = false;
+	stopped_logging = false;
+	harvested = 0;
+	stolen = 0;
+	memset(recent, 0, sizeof(recent));
+	copy = calloc(npages, sizeof(*copy));
+	marks = calloc(npages, sizeof(*marks));
+	reports = calloc(npages, sizeof(*reports));
+	init_consumer(&own);
+	for (i = 0; i < ARRAY_SIZE(consumers); i++)
+		init_consumer(&consumers[i]);
+
+	sim_create(&test->vm);
+	fd = kvm_vm_ioctl_get_dirty_slot_log_fd(sim_kvm, &arg);
+	if (fd < 0)
+		fail("no file descriptor: %s", strerror(-fd));
+	map_rings();
+	if (test->vm.init_set) {
+		/* As kvm_mmu_slot_apply_flags() leaves it to KVM. */
+		for (k = 0; k < npages; k++) {
+			set_bit(k, sim_kvm->memslots->slot[0]->dirty_bitmap);
+			marks[k]++;
+		}
+	}
+
+	nr_threads = test->vm.nr_vcpus + test->harvesters + test->mapped + test->steal +
+		     test->discard + test->device;
+	pthread_barrier_init(&round_ends, NULL, nr_threads + 1);
+	pthread_barrier_init(&round_begins, NULL, nr_threads + 1);
+	for (i = 0; i < test->vm.nr_vcpus; i++)
+		start(threads, &nr, vcpu_thread, sim_kvm->vcpus[i]);
+	for (i = 0; i < test->harvesters; i++)
+		start(threads, &nr, harvest_thread, &consumers[i]);
+	if (test->mapped)
+		start(threads, &nr, mapping_thread, &consumers[0]);
+	if (test->steal)
+		start(threads, &nr, steal_thread, NULL);
+	if (test->discard)
+		start(threads, &nr, discard_thread, NULL);
+	if (test->device)
+		start(threads, &nr, device_thread, NULL);
+
+	for (end = now_ms() + ms; !rounds || now_ms() < end; rounds++) {
+		usleep(ROUND_MS * 1000);
+		WRITE_ONCE(stop, true);
+		pthread_barrier_wait(&round_ends);
+		check_round(&own);
+		WRITE_ONCE(stop, false);
+		pthread_barrier_wait(&round_begins);
+	}
+	WRITE_ONCE(stop, true);
+	pthread_barrier_wait(&round_ends);
+	WRITE_ONCE(stopped_logging, true);
+	WRITE_ONCE(stop, false);
+	pthread_barrier_wait(&round_begins);
+	for (i = 0; i < nr; i++)
+		pthread_join(threads[i], NULL);
+	check_deletion(&own);
+
+	printf("# %s: %u rounds, pages: %llu harvested, %llu reset, %llu stolen\n", test->name,
+	       rounds, harvested,
+	       atomic64_read(&sim_kvm->stat.generic.dirty_slot_log_reset_pages),
+	       stolen);
+	if (!harvested)
+		fail("nothing was harvested");
+
+	sim_close(fd);
+	sim_destroy();
+	if (shim_allocated)
+		fail("%ld allocations were not freed", shim_allocated);
+	pthread_barrier_destroy(&round_ends);
+	pthread_barrier_destroy(&round_begins);
+	free_consumer(&own);
+	for (i = 0; i < ARRAY_SIZE(consumers); i++)
+		free_consumer(&consumers[i]);
+	free(copy);
+	free(marks);
+	free(reports);
+}
+
+static void usage(FILE *f)
+{
+	unsigned int i;
+
+	fprintf(f, "stress [-t MS] [CASE]...\n\n"
+		"Runs the cases (all by default) and prints TAP; the first failure ends it, with\n"
+		"exit status 1.\n\n"
+		"  -t MS  how long each case goes on (default: 500)\n\n");
+	for (i = 0; i < ARRAY_SIZE(cases); i++)
+		fprintf(f, "  %-12s %s\n", cases[i].name, cases[i].what);
+}
+
+static bool wanted(const char *name, int argc, char **argv)
+{
+	int i;
+
+	for (i = 0; i < argc; i++) {
+		if (!strcmp(argv[i], name))
+			return true;
+	}
+	return !argc;
+}
+
+static void check_names(int argc, char **argv)
+{
+	unsigned int i;
+
+	for (; argc; argc--, argv++) {
+		for (i = 0; i < ARRAY_SIZE(cases) && strcmp(*argv, cases[i].name); i++)
+			;
+		if (i == ARRAY_SIZE(cases)) {
+			fprintf(stderr, "stress: no such case: %s; see stress --help\n", *argv);
+			exit(2);
+		}
+	}
+}
+
+int main(int argc, char **argv)
+{
+	static const struct option options[] = {
+		{ "help", no_argument, NULL, 'h' },
+		{ "time", required_argument, NULL, 't' },
+		{ }
+	};
+	unsigned int i, n = 0, ms = 500;
+	struct test_case now;
+	char *end;
+	int c;
+
+	while ((c = getopt_long(argc, argv, "ht:", options, NULL)) != -1) {
+		switch (c) {
+		case 'h':
+			usage(stdout);
+			return 0;
+		case 't':
+			ms = strtoul(optarg, &end, 10);
+			if (*end || !ms || ms > 1000000) {
+				fprintf(stderr, "stress: -t wants milliseconds, not \"%s\"\n",
+					optarg);
+				return 2;
+			}
+			break;
+		default:
+			usage(stderr);
+			return 2;
+		}
+	}
+	argc -= optind;
+	argv += optind;
+	check_names(argc, argv);
+
+	signal(SIGALRM, hung);
+	setvbuf(stdout, NULL, _IOLBF, 0);
+	for (i = 0; i < ARRAY_SIZE(cases); i++) {
+		if (!wanted(cases[i].name, argc, argv))
+			continue;
+		now = cases[i];
+		now.vm.memory = true;
+		test = &now;
+		alarm(20 + ms / 100);
+		run_case(ms);
+		printf("ok %u %s: %s\n", ++n, test->name, test->what);
+	}
+	printf("1..%u\n", n);
+	return 0;
+}
