@@ -56,7 +56,7 @@ static const struct test_case cases[] = {
 		.capacity = 37, .harvesters = 1, .strict = true,
 	}, {
 		.name = "rings", .what = "rings that hold all, harvested when poll() says so",
-		.vm = { .npages = 1400, .nr_vcpus = 1, .entries = 2048, .init_set = true },
+		.vm = { .npages = 100, .nr_vcpus = 1, .entries = 128, .init_set = true },
 		.kvm_writes = 1,
 		.capacity = MAX_CAPACITY, .harvesters = 1, .strict = true, .wait = true,
 	}, {
