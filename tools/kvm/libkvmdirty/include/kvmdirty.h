@@ -144,9 +144,8 @@ struct kvmdirty_info {
  * @harvests: calls of kvmdirty_harvest() and kvmdirty_harvest_each()
  * @runs: runs that they handed out
  * @pages: pages in those
- * @returned_pages: pages that were taken from KVM, not handed out in the same
- *	call, and kept for a later one: the budget was used up, a callback
- *	refused them, or the log gives only everything at once
+ * @returned_pages: pages that a callback refused, or that did not fit the budget
+ *	any more, and were kept for a later call
  * @marked_pages: pages named to kvmdirty_mark()
  * @discarded_pages: pages named to kvmdirty_discard()
  * @ioctls: system calls made for this slot, without those for the whole VM
@@ -278,7 +277,7 @@ KVMDIRTY_API int kvmdirty_add_vcpu(struct kvmdirty *kd, int vcpu_fd);
  *
  * Return: 1 if it was such an exit and KVM_RUN can be called again; 0 if it was
  * another exit; -ENOENT if the vCPU was never added; -EINTR if a signal came
- * (call again); or what KVM says.
+ * (call again); -EOVERFLOW as of kvmdirty_harvest(); or what KVM says.
  */
 KVMDIRTY_API int kvmdirty_vcpu_full(struct kvmdirty *kd, int vcpu_fd, const struct kvm_run *run);
 
@@ -326,9 +325,9 @@ KVMDIRTY_API int kvmdirty_attach(int log_fd, struct kvmdirty_slot **slotp);
  * does that, or deletes the memslot, right *after* this call.  Afterwards
  * harvests hand out what is left and then say -ENODEV.
  *
- * With the bitmap, pages written while this call works may be lost, as KVM drops
- * them: let no vCPU run if that matters.  With the dirty ring the same holds
- * if @region is NULL.
+ * With the bitmap, pages written while this call works, or with NULL between it and
+ * what the VMM does next, may be lost, as KVM drops them: let no vCPU run if that
+ * matters.
  *
  * Return: 0, also if it was stopped before; -EOPNOTSUPP if the slot is attached
  * (the VMM decides when it stops); -EINTR: call again; or what KVM says, and then
@@ -347,8 +346,9 @@ KVMDIRTY_API int kvmdirty_stop(struct kvmdirty_slot *slot,
  *
  * For a tracked slot that was not stopped it does what kvmdirty_stop(slot, NULL)
  * does.  If pages are then left, it fails with -EBUSY, the slot stays, and they can
- * be harvested; with KVMDIRTY_UNTRACK_DROP they are forgotten.  For an attached
- * slot it frees what is here, and pages that nobody harvested stay in the kernel.
+ * be harvested; with KVMDIRTY_UNTRACK_DROP they are forgotten.  An attached slot is
+ * not stopped: pages that were not handed out are left to who harvests next, and
+ * -EBUSY only means that some could not be given back.
  *
  * Return: 0: it is freed; -EBUSY: pages are left, it is not; -EINVAL: unknown
  * flag; or an error of kvmdirty_stop(), and it is not freed.  With
@@ -386,6 +386,9 @@ KVMDIRTY_API int kvmdirty_untrack(struct kvmdirty_slot *slot, unsigned int flags
  *	before 5.14, SIGSEGV instead);
  * -EINTR: a signal came;
  * -ENODEV: logging has ended, and all that was left has been handed out;
+ * -EOVERFLOW: KVM overran a dirty ring and lost pages, which kernels without a
+ *	fault never do.  It stays so: copy all of the memory, and in a new VM use
+ *	another back end;
  * -EDEADLK: called from a callback of the same slot; or what KVM says.
  */
 KVMDIRTY_API int kvmdirty_harvest(struct kvmdirty_slot *slot, struct kvmdirty_run *runs,
@@ -435,7 +438,7 @@ KVMDIRTY_API int kvmdirty_harvest_each(struct kvmdirty_slot *slot, kvmdirty_run_
  *
  * For what the VMM writes into guest memory by itself (device emulation, DMA), which
  * KVM does not see.  Call it after writing.  The pages are in the next harvest.
- * It never waits for a harvest.
+ * It does not wait for a callback of kvmdirty_harvest_each().
  *
  * Return: 0; -EINVAL: a run is empty or goes beyond the memslot, and nothing was
  * marked; -ENODEV: logging has ended; -EFAULT (slot rings): @runs cannot be read.

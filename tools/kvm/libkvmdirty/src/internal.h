@@ -58,6 +58,7 @@ struct kvmdirty {
 	size_t nr_vcpus;
 	struct ring_page *held;		/* collected from rings, not re-armed yet */
 	size_t nr_held;
+	bool overrun;			/* KVM overwrote entries: pages are lost */
 	struct kvmdirty_slot *slots[NR_BUCKETS];
 	struct kvmdirty_vm_stats stats;
 };

@@ -95,6 +95,12 @@ static void collect_vcpu(struct kvmdirty *kd, struct vcpu *vcpu)
 		__atomic_store_n(&gfn->flags, KVM_DIRTY_GFN_F_RESET, __ATOMIC_RELEASE);
 		vcpu->next++;
 	}
+	/*
+	 * KVM keeps some entries in reserve and makes the vCPU exit before they
+	 * are used up.  One that did not may have gone round and overwritten some.
+	 */
+	if (i == kd->ring_entries)
+		kd->overrun = true;
 }
 
 /* Has the kernel taken back all that was collected?  It goes from old to new. */
@@ -174,7 +180,8 @@ static int collect(struct kvmdirty *kd)
 		return r;
 	for (i = 0; i < kd->nr_vcpus; i++)
 		collect_vcpu(kd, &kd->vcpus[i]);
-	return reset_held(kd);
+	r = reset_held(kd);
+	return r ? r : kd->overrun ? -EOVERFLOW : 0;
 }
 
 static int ring_full(struct kvmdirty *kd, const struct kvm_run *run)
