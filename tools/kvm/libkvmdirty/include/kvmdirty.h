@@ -65,13 +65,13 @@ enum kvmdirty_backend {
 	KVMDIRTY_AUTO = 0,
 	KVMDIRTY_SLOT_RING = 1,
 	KVMDIRTY_RING = 2,
-	KVMDIRTY_BITMAP = 3,
+	KVMDIRTY_BITMAP = 3
 };
 
 /* kvmdirty_options.flags: never choose a back end that makes vCPUs exit */
-#define KVMDIRTY_OPEN_NO_EXITS		(1U << 0)
+#define KVMDIRTY_OPEN_NO_EXITS		0x1U
 /* kvmdirty_options.flags: the bitmap without KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 */
-#define KVMDIRTY_OPEN_NO_MANUAL		(1U << 1)
+#define KVMDIRTY_OPEN_NO_MANUAL		0x2U
 
 /**
  * struct kvmdirty_options - how kvmdirty_open() is to set up logging
@@ -112,9 +112,9 @@ struct kvmdirty_result {
 };
 
 /* kvmdirty_info.flags: logging has ended; what is left can be harvested */
-#define KVMDIRTY_INFO_STOPPED		(1U << 0)
+#define KVMDIRTY_INFO_STOPPED		0x1U
 /* kvmdirty_info.flags: kvmdirty_attach() made it, not kvmdirty_track() */
-#define KVMDIRTY_INFO_ATTACHED		(1U << 1)
+#define KVMDIRTY_INFO_ATTACHED		0x2U
 
 /**
  * struct kvmdirty_info - what is known about a slot
@@ -337,7 +337,7 @@ KVMDIRTY_API int kvmdirty_stop(struct kvmdirty_slot *slot,
 			       struct kvm_userspace_memory_region *region);
 
 /* kvmdirty_untrack(): forget pages that are not harvested yet */
-#define KVMDIRTY_UNTRACK_DROP		(1U << 0)
+#define KVMDIRTY_UNTRACK_DROP		0x1U
 
 /**
  * kvmdirty_untrack() - free a slot
@@ -360,7 +360,7 @@ KVMDIRTY_API int kvmdirty_untrack(struct kvmdirty_slot *slot, unsigned int flags
  * Harvest flag: do not wait for what hardware of running vCPUs still holds.
  * Slot rings only; the others never wait.
  */
-#define KVMDIRTY_HARVEST_NOSYNC		(1U << 0)
+#define KVMDIRTY_HARVEST_NOSYNC		0x1U
 
 /**
  * kvmdirty_harvest() - take dirty pages into an array

@@ -30,6 +30,8 @@
 #include "kvmdirty.h"
 #include "pageset.h"
 
+#define ARRAY_SIZE(a)	(sizeof(a) / sizeof((a)[0]))
+
 #define NR_BUCKETS	64	/* of slots, by number: VMs have few that log */
 #define BATCH_RUNS	512
 

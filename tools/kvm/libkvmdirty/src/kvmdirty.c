@@ -23,8 +23,6 @@ static const struct backend *const backends[] = {
 	&backend_slot_ring, &backend_ring, &backend_bitmap,	/* the best first */
 };
 
-#define NR_BACKENDS	(sizeof(backends) / sizeof(backends[0]))
-
 /* --- Small things ----------------------------------------------------------- */
 
 int do_ioctl(int fd, unsigned long request, void *arg)
@@ -140,7 +138,7 @@ const char *kvmdirty_backend_name(unsigned int backend)
 {
 	size_t i;
 
-	for (i = 0; i < NR_BACKENDS; i++) {
+	for (i = 0; i < ARRAY_SIZE(backends); i++) {
 		if (backends[i]->id == backend)
 			return backends[i]->name;
 	}
@@ -191,7 +189,7 @@ static int open_backend(struct kvmdirty *kd, const struct kvmdirty_options *opti
 	size_t i;
 	int r = -EOPNOTSUPP;
 
-	for (i = 0; i < NR_BACKENDS; i++) {
+	for (i = 0; i < ARRAY_SIZE(backends); i++) {
 		const struct backend *backend = backends[i];
 
 		if (options->backend != KVMDIRTY_AUTO && options->backend != backend->id)

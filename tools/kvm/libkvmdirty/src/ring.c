@@ -49,7 +49,7 @@ static int ring_open(struct kvmdirty *kd, const struct kvmdirty_options *options
 	if (r == -EINVAL && entries >= SURELY_ENOUGH)
 		r = -EBUSY;
 	if (r == -EBUSY)
-		*reason = "too late for the dirty ring: a vCPU exists already, or slot rings are enabled";
+		*reason = "too late for the dirty ring: a vCPU exists, or slot rings are enabled";
 	else if (r == -EINVAL)
 		*reason = "ring_entries is too small for the dirty ring, or a vCPU exists already";
 	else if (r)

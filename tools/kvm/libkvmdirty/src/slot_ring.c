@@ -3,6 +3,7 @@
  * Back end: dirty slot rings.  The kernel does it all; HARVEST stores straight
  * into the caller's array.  See Documentation/virt/kvm/dirty-slot-ring.rst.
  */
+#include <assert.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <stdio.h>
@@ -10,9 +11,9 @@
 #include <unistd.h>
 #include "internal.h"
 
-_Static_assert(sizeof(struct kvmdirty_run) == sizeof(struct kvm_dirty_run) &&
-	       offsetof(struct kvmdirty_run, npages) == offsetof(struct kvm_dirty_run, npages),
-	       "the kernel stores into the caller's array");
+static_assert(sizeof(struct kvmdirty_run) == sizeof(struct kvm_dirty_run) &&
+	      offsetof(struct kvmdirty_run, npages) == offsetof(struct kvm_dirty_run, npages),
+	      "the kernel stores into the caller's array");
 
 static int slot_ring_open(struct kvmdirty *kd, const struct kvmdirty_options *options,
 			  const char **reason)
@@ -34,7 +35,7 @@ static int slot_ring_open(struct kvmdirty *kd, const struct kvmdirty_options *op
 	if (r == -EBUSY && do_ioctl(kd->vm_fd, KVM_GET_DIRTY_SLOT_LOG_FD, &enabled) == -EINVAL)
 		return 0;
 	if (r == -EBUSY)
-		*reason = "too late for slot rings: a memslot logs already, or the dirty ring is enabled";
+		*reason = "too late for slot rings: a memslot logs, or the dirty ring is enabled";
 	else if (r)
 		*reason = "KVM refused to enable slot rings";
 	return r;

@@ -9,6 +9,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
@@ -37,6 +38,18 @@ struct ktap {
 	int nr, failed;
 };
 
+/* Shared by a case and its parent: why it was skipped. */
+static char *ktap_why;
+
+#define KTAP_WHY_SIZE	200
+
+static inline void ktap_skip(const char *why)
+{
+	snprintf(ktap_why, KTAP_WHY_SIZE, "%s", why);
+	fflush(stdout);
+	_exit(KTAP_SKIP);
+}
+
 static inline void ktap_verdict(struct ktap *ktap, int status, const char *name, const char *why)
 {
 	ktap->nr++;
@@ -58,6 +71,9 @@ static inline void ktap_run(struct ktap *ktap, const char *name, void (*fn)(cons
 	int status;
 	pid_t pid;
 
+	if (!ktap_why)
+		ktap_why = mmap(NULL, KTAP_WHY_SIZE, PROT_READ | PROT_WRITE,
+				MAP_SHARED | MAP_ANONYMOUS, -1, 0);
 	printf("# RUN %s\n", name);
 	fflush(stdout);
 	clock_gettime(CLOCK_MONOTONIC, &t0);
@@ -78,7 +94,7 @@ static inline void ktap_run(struct ktap *ktap, const char *name, void (*fn)(cons
 	clock_gettime(CLOCK_MONOTONIC, &t1);
 	printf("# took %ld ms\n", (t1.tv_sec - t0.tv_sec) * 1000L +
 	       (t1.tv_nsec - t0.tv_nsec) / 1000000L);
-	ktap_verdict(ktap, WEXITSTATUS(status), name, "see the line above");
+	ktap_verdict(ktap, WEXITSTATUS(status), name, ktap_why);
 }
 
 #endif
