@@ -16,7 +16,7 @@
  * How many dirty pages are enough for one KVM_CLEAR_DIRTY_LOG: it holds KVM's
  * slots_lock, and what it re-arms has to wait here if the caller wants less.
  */
-#define ARM_PAGES	1024
+#define ARM_PAGES	512
 
 static int bitmap_open(struct kvmdirty *kd, const struct kvmdirty_options *options,
 		       const char **reason)

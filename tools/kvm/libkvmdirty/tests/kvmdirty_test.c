@@ -225,8 +225,8 @@ static struct env *setup(const void *mode)
 	return setup_entries(mode, MANY_ENTRIES);
 }
 
-/* Few: with the dirty ring, vCPUs exit. */
-#define FEW_ENTRIES	1024
+/* Few: with the dirty ring, vCPUs exit.  VMX keeps more of them in reserve. */
+#define FEW_ENTRIES	(access("/sys/module/kvm_intel", F_OK) ? 256 : 1024)
 
 /*
  * Where there is no hardware virtualization, KVM may run code such as ours in an
@@ -303,9 +303,9 @@ static void test_array_of_one(const void *mode)
 	struct kvmdirty_run run;
 	struct seen seen;
 
-	write_pages(env, SLOT_MAIN, 1, 200, 10);
+	write_pages(env, SLOT_MAIN, 1, 100, 10);
 	seen = harvest_n(env->main, 1);
-	expect(&seen, 1, 200, 10);
+	expect(&seen, 1, 100, 10);
 
 	/* What is written between two calls is in a later one, before a 0. */
 	write_pages(env, SLOT_MAIN, 100, 2, 100);
@@ -370,9 +370,9 @@ static void test_budget(const void *mode)
 
 	/* No limit. */
 	memset(&taker, 0, sizeof(taker));
-	write_pages(env, SLOT_MAIN, 5, 600, 3);
+	write_pages(env, SLOT_MAIN, 5, 300, 3);
 	CHECK_EQ(kvmdirty_harvest_each(env->main, take, &taker, 0, 0, &result), 0);
-	expect(&taker.seen, 5, 600, 3);
+	expect(&taker.seen, 5, 300, 3);
 	CHECK_EQ(kvmdirty_harvest_each(env->main, NULL, NULL, 0, 0, &result), -EINVAL);
 }
 
@@ -384,26 +384,26 @@ static void test_callback_refuses(const void *mode)
 	struct seen rest;
 	uint32_t i;
 
-	write_pages(env, SLOT_MAIN, 0, 200, 10);
+	write_pages(env, SLOT_MAIN, 0, 100, 10);
 	CHECK_EQ(kvmdirty_harvest_each(env->main, take, &taker, 0, 0, &result), -EIO);
 	CHECK_EQ(taker.seen.pages, 2);
 	CHECK_EQ(result.nr_pages, 2);
 	rest = harvest(env->main);
-	CHECK_EQ(rest.pages, 198);
-	for (i = 0; i < 200; i++)
+	CHECK_EQ(rest.pages, 98);
+	for (i = 0; i < 100; i++)
 		rest.page[i * 10] += taker.seen.page[i * 10];
 	rest.pages += 2;
-	expect(&rest, 0, 200, 10);
+	expect(&rest, 0, 100, 10);
 
 	/* One that says stop has taken its run. */
 	memset(&taker, 0, sizeof(taker));
 	taker.stop_at = 4;
-	write_pages(env, SLOT_MAIN, 0, 200, 10);
+	write_pages(env, SLOT_MAIN, 0, 100, 10);
 	CHECK_EQ(kvmdirty_harvest_each(env->main, take, &taker, 0, 0, &result), 1);
 	CHECK_EQ(result.nr_pages, 4);
 	taker.stop_at = 0;
 	CHECK_EQ(kvmdirty_harvest_each(env->main, take, &taker, 0, 0, &result), 0);
-	expect(&taker.seen, 0, 200, 10);
+	expect(&taker.seen, 0, 100, 10);
 }
 
 static int reenter(const struct kvmdirty_run *run, void *arg)
@@ -537,7 +537,7 @@ static void test_mark(const void *mode)
 static void test_discard(const void *mode)
 {
 	struct env *env = setup(mode);
-	struct kvmdirty_run runs[] = { { 30, 40 }, { 1000, 1000 } };
+	struct kvmdirty_run runs[] = { { 30, 40 }, { 500, 500 } };
 	struct kvmdirty_run bad[] = { { 0, 1 }, { MAIN_PAGES, 1 } };
 	struct kvmdirty_run mark = { 35, 2 };
 	struct kvmdirty_run last = { ODD_PAGES - 30, 30 };
@@ -547,17 +547,17 @@ static void test_discard(const void *mode)
 	uint32_t i, n;
 
 	write_pages(env, SLOT_MAIN, 0, 100, 1);
-	write_pages(env, SLOT_MAIN, 1500, 100, 1);
+	write_pages(env, SLOT_MAIN, 600, 100, 1);
 	CHECK_EQ(kvmdirty_mark(env->main, &mark, 1), 0);
 	CHECK_EQ(kvmdirty_discard(env->main, bad, 2), -EINVAL);
 	CHECK_EQ(kvmdirty_discard(env->main, runs, 2), 0);
 	/* Re-armed: written again, it is logged again. */
 	write_pages(env, SLOT_MAIN, 40, 1, 1);
-	write_pages(env, SLOT_MAIN, 1550, 1, 1);
+	write_pages(env, SLOT_MAIN, 650, 1, 1);
 	seen = harvest(env->main);
 	CHECK_EQ(seen.pages, 30 + 30 + 2);
 	CHECK(seen.page[29] == 1 && !seen.page[30] && !seen.page[35] && seen.page[40] == 1 &&
-	      !seen.page[69] && seen.page[70] == 1 && !seen.page[1500] && seen.page[1550] == 1,
+	      !seen.page[69] && seen.page[70] == 1 && !seen.page[600] && seen.page[650] == 1,
 	      "wrong pages");
 
 	/* In the middle of a harvest. */
@@ -573,15 +573,15 @@ static void test_discard(const void *mode)
 	write_pages(env, SLOT_MAIN, 0, MAIN_PAGES, 1);
 	CHECK_EQ(kvmdirty_harvest_each(env->main, take, &taker, 100, 0, NULL), 1);
 	seen = taker.seen;
-	one = (struct kvmdirty_run){ 1500, 300 };
+	one = (struct kvmdirty_run){ 700, 300 };
 	CHECK_EQ(kvmdirty_discard(env->main, &one, 1), 0);
 	CHECK_EQ(harvest_some(env->main, &seen, 512), 0);
 	n = 300;
-	for (i = 1500; i < 1800; i++)
+	for (i = 700; i < 1000; i++)
 		n -= taker.seen.page[i];	/* too late to discard */
 	CHECK_EQ(seen.pages, MAIN_PAGES - n);
-	CHECK(seen.page[1499] == 1 && seen.page[1500] == taker.seen.page[1500] &&
-	      seen.page[1799] == taker.seen.page[1799] && seen.page[1800] == 1, "wrong pages");
+	CHECK(seen.page[699] == 1 && seen.page[700] == taker.seen.page[700] &&
+	      seen.page[999] == taker.seen.page[999] && seen.page[1000] == 1, "wrong pages");
 
 	/* The end of a slot that is no multiple of 64. */
 	write_pages(env, SLOT_ODD, 0, ODD_PAGES, 1);
@@ -601,7 +601,7 @@ static void test_stop(const void *mode)
 	struct seen seen;
 
 	/* A harvest is half way when it stops. */
-	write_pages(env, SLOT_MAIN, 2, 300, 5);
+	write_pages(env, SLOT_MAIN, 2, 200, 5);
 	memset(&seen, 0, sizeof(seen));
 	CHECK_EQ(kvmdirty_harvest(env->main, &run, 1, 0, NULL), 1);
 	see(&seen, &run);
@@ -614,7 +614,7 @@ static void test_stop(const void *mode)
 	CHECK_EQ(info.flags, KVMDIRTY_INFO_STOPPED);
 	CHECK_EQ(kvmdirty_untrack(env->main, 0), -EBUSY);
 	CHECK_EQ(harvest_some(env->main, &seen, 7), 0);
-	expect(&seen, 2, 300, 5);
+	expect(&seen, 2, 200, 5);
 	CHECK_EQ(harvest_some(env->main, &seen, 7), -ENODEV);
 	run = (struct kvmdirty_run){ 0, 1 };
 	CHECK_EQ(kvmdirty_mark(env->main, &run, 1), -ENODEV);
@@ -1019,7 +1019,7 @@ static void test_failing_ioctls(const void *mode)
 		if (env->mode->flags && faults[i].request == KVM_CLEAR_DIRTY_LOG)
 			continue;
 		for (skip = 0; skip < 4; skip++) {
-			write_pages(env, SLOT_MAIN, 3, 400, 5);
+			write_pages(env, SLOT_MAIN, 3, 200, 5);
 			memset(&seen, 0, sizeof(seen));
 			fail_ioctl(faults[i].request, skip, faults[i].nr, faults[i].error);
 			r = harvest_some(env->main, &seen, 100);
@@ -1027,7 +1027,7 @@ static void test_failing_ioctls(const void *mode)
 			CHECK(skip || r, "no fault");
 			fail_ioctl(0, 0, 0, 0);
 			CHECK_EQ(harvest_some(env->main, &seen, 100), 0);
-			expect(&seen, 3, 400, 5);
+			expect(&seen, 3, 200, 5);
 		}
 	}
 }
@@ -1144,7 +1144,7 @@ static int receive_fd(int sock)
 /* The other process: for each byte, harvest and answer with what was seen. */
 static void attached(int sock)
 {
-	struct kvmdirty_run run = { 2000, 1 };
+	struct kvmdirty_run run = { 900, 1 };
 	struct kvmdirty_slot *slot;
 	struct kvmdirty_info info;
 	struct seen seen;
@@ -1220,7 +1220,7 @@ static void test_attach(const void *mode)
 	write_pages(env, SLOT_MAIN, 7, 1, 1);
 	seen = ask(sock[0], 'm');
 	CHECK_EQ(seen.pages, 2);
-	CHECK(seen.page[7] == 1 && seen.page[2000] == 1, "wrong pages");
+	CHECK(seen.page[7] == 1 && seen.page[900] == 1, "wrong pages");
 
 	/* What it refused and then left comes to us. */
 	write_pages(env, SLOT_MAIN, 7, 30, 9);

@@ -22,7 +22,7 @@
 #define MAX_VCPUS	4
 #define CODE_GPA	0x10000UL
 #define MAIN_GPA	0x1000000UL
-#define MAIN_PAGES	2048U		/* guest_random relies on both */
+#define MAIN_PAGES	1024U		/* guest_random relies on both */
 #define ODD_GPA		0x4000000UL
 #define ODD_PAGES	100U		/* no multiple of 64 */
 
@@ -45,7 +45,7 @@ asm(".pushsection .rodata\n"
 	"1:	imul	$1664525, %eax, %eax\n"
 	"	add	$1013904223, %eax\n"
 	"	mov	%eax, %ebx\n"
-	"	shr	$21, %ebx\n"
+	"	shr	$22, %ebx\n"
 	"	shl	$12, %ebx\n"
 	"	incl	(%ebx, %edi)\n"
 	"	dec	%ecx\n"
