@@ -25,7 +25,7 @@ static int connect_to(const char *path)
 
 	if (strlen(path) >= sizeof(addr.sun_path))
 		errx(2, "%s: too long for a socket", path);
-	strcpy(addr.sun_path, path);
+	memcpy(addr.sun_path, path, strlen(path) + 1);
 	sock = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
 	if (sock < 0)
 		err(1, "socket");

@@ -109,7 +109,7 @@ static int give_fd(const char *path, int fd)
 
 	if (strlen(path) >= sizeof(addr.sun_path))
 		errx(2, "%s: too long for a socket", path);
-	strcpy(addr.sun_path, path);
+	memcpy(addr.sun_path, path, strlen(path) + 1);
 	server = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
 	if (server < 0 || bind(server, (void *)&addr, sizeof(addr)) || listen(server, 1))
 		err(1, "%s", path);

@@ -1471,7 +1471,7 @@ static const struct {
 	{ "pageset", test_pageset },
 };
 
-static int usage(const char *me, int status)
+static int tell_usage(const char *me, int status)
 {
 	fprintf(status ? stderr : stdout, "usage: %s [--require] [PATTERN]\n", me);
 	return status;
@@ -1493,7 +1493,7 @@ int main(int argc, char **argv)
 		else if (argv[r][0] != '-')
 			pattern = argv[r];
 		else
-			return usage(argv[0], strcmp(argv[r], "--help") ? 2 : 0);
+			return tell_usage(argv[0], strcmp(argv[r], "--help") ? 2 : 0);
 	}
 	r = minivm_create(&vm);
 	if (r) {
