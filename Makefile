@@ -3,7 +3,7 @@
 # Everything here is a script under scripts/; this only names them.
 
 .DEFAULT_GOAL := help
-.PHONY: help deps kernel qemu test demo patch check clean
+.PHONY: help deps kernel qemu test demo patch check clean tools tools-install
 
 help:
 	@echo 'make demo     live-migrate a Linux guest with the bitmap, the dirty ring and slot rings'
@@ -12,6 +12,8 @@ help:
 	@echo 'make deps     install the Debian packages that are missing'
 	@echo 'make kernel   build the patched kernel'
 	@echo 'make qemu     build the patched QEMU'
+	@echo 'make tools    build the library and the tools under tools/kvm/ into out/tools/'
+	@echo 'make tools-install   install them: DESTDIR, PREFIX (/usr/local), LIBDIR'
 	@echo 'make patch    write the kernel series, for git am, to out/series/'
 	@echo 'make check    checkpatch, sparse, and that each commit of the series builds'
 	@echo 'make clean    remove what was built, here and in the cache'
@@ -29,6 +31,13 @@ kernel:
 qemu:
 	@scripts/deps qemu
 	@scripts/qemu
+
+tools:
+	@scripts/deps tools
+	@$(MAKE) --no-print-directory -C tools/kvm
+
+tools-install: tools
+	@$(MAKE) --no-print-directory -C tools/kvm install
 
 test:
 	@scripts/deps
