@@ -10,7 +10,7 @@ if (term eq 'png') { set terminal pngcairo size 1400,1000 font 'sans,13' }
 set style line 1 lc rgb '#0072b2' lw 2 pt 5 ps 0.8
 set style line 2 lc rgb '#d55e00' lw 2 pt 7 ps 0.8
 set style line 3 lc rgb '#009e73' lw 3 pt 9 ps 0.9
-set grid lc rgb '#dddddd'
+set grid xtics ytics back lc rgb '#c0c0c0' lw 0.7 dt 1
 set datafile missing '?'
 
 # --- density: four panels ---
@@ -37,7 +37,7 @@ if (int(system("grep -c '^[0-9]' density.dat")) > 0) {
 	set style line 1 lc rgb '#0072b2' lw 2 pt 5 ps 0.8
 	set style line 2 lc rgb '#d55e00' lw 2 pt 7 ps 0.8
 	set style line 3 lc rgb '#009e73' lw 3 pt 9 ps 0.9
-	set grid lc rgb '#dddddd'
+	set grid xtics ytics back lc rgb '#c0c0c0' lw 0.7 dt 1
 	set datafile missing '?'
 }
 
