@@ -1060,6 +1060,9 @@ static const struct phase {
 	{ "cost", get_cost },
 };
 
+static const char cost_heading[] =
+	"mode         dirty     guest   harvest reprotect      cost     enable     empty  full";
+
 static void report_cost(const struct run *r)
 {
 	struct spread s;
@@ -1068,9 +1071,9 @@ static void report_cost(const struct run *r)
 	printf("%-8s", r->mode->name);
 	for (i = 0; i < ARRAY_SIZE(phases); i++) {
 		s = spread_of(r, phases[i].get);
-		printf(" %10.1f", s.median);
+		printf(" %9.1f", s.median);
 	}
-	printf(" %12lu %12lu %10lu %6u\n", r->enable, r->populate, r->empty, r->full_exits);
+	printf(" %10lu %9lu %5u\n", r->enable, r->empty, r->full_exits);
 }
 
 static void json_cost(FILE *f, const struct run *r)
@@ -1176,9 +1179,7 @@ static const struct question {
 	void (*json)(FILE *f, const struct run *r);
 } questions[] = {
 	{
-		"cost",
-		"mode          dirty      guest    harvest  reprotect       cost"
-		"       enable     populate      empty   full",
+		"cost", cost_heading,
 		measure, report_cost, json_cost,
 	}, {
 		"stall",
@@ -1209,9 +1210,9 @@ static void report_json(FILE *f, const struct question *q, const struct run *r)
 
 static const char *my_name;
 
-static void usage(FILE *f)
+static void show_options(void)
 {
-	fprintf(f, "usage: %s [OPTION]...\n", my_name);
+	printf("usage: %s [OPTION]...\n", my_name);
 	fputs("\n"
 "Measures what it costs to find the pages that a guest wrote and to re-arm them,\n"
 "and checks that they are exactly the pages it wrote.\n"
@@ -1242,10 +1243,9 @@ static void usage(FILE *f)
 "  cost       harvest and reprotect, with the flush of TLBs\n"
 "and per VM:\n"
 "  enable     KVM_SET_USER_MEMORY_REGION, to log\n"
-"  populate   the first touch of the pages, without log; for the first mode, the\n"
-"             host's too\n"
 "  empty      cost when nothing was written\n"
 "  full       exits for a full ring\n"
+"The lines of JSON also have populate, the first touch of the pages, without log.\n"
 "\n"
 "--stall has one vCPU write the N pages, which are harvested while a second one\n"
 "writes pages that it never touched before.  With one CPU, the second one's thread\n"
@@ -1257,7 +1257,7 @@ static void usage(FILE *f)
 "vmalloc and slab together.\n"
 "\n"
 "Exit status: 0, 1 if a page was lost, invented or reported twice, 2 usage, 4 if\n"
-"the kernel lacks a mode that was named, or all of them.\n", f);
+"the kernel lacks a mode that was named, or all of them.\n", stdout);
 }
 
 static void __noreturn __printf(1, 2) usage_error(const char *fmt, ...)
@@ -1415,7 +1415,7 @@ int main(int argc, char *argv[])
 			p.nr_slots = parse_number("--slots", optarg, 1, MAX_SLOTS);
 			break;
 		case 'h':
-			usage(stdout);
+			show_options();
 			return 0;
 		default:
 			fprintf(stderr, "try %s -h\n", my_name);
