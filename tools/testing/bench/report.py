@@ -111,8 +111,9 @@ def matrix(rep, res):
     if not points:
         return
     rep.heading("Instructions per dirty page, to find it and to re-arm it")
-    rep.text("One vCPU. The last column is the slot ring against the cheaper peer of the same "
-             "kernel.")
+    rep.text("One vCPU. The patched kernel re-protects single pages with less work, which helps "
+             "all three, so the peers are there on both kernels. The last column is the slot ring "
+             "against the cheaper peer of the same kernel.")
     rows = []
     for w in sorted(points, key=lambda w: (w[0], w[1])):
         here = [res.cost("matrix", w, m) for m in MODES]
