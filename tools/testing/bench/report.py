@@ -10,6 +10,7 @@ Reads DIR/results.jsonl; writes DIR/report.md, DIR/report.txt and DIR/*.dat.
 import json
 import os
 import sys
+import textwrap
 
 MODES = ("bitmap", "upstream", "slot")
 PEERS = MODES[:2]
@@ -49,7 +50,7 @@ class Report:
 
     def text(self, text):
         self.md += [text, ""]
-        self.txt += [text, ""]
+        self.txt += textwrap.wrap(text, 100) + [""]
 
     def table(self, head, rows):
         rows = [[str(cell) for cell in row] for row in rows]
@@ -212,7 +213,8 @@ def stall(rep, res):
     rep.text("Microseconds (1,000 instructions) from the random moment at which a vCPU's thread, "
              "of real-time priority and on the same CPU, is to wake up until it has written a page "
              "that takes mmu_lock. Held up: the longest, less the median without a harvest; that "
-             "is the longest stretch in which the harvest could not be preempted.")
+             "is the longest stretch in which the harvest could not be preempted. The longest alone "
+             "is the timer interrupt's.")
     rows = []
     for m in runs:
         alone, beside = m["ns"]["alone"], m["ns"]["harvest"]
