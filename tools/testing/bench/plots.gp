@@ -67,6 +67,8 @@ if (int(system("grep -c '^[0-9]' rings.dat")) > 0) {
 	set yrange [0:*]
 	set format x '%.0f'
 	set xtics rotate by -45
+	set key bottom right
+	set rmargin 5
 	array work = ['64 MiB, all in order', '1 GiB, 1,000 random', '1 GiB, 20,000 random']
 	do for [i = 0:2] {
 		set title work[i + 1]
