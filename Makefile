@@ -3,11 +3,12 @@
 # Everything here is a script under scripts/; this only names them.
 
 .DEFAULT_GOAL := help
-.PHONY: help deps kernel qemu test demo patch check clean tools tools-install
+.PHONY: help deps kernel qemu test demo bench patch check clean tools tools-install
 
 help:
 	@echo 'make demo     live-migrate a Linux guest with the bitmap, the dirty ring and slot rings'
 	@echo 'make test     everything that can be tested here, as CI does'
+	@echo 'make bench    what it costs beside the bitmap and the upstream ring: tables and plots'
 	@echo
 	@echo 'make deps     install the Debian packages that are missing'
 	@echo 'make kernel   build the patched kernel'
@@ -47,6 +48,9 @@ demo:
 	@scripts/deps kernel rig qemu
 	@scripts/kernel patched
 	@scripts/demo
+
+bench:
+	@scripts/bench
 
 patch:
 	@scripts/deps kernel
