@@ -110,7 +110,8 @@ struct kvm_dirty_slot_times {
 
 /* What a call took from the bitmap and has yet to copy out and re-protect. */
 struct kvm_dirty_slot_batch {
-	unsigned int nr_masks, nr_runs, max_runs;
+	int nr_masks, nr_runs, max_runs;
+	int plenty;		/* so many runs, and any word still fits */
 	u32 run_end;		/* the page after the last run */
 	bool flush;		/* something was protected, flush TLBs */
 	u64 nr_pages;
@@ -528,6 +529,7 @@ static void batch_reset(struct kvm_dirty_slot_batch *b, unsigned int max_runs)
 	b->nr_pages = 0;
 	b->run_end = U32_MAX;	/* more than any page */
 	b->max_runs = min_t(unsigned int, max_runs, BATCH_RUNS);
+	b->plenty = max_runs ? b->max_runs - BITS_PER_LONG / 2 : INT_MAX;
 }
 
 /* Turn pages into runs; returns those for which there was no room. */
@@ -567,7 +569,7 @@ static __always_inline unsigned long batch_emit(struct kvm_dirty_slot_batch *b,
 static unsigned long batch_fit(const struct kvm_dirty_slot_batch *b, u32 offset,
 			       unsigned long mask)
 {
-	unsigned int room = b->max_runs - b->nr_runs;
+	int room = b->max_runs - b->nr_runs;
 	unsigned long left = mask;
 
 	if (offset + __ffs(mask) == b->run_end)
@@ -596,8 +598,7 @@ static __always_inline bool batch_take(struct kvm_dirty_slot_log *log,
 	if (unlikely(b->nr_masks == BATCH_MASKS))
 		return false;
 
-	/* Not even the worst of words is sure to fit? */
-	if (b->max_runs && unlikely(b->max_runs - b->nr_runs < BITS_PER_LONG / 2)) {
+	if (unlikely(b->nr_runs > b->plenty)) {
 		if (b->max_runs == BATCH_RUNS)
 			return false;
 		taken = batch_fit(b, word * BITS_PER_LONG, seen);

@@ -140,7 +140,8 @@ def density(rep, res):
     rows = []
     for w in points:
         here = [res.cost("density", w, m) for m in MODES]
-        rows.append([f"{w[1] * 409600 / w[0]:.2g}%", f"{w[1]:,}", w[2].replace("-", " "),
+        density = w[1] * 409600 / w[0]
+        rows.append([f"{density:.0f}%" if density >= 99 else f"{density:.2g}%", f"{w[1]:,}", w[2].replace("-", " "),
                      str(w[3])] + [number(c) for c in here] +
                     [show_ratio(ratio(here[2], here[:2]))])
     rep.table(["density", "pages", "order", "vCPUs", *TITLES.values(), "slot ring / best peer"],
