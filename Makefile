@@ -3,7 +3,7 @@
 # Everything here is a script under scripts/; this only names them.
 
 .DEFAULT_GOAL := help
-.PHONY: help deps kernel qemu test demo bench patch check clean tools tools-install
+.PHONY: help deps kernel qemu test demo bench plots patch check clean tools tools-install
 
 help:
 	@echo 'make demo     live-migrate a Linux guest with the bitmap, the dirty ring and slot rings'
@@ -13,6 +13,7 @@ help:
 	@echo 'make deps     install the Debian packages that are missing'
 	@echo 'make kernel   build the patched kernel'
 	@echo 'make qemu     build the patched QEMU'
+	@echo 'make plots    pictures of dirty rate, ring fill and pauses, drawn by kvmdirtyplot'
 	@echo 'make tools    build the library and the tools under tools/kvm/ into out/tools/'
 	@echo 'make tools-install   install them: DESTDIR, PREFIX (/usr/local), LIBDIR'
 	@echo 'make patch    write the kernel series, for git am, to out/series/'
@@ -51,6 +52,9 @@ demo:
 
 bench:
 	@scripts/bench
+
+plots:
+	@scripts/plots
 
 patch:
 	@scripts/deps kernel
