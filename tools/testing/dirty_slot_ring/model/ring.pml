@@ -76,6 +76,12 @@ byte must;			/* pages that the call under way has to take */
 byte running = 4;
 bit final;
 
+#ifdef NO_RELEASE
+#define ST_A(l, value)		ST(l, value)
+#else
+#define ST_A(l, value)		ST_REL(l, value)	/* A */
+#endif
+
 /*
  * vCPUs
  */
@@ -108,12 +114,17 @@ inline ring_push()
 			ST(RUN(me, count), ENTRY(count, first, length));
 #ifdef NO_OPEN_RUN
 			count++;
-			ST_REL(PRODUCER(me), count);	/* A */
-			ST_REL(COUNT(me), count);	/* A */
+#ifdef COUNT_BEFORE_PRODUCER
+			ST_A(COUNT(me), count);
+			ST_A(PRODUCER(me), count);
 #else
-			ST_REL(PRODUCER(me), count);	/* A */
+			ST_A(PRODUCER(me), count);
+			ST_A(COUNT(me), count);
+#endif
+#else
+			ST_A(PRODUCER(me), count);
 			count++;
-			ST_REL(COUNT(me), count);	/* A */
+			ST_A(COUNT(me), count);
 			open = 1
 #endif
 		fi
@@ -472,7 +483,14 @@ proctype user1(byte me)
 {
 	USER_LOCALS;
 
+#ifdef TURNS
+	/* HARVEST writes consumer as well: it and readers take turns. */
+	LOCK(reader);
 	FIRST();
+	UNLOCK(reader);
+#else
+	FIRST();
+#endif
 	atomic { drain_me(); running-- }
 }
 

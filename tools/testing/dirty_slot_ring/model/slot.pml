@@ -10,6 +10,10 @@
  *	-ENODEV is final: after it nothing is logged
  */
 
+#ifndef ROUNDS
+#define ROUNDS	1		/* of each vCPU in the guest */
+#endif
+
 /* The memslot: vCPUs find it, or not. */
 bit reachable = 1;
 bit slot_freed;
@@ -97,7 +101,7 @@ proctype vcpu(bit me)
 	bit found, open;
 
 	do
-	:: n < 2 ->
+	:: n < ROUNDS ->
 		n++;
 		/* In the guest: a write, through PML. */
 		if
@@ -134,7 +138,7 @@ proctype vcpu(bit me)
 		open = 0;
 		found = 0;
 		reading[me] = 0
-	:: n == 2 && !open -> break
+	:: n == ROUNDS && !open -> break
 	od
 }
 
@@ -184,10 +188,8 @@ proctype user(byte me)
 			:: else
 			fi
 		}
-#ifndef NO_QUIESCE
 		!cpu[0].marking;
 		!cpu[1].marking;
-#endif
 		atomic {
 			TOUCH_LOG();
 			if
