@@ -245,19 +245,19 @@ inline snapshot()
 	r = 0;
 	do
 	:: r < 2 ->
-#ifdef LIMIT_BEFORE_CONSUMER
-		LD_ACQ(COUNT(r), limit[r]);
-		LD_ACQ(CONSUMER(r), cons[r]);
-#else
 		LD_ACQ(CONSUMER(r), cons[r]);		/* C */
 		LD_ACQ(COUNT(r), limit[r]);		/* A */
-#endif
 #ifndef NO_OPEN_RUN
 		ST(CLOSED(r), limit[r]);
 #ifdef PUBLISH_BY_STORE
 		LD(PRODUCER(r), tmp);
 		if
-		:: tmp + 1 == limit[r] -> ST_REL(PRODUCER(r), limit[r])
+		:: tmp + 1 == limit[r] ->
+			atomic {
+				/* Markers ordered: it never goes back. */
+				assert(mem[PRODUCER(r)] <= limit[r]);
+				ST_REL(PRODUCER(r), limit[r])
+			}
 		:: else
 		fi;
 		tmp = 0;
@@ -453,7 +453,13 @@ inline collect_and_reset()
 	must = 0;
 	snapshot();
 	take_rings();
-	d_step { told = told & ~taken; }
+#ifdef READERS_ONLY
+	atomic {
+		/* No lost page: RESET takes nothing that the reader did not see. */
+		assert((taken & ~told) == 0);
+		told = told & ~taken
+	}
+#endif
 	publish();
 	atomic {
 		rst[0] = cursor[0];
