@@ -3,7 +3,7 @@
 # Everything here is a script under scripts/; this only names them.
 
 .DEFAULT_GOAL := help
-.PHONY: help deps kernel qemu test demo patch check clean
+.PHONY: help deps kernel qemu test model demo patch check clean
 
 help:
 	@echo 'make demo     live-migrate a Linux guest with the bitmap, the dirty ring and slot rings'
@@ -12,6 +12,7 @@ help:
 	@echo 'make deps     install the Debian packages that are missing'
 	@echo 'make kernel   build the patched kernel'
 	@echo 'make qemu     build the patched QEMU'
+	@echo 'make model    check the models of the design exhaustively, the long form'
 	@echo 'make patch    write the kernel series, for git am, to out/series/'
 	@echo 'make check    checkpatch, sparse, and that each commit of the series builds'
 	@echo 'make clean    remove what was built, here and in the cache'
@@ -33,6 +34,10 @@ qemu:
 test:
 	@scripts/deps
 	@scripts/test
+
+model:
+	@scripts/deps model
+	@tools/testing/dirty_slot_ring/model/run --long
 
 demo:
 	@scripts/deps kernel rig qemu
