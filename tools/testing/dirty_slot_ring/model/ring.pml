@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
 /*
- * Model of rings, bitmap and summary: marks by two vCPUs, open runs, overflow, and
- * two threads of userspace that take pages out; see README.
+ * Model of rings, bitmap and summary: marks by two vCPUs, overflow, and two threads
+ * of userspace that take pages out.  With OPEN_RUN, the newest run of a ring may
+ * grow until it is closed, and harvests wait for marks in flight; see README.
  *
  * Properties
  *	no lost page	a bit that was set when HARVEST began is cleared by the time
@@ -26,7 +27,9 @@
 #ifndef SECOND
 #define SECOND		harvest
 #endif
-#define NR_PAGES	3	/* one word of the bitmap */
+#define NR_PAGES	3	/* two words of the bitmap: 0 and 1, 2 */
+#define WORD(page)	((page) / 2)
+#define WORDS(mask)	((((mask) & 3) -> 3 : 0) | ((mask) & 4))
 #define ENTRIES		2
 #ifndef DEPTH
 #define DEPTH		2
@@ -34,13 +37,25 @@
 
 /* The places in memory.  Of ring r: */
 #define RUN(r, i)	((r) * 9 + (i) % ENTRIES)
-#define COUNT(r)	((r) * 9 + 2)	/* entries, with the open one */
 #define PRODUCER(r)	((r) * 9 + 3)	/* kern->producer */
-#define RESET(r)	((r) * 9 + 4)	/* ring->reset */
+#if defined(OPEN_RUN) || defined(TWO_PRODUCERS)
+#define COUNT(r)	((r) * 9 + 2)	/* entries, with the open one */
+#else
+#define COUNT(r)	PRODUCER(r)
+#endif
 #define KRESET(r)	((r) * 9 + 5)	/* kern->reset */
+#ifdef TWO_RESETS
+#define RESET(r)	((r) * 9 + 4)	/* one that only the kernel looks at */
+#else
+#define RESET(r)	KRESET(r)
+#endif
 #define CONSUMER(r)	((r) * 9 + 6)	/* user->consumer */
 #define CLOSED(r)	((r) * 9 + 7)
-#define BUSY(r)		((r) * 9 + 8)	/* busy_seq */
+#ifdef OPEN_RUN
+#define BUSY(r)		((r) * 9 + 8)	/* odd while a mark is under way */
+#else
+#define MARKING(r)	((r) * 9 + 8)	/* the page that is being marked */
+#endif
 #define BITMAP		18
 #define SUMMARY		19
 #define NLOC		20
@@ -88,7 +103,7 @@ bit final;
 
 inline ring_push()
 {
-#ifndef NO_OPEN_RUN
+#ifdef OPEN_RUN
 	if
 	:: open ->
 #ifdef CLOSE_UNSEEN
@@ -107,28 +122,32 @@ inline ring_push()
 		LD_ACQ(RESET(me), reset);	/* B */
 		if
 		:: count - reset >= ENTRIES ->
-			FETCH_OR(SUMMARY, 1, tmp)
+			FETCH_OR(SUMMARY, 1 << WORD(page), tmp)
 		:: else ->
 			first = page;
 			length = 1;
 			ST(RUN(me, count), ENTRY(count, first, length));
-#ifdef NO_OPEN_RUN
-			count++;
-#ifdef COUNT_BEFORE_PRODUCER
-			ST_A(COUNT(me), count);
-			ST_A(PRODUCER(me), count);
-#else
-			ST_A(PRODUCER(me), count);
-			ST_A(COUNT(me), count);
-#endif
-#else
+#ifdef OPEN_RUN
 			ST_A(PRODUCER(me), count);
 			count++;
 			ST_A(COUNT(me), count);
 			open = 1
+#else
+			count++;
+#ifdef TWO_PRODUCERS
+#ifdef COUNT_FIRST
+			ST_A(COUNT(me), count);
+			ST_A(PRODUCER(me), count)
+#else
+			ST_A(PRODUCER(me), count);
+			ST_A(COUNT(me), count)
+#endif
+#else
+			ST_A(PRODUCER(me), count)
+#endif
 #endif
 		fi
-#ifndef NO_OPEN_RUN
+#ifdef OPEN_RUN
 	fi
 #endif
 }
@@ -147,7 +166,17 @@ proctype vcpu(byte me)
 			marks = marks / 10;
 			seq = (seq + 1) % 4
 		}
+#ifdef OPEN_RUN
 		ST(BUSY(me), seq);
+#else
+#ifndef MARKING_LATE
+#ifdef MARKING_PLAIN
+		ST(MARKING(me), page);
+#else
+		ST_REL(MARKING(me), page);			/* E */
+#endif
+#endif
+#endif
 		atomic {
 			FETCH_OR(BITMAP, 1 << page, tmp);	/* E */
 			tmp = (tmp >> page) & 1;
@@ -156,17 +185,22 @@ proctype vcpu(byte me)
 			:: else
 			fi
 		}
+#ifdef MARKING_LATE
+		ST_REL(MARKING(me), page);
+#endif
 		if
 		:: !tmp -> ring_push()
 		:: else
 		fi;
 		atomic {
+#ifdef OPEN_RUN
 			seq = (seq + 1) % 4;
 			ST_REL(BUSY(me), seq);	/* E */
+#endif
 			forget_old();
 			tmp = 0; closed = 0; reset = 0; page = 0
 		}
-#ifndef NO_OPEN_RUN
+#ifdef OPEN_RUN
 	:: open ->	/* leaves to userspace */
 		open = 0;
 		ST_REL(PRODUCER(me), count)
@@ -210,9 +244,12 @@ inline load_entry()
 	assert(E_INDEX(e) == at && E_LEN(e))		/* no overwrite */
 }
 
+/* For the marks in flight: wait, or else learn which pages they are of. */
 inline quiesce()
 {
-#ifndef NO_QUIESCE
+#if !defined(OPEN_RUN)
+	MB()						/* E */
+#elif !defined(NO_QUIESCE)
 #ifndef NO_QUIESCE_MB
 	MB();						/* E */
 #endif
@@ -237,7 +274,7 @@ inline quiesce()
 /* log_snapshot(), with the closing of open runs. */
 inline snapshot()
 {
-#ifndef NO_OPEN_RUN
+#ifdef OPEN_RUN
 	ST(CLOSED(0), NEVER);
 	ST(CLOSED(1), NEVER);
 #endif
@@ -245,9 +282,20 @@ inline snapshot()
 	r = 0;
 	do
 	:: r < 2 ->
+#ifdef PRODUCER_BEFORE_MARKING
+		LD_ACQ(PRODUCER(r), early);
+#endif
+#ifndef OPEN_RUN
+		LD_ACQ(MARKING(r), in_flight[r]);	/* E */
+#endif
 		LD_ACQ(CONSUMER(r), cons[r]);		/* C */
+#ifdef PRODUCER_BEFORE_MARKING
+		limit[r] = early;
+		early = 0;
+#else
 		LD_ACQ(COUNT(r), limit[r]);		/* A */
-#ifndef NO_OPEN_RUN
+#endif
+#ifdef OPEN_RUN
 		ST(CLOSED(r), limit[r]);
 #ifdef PUBLISH_BY_STORE
 		LD(PRODUCER(r), tmp);
@@ -292,13 +340,10 @@ inline publish()
 			:: cursor[r] > cons[r] -> ST(CONSUMER(r), cursor[r])
 			:: else
 			fi;
-#ifdef RESET_BEFORE_KRESET
-			ST_REL(RESET(r), cursor[r]);	/* B */
-			ST_REL(KRESET(r), cursor[r]);
-#else
-			ST_REL(KRESET(r), cursor[r]);
-			ST_REL(RESET(r), cursor[r]);	/* B */
+#ifdef TWO_RESETS
+			ST_REL(RESET(r), cursor[r]);
 #endif
+			ST_REL(KRESET(r), cursor[r]);	/* B */
 		:: else
 		fi;
 		r++
@@ -317,11 +362,19 @@ inline take_rings()
 		:: cursor[r] < (whole -> limit[r] : cons[r]) ->
 			at = cursor[r];
 			load_entry();
-			want = (whole -> ALL : E_MASK(e));
+			want = (whole -> WORDS(E_MASK(e)) : E_MASK(e));
 			take();
 			cursor[r]++
 		:: else -> break
 		od;
+#if !defined(OPEN_RUN) && !defined(IN_FLIGHT_IGNORED)
+		if
+		:: whole ->
+			want = WORDS(1 << in_flight[r]);	/* E */
+			take()
+		:: else
+		fi;
+#endif
 		r++
 	:: else -> break
 	od;
@@ -338,7 +391,7 @@ inline call_begin()
 }
 
 /* Locals of a thread of userspace: */
-#define USER_LOCALS	byte r, tmp, want, seen, taken, e, at, start[2], cons[2], limit[2], cursor[2]; \
+#define USER_LOCALS	byte r, tmp, want, seen, taken, e, at, start[2], cons[2], limit[2], cursor[2], in_flight[2], early; \
 			bit whole
 
 inline forget()
@@ -346,6 +399,7 @@ inline forget()
 	d_step {
 		taken = 0; seen = 0; tmp = 0; whole = 0; want = 0;
 		start[0] = 0; start[1] = 0;
+		in_flight[0] = 0; in_flight[1] = 0;
 		cons[0] = 0; cons[1] = 0;
 		limit[0] = 0; limit[1] = 0;
 		cursor[0] = 0; cursor[1] = 0
@@ -376,14 +430,21 @@ inline harvest()
 	taken = 0;	/* so far nothing that the caller is told of */
 	whole = 1;
 	take_rings();
-	LD(SUMMARY, tmp);
-	if
-	:: tmp ->
-		FETCH_ANDNOT(SUMMARY, 1, tmp);
-		want = ALL;
-		take()
-	:: else
-	fi;
+	r = 0;
+	do
+	:: r < 2 ->
+		LD(SUMMARY, tmp);
+		if
+		:: tmp & (1 << r) ->
+			FETCH_ANDNOT(SUMMARY, 1 << r, tmp);
+			want = (r -> 4 : 3);
+			take()
+		:: else
+		fi;
+		r++
+	:: else -> break
+	od;
+	r = 0;
 #ifdef FAULTS
 	if
 	:: skip			/* copied out */
@@ -393,7 +454,7 @@ inline harvest()
 			FETCH_OR(BITMAP, taken, tmp);
 			owed = owed | (taken & ~tmp)
 		}
-		FETCH_OR(SUMMARY, 1, tmp);
+		FETCH_OR(SUMMARY, ((taken & 3) -> 1 : 0) | (taken & 4) / 2, tmp);
 #else
 		owed = owed | taken;
 #endif
