@@ -18,6 +18,11 @@
 
 #define NR_PAGES	2	/* in one word of the bitmap */
 
+/* vCPU 0 writes page 0; vCPU 1 as well, and page 1. */
+#ifndef NR_WRITTEN
+#define NR_WRITTEN	2
+#endif
+
 /* Which faults a vCPU takes: without FAST_FAULTS slow ones, with it vCPU 1 fast ones. */
 #ifdef FAST_FAULTS
 #define FAST(v)		(v == 1)
@@ -39,7 +44,6 @@ typedef vcpu_state {
 	bit tlb_w[NR_PAGES];	/* a writable translation is cached */
 	bit pml[NR_PAGES];	/* in hardware's buffer */
 	bit hw;			/* hw_seq is odd */
-	bit hw_seq;		/* another of its bits, so that a wait can end */
 	bit marking		/* busy_seq is odd */
 }
 vcpu_state cpu[2];
@@ -86,12 +90,7 @@ inline hw_enter()
 inline hw_flushed()
 {
 #ifdef SYNC
-	atomic {
-		if
-		:: cpu[me].hw -> cpu[me].hw = 0; cpu[me].hw_seq = !cpu[me].hw_seq
-		:: else
-		fi
-	}
+	cpu[me].hw = 0
 #else
 	skip
 #endif
@@ -194,7 +193,7 @@ proctype vcpu(bit me)
 	:: true ->
 		if
 		:: page = 0
-		:: me -> page = 1
+		:: me && NR_WRITTEN == 2 -> page = 1
 		fi;
 		write()
 #ifdef PML
@@ -216,19 +215,12 @@ inline sync_hw()
 {
 #if defined(SYNC) && !defined(SYNC_NO_WAIT)
 	/* The kick is left out: a vCPU that is in the guest can always leave. */
-	if
-	:: cpu[0].hw ->
-		seq = cpu[0].hw_seq;
-		!cpu[0].hw || cpu[0].hw_seq != seq
-	:: else
-	fi;
-	if
-	:: cpu[1].hw ->
-		seq = cpu[1].hw_seq;
-		!cpu[1].hw || cpu[1].hw_seq != seq
-	:: else
-	fi;
-	seq = 0
+	/*
+	 * Nor the number's change: who waits goes on once it is even, and does not
+	 * care if it is odd again by then.
+	 */
+	!cpu[0].hw;
+	!cpu[1].hw
 #else
 	skip
 #endif
@@ -364,7 +356,7 @@ inline harvest()
 
 proctype user(bit me)
 {
-	bit took[NR_PAGES], seq;
+	bit took[NR_PAGES];
 
 	harvest();
 	running--
