@@ -3,7 +3,7 @@
 # Everything here is a script under scripts/; this only names them.
 
 .DEFAULT_GOAL := help
-.PHONY: help deps kernel qemu test demo bench plots patch check clean tools tools-install
+.PHONY: help deps kernel qemu test demo bench plots patch check clean tools tools-install model
 
 help:
 	@echo 'make demo     live-migrate a Linux guest with the bitmap, the dirty ring and slot rings'
@@ -16,6 +16,7 @@ help:
 	@echo 'make plots    pictures of dirty rate, ring fill and pauses, drawn by kvmdirtyplot'
 	@echo 'make tools    build the library and the tools under tools/kvm/ into out/tools/'
 	@echo 'make tools-install   install them: DESTDIR, PREFIX (/usr/local), LIBDIR'
+	@echo 'make model    check the models of the design exhaustively, the long form'
 	@echo 'make patch    write the kernel series, for git am, to out/series/'
 	@echo 'make check    checkpatch, sparse, and that each commit of the series builds'
 	@echo 'make clean    remove what was built, here and in the cache'
@@ -44,6 +45,10 @@ tools-install: tools
 test:
 	@scripts/deps
 	@scripts/test
+
+model:
+	@scripts/deps model
+	@tools/testing/dirty_slot_ring/model/run --long
 
 demo:
 	@scripts/deps kernel rig qemu
