@@ -40,6 +40,10 @@
 /* Where harvests go, protected by kvm_slots_lock() */
 static struct kvm_dirty_run dirty_runs[16384];
 
+/* Protected by the BQL */
+static unsigned int log_version;
+static bool logs_held;
+
 int kvm_dirty_slot_ring_init(KVMState *s)
 {
     int ret;
@@ -95,7 +99,7 @@ static void kvm_dirty_slot_set_dirty(KVMSlot *slot, uint32_t nr_runs)
  * kvm_dirty_slot_log_harvest - Move a slot's dirty log to QEMU's dirty bitmaps
  *
  * Returns false if there is no log, or it cannot be harvested; then the slot's
- * bitmap has the pages.
+ * bitmap has the pages.  A log that is left to another reader needs no care.
  */
 bool kvm_dirty_slot_log_harvest(KVMSlot *slot)
 {
@@ -107,6 +111,9 @@ bool kvm_dirty_slot_log_harvest(KVMSlot *slot)
 
     if (slot->dirty_log_fd < 0) {
         return false;
+    }
+    if (logs_held) {
+        return true;
     }
 
     do {
@@ -178,6 +185,7 @@ void kvm_dirty_slot_log_update(KVMState *s, KVMSlot *slot, bool logging)
         kvm_dirty_slot_log_harvest(slot);
         close(slot->dirty_log_fd);
         slot->dirty_log_fd = -1;
+        log_version++;
     }
 
     if (logging && slot->dirty_log_fd < 0 && s->kvm_dirty_slot_ring_size) {
@@ -188,5 +196,47 @@ void kvm_dirty_slot_log_update(KVMState *s, KVMSlot *slot, bool logging)
             return;
         }
         slot->dirty_log_fd = fd;
+        log_version++;
     }
+}
+
+bool kvm_dirty_slot_ring_enabled(void)
+{
+    return kvm_enabled() && kvm_state->kvm_dirty_slot_ring_size;
+}
+
+unsigned int kvm_dirty_slot_log_version(void)
+{
+    return log_version;
+}
+
+/* The BQL is enough: slots change with it held, besides their own lock */
+void kvm_dirty_slot_log_foreach(void (*fn)(const KVMDirtySlotLog *log,
+                                           void *opaque), void *opaque)
+{
+    KVMState *s = kvm_state;
+    unsigned int i, j;
+
+    for (i = 0; i < s->nr_as; i++) {
+        KVMMemoryListener *kml = s->as[i].ml;
+
+        for (j = 0; kml && j < kml->nr_slots_allocated; j++) {
+            KVMSlot *slot = &kml->slots[j];
+            KVMDirtySlotLog log = {
+                .fd = slot->dirty_log_fd,
+                .slot = slot->slot | (slot->as_id << 16),
+                .start = slot->ram_start_offset,
+                .size = slot->memory_size,
+            };
+
+            if (slot->memory_size && slot->dirty_log_fd >= 0) {
+                fn(&log, opaque);
+            }
+        }
+    }
+}
+
+void kvm_dirty_slot_log_hold(bool hold)
+{
+    logs_held = hold;
 }
