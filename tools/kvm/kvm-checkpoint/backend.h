@@ -1,0 +1,74 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/*
+ * What a kind of sink (tcp.c, store.c) has to provide to sink.c, which packs epochs into records.
+ */
+#ifndef KC_BACKEND_H
+#define KC_BACKEND_H
+
+#include <pthread.h>
+
+#include "stream.h"
+
+struct kc_sink;
+
+struct kc_sink_ops {
+	/* An epoch file or nothing; BEGIN is written after it. */
+	int (*begin)(struct kc_sink *s, struct kc_err *err);
+	int (*write)(struct kc_sink *s, const void *buf, size_t len, struct kc_err *err);
+	/* COMMIT was written. */
+	int (*commit)(struct kc_sink *s, struct kc_err *err);
+	/* ABORT was written if aborts_by_record. */
+	int (*abort)(struct kc_sink *s, struct kc_err *err);
+	/* Hand on what was written, take what came. */
+	int (*poll)(struct kc_sink *s, struct kc_err *err);
+	int (*digests)(struct kc_sink *s, uint32_t block, uint64_t first, uint32_t n, uint8_t *out,
+		       struct kc_err *err);
+	void (*end)(struct kc_sink *s, enum kc_end end);
+	void (*close)(struct kc_sink *s);
+	bool aborts_by_record;
+};
+
+struct kc_sink {
+	const struct kc_sink_ops *ops;
+	void *ctx;			/* of the backend */
+	int fd;
+	struct kc_sink_opts opts;
+	struct kc_guest guest;
+
+	/* Set by the backend when opened. */
+	uint64_t last_epoch;		/* complete at the receiver, and known to be */
+	bool has_ram;
+	unsigned int heartbeat_ms;	/* 0 for none */
+
+	/* The rest is sink.c's. */
+	struct kc_packer *packer;
+	bool broken, open, first;
+	uint64_t base;			/* last epoch committed, or held by the receiver at first */
+	struct kc_begin begin;
+	uint64_t records, epoch_pages;
+	XXH3_state_t *sum;
+	struct kc_zero zeros;		/* a run that may grow */
+	uint64_t wrote_us, data_us;	/* anything; anything but heartbeats */
+	/* The device state of the last epoch committed, and of the open one. */
+	uint8_t *state[2];
+	uint32_t state_len[2];
+	bool has_state;
+	uint64_t commit_us[64];		/* when an epoch was committed, by its number */
+
+	struct kc_sink_stats stats;
+	pthread_mutex_t lock;		/* for published */
+	struct kc_sink_stats published;
+};
+
+/* Set s->ops, s->ctx and what else the backend sets. */
+int kc_tcp_open(struct kc_sink *s, const char *hostport, struct kc_err *err);
+int kc_store_open(struct kc_sink *s, const char *path, struct kc_err *err);
+
+/* An acknowledgement came. */
+void kc_sink_acked(struct kc_sink *s, uint64_t nr);
+
+/* A record, counted and summed up if an epoch is open. */
+int kc_sink_emit(struct kc_sink *s, const uint8_t *rec, size_t len, const void *more,
+		 size_t more_len, struct kc_err *err);
+
+#endif

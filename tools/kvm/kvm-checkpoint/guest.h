@@ -1,0 +1,152 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/*
+ * The guest that is protected: its memory, mapped; which of its pages were written; its device
+ * state.
+ *
+ * A page is written by a vCPU, or by QEMU for a device.  What vCPUs write is found in KVM's logs of
+ * memory slots, harvested here through file descriptors that QEMU sent.  What else QEMU knows about
+ * comes from x-checkpoint-collect; with a kernel without slot rings that is everything.
+ *
+ * The order in which an epoch is taken is what makes it a point in time: stop the guest, save the
+ * state, let QEMU report its pages, harvest the logs, copy, resume.  (A first harvest and copy go
+ * on while QEMU saves the state, to make the pause shorter.)
+ */
+#ifndef KC_GUEST_H
+#define KC_GUEST_H
+
+#include <kvmdirty.h>
+
+#include "qmp.h"
+#include "sink.h"
+#include "status.h"
+
+/* Pages that were found dirty and not copied yet; never loses one but by dirty_forget() */
+struct dirty_word {
+	uint32_t block;
+	uint64_t word;
+};
+
+struct dirty {
+	uint64_t *bits[KC_MAX_BLOCKS];
+	struct dirty_word *words;	/* which are not 0, in the order they were found */
+	size_t nr_words, max_words;
+	uint64_t pages;
+};
+
+/* Pages copied aside */
+struct copied_page {
+	uint32_t block;
+	uint64_t page;
+	size_t at;			/* in data, in pages */
+};
+
+struct copy {
+	struct copied_page *pages;
+	uint8_t *data;
+	size_t nr, max;
+};
+
+struct guest_block {
+	const uint8_t *map;
+	int fd;
+	uint32_t qemu_nr;
+};
+
+struct guest_log {
+	struct kvmdirty_slot *slot;
+	int fd;				/* the slot's, to poll */
+	uint32_t block;
+	uint64_t page, npages;
+};
+
+struct guest {
+	struct qmp qmp;
+	struct kc_guest id;
+	struct kc_block block_ids[KC_MAX_BLOCKS];
+	struct guest_block blocks[KC_MAX_BLOCKS];
+	struct guest_log *logs;
+	unsigned int nr_logs;
+	char dirty_log[32];		/* "dirty-slot-ring", "dirty-ring" or "bitmap" */
+	uint64_t generation;
+	int sock, buffer;		/* shared with QEMU */
+	struct dirty dirty;
+};
+
+/* What guest_take() did */
+struct guest_epoch {
+	struct copy copy;
+	void *state;
+	size_t state_len, state_max;
+	uint64_t taken_us;		/* when the guest was stopped, or found stopped */
+	uint64_t us[KC_PAUSE_PARTS];
+	bool was_running, resumed;
+	char status[32];		/* QEMU's word for it */
+};
+
+/**
+ * guest_open() - connect to QEMU and start logging
+ * @g: filled in, to be closed by guest_close() in any case.
+ * @path: of the QMP socket.
+ * @external_disks: writable disks are taken care of.
+ * @err: why not.
+ *
+ * Return: 0 or a negative errno: what the user can do about it is in @err.
+ */
+int guest_open(struct guest *g, const char *path, bool external_disks, struct kc_err *err);
+
+/** guest_close() - end logging; QEMU resumes the guest if it was stopped for us */
+void guest_close(struct guest *g);
+
+/*
+ * A call below that fails with anything but -EAGAIN may have lost dirty pages, and may have left
+ * the guest stopped: guest_close() and QEMU resumes it; then guest_open(), and compare all pages.
+ */
+
+/**
+ * guest_harvest() - move what the logs hold to g->dirty
+ * @g: the guest, running or not.
+ * @err: why not.
+ *
+ * Without slot rings there is nothing to do.
+ *
+ * Return: 0 or a negative errno.
+ */
+int guest_harvest(struct guest *g, struct kc_err *err);
+
+/**
+ * guest_collect() - guest_harvest() and QEMU's pages
+ *
+ * Return: 0 or a negative errno.
+ */
+int guest_collect(struct guest *g, struct kc_err *err);
+
+/**
+ * guest_take() - take an epoch: stop, collect, save, copy, resume
+ * @g: the guest.
+ * @e: what was taken; zero it before the first time, its buffers are used again.  Pages are sorted.
+ * @err: why not.
+ *
+ * Return: 0; -EAGAIN if somebody resumed the guest meanwhile, and nothing is lost; other negative
+ * errno.
+ */
+int guest_take(struct guest *g, struct guest_epoch *e, struct kc_err *err);
+
+/**
+ * guest_copy_running() - copy dirty pages of the running guest aside
+ * @g: the guest.
+ * @e: where to.
+ * @max: at most so many pages; the others stay dirty.
+ * @err: why not.
+ *
+ * What is copied may be half written: such a page gets dirty again.
+ *
+ * Return: 0 or a negative errno.
+ */
+int guest_copy_running(struct guest *g, struct guest_epoch *e, uint64_t max, struct kc_err *err);
+
+/** guest_died() - waits a moment for QEMU's process to be gone, after -EPIPE */
+bool guest_died(struct guest *g);
+
+void dirty_forget(struct dirty *d);
+
+#endif

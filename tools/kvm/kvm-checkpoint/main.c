@@ -1,0 +1,460 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * kvm-checkpoint: the sub-commands that are no daemons, and how all of them are called.
+ */
+#include <errno.h>
+#include <getopt.h>
+#include <inttypes.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/resource.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+#include <json-c/json.h>
+
+#include "launch.h"
+#include "status.h"
+#include "store.h"
+
+#ifndef KC_PROGRAM_VERSION
+#define KC_PROGRAM_VERSION "1"
+#endif
+
+static int fail(const struct kc_err *err)
+{
+	kc_log(KC_LOG_ERROR, "%s", err->text);
+	return 1;
+}
+
+static int bad_usage(const char *command)
+{
+	fprintf(stderr, "try: kvm-checkpoint %s --help\n", command);
+	return 2;
+}
+
+static bool parse_epoch(const char *s, uint64_t *nr)
+{
+	char *end;
+
+	errno = 0;
+	*nr = strtoull(s, &end, 10);
+	return *s >= '1' && *s <= '9' && !*end && !errno;
+}
+
+/* --- list ----------------------------------------------------------------- */
+
+static const char *kind(const struct kc_store_file *f)
+{
+	if (f->damaged)
+		return "damaged";
+	if (f->flags == KC_EPOCH_FULL)
+		return "full";
+	return f->flags == KC_EPOCH_RESYNC ? "resync" : "increment";
+}
+
+static void list_json(const struct kc_store *st)
+{
+	struct json_object *o = json_object_new_object(), *files = json_object_new_array(), *f;
+	struct json_object *blocks = json_object_new_array();
+	uint64_t bytes;
+	char uuid[37];
+	size_t i;
+
+	if (st->has_guest) {
+		kc_uuid_text(st->guest.uuid, uuid);
+		json_object_object_add(o, "uuid", json_object_new_string(uuid));
+		json_object_object_add(o, "name", json_object_new_string(st->guest.name));
+	}
+	for (i = 0; i < st->guest.nr_blocks; i++) {
+		f = json_object_new_object();
+		json_object_object_add(f, "name", json_object_new_string(st->guest.blocks[i].name));
+		bytes = st->guest.blocks[i].npages * KC_PAGE_SIZE;
+		json_object_object_add(f, "bytes", json_object_new_uint64(bytes));
+		json_object_array_add(blocks, f);
+	}
+	json_object_object_add(o, "blocks", blocks);
+	for (i = 0; i < st->nr_files; i++) {
+		const struct kc_store_file *s = &st->files[i];
+
+		f = json_object_new_object();
+		json_object_object_add(f, "epoch", json_object_new_uint64(s->nr));
+		json_object_object_add(f, "kind", json_object_new_string(kind(s)));
+		json_object_object_add(f, "base", json_object_new_uint64(s->base));
+		json_object_object_add(f, "bytes", json_object_new_uint64(s->bytes));
+		json_object_object_add(f, "time", json_object_new_int64(s->mtime));
+		json_object_array_add(files, f);
+	}
+	json_object_object_add(o, "epochs", files);
+	printf("%s\n", json_object_to_json_string_ext(o, JSON_C_TO_STRING_PRETTY));
+	json_object_put(o);
+}
+
+static void list_text(const struct kc_store *st)
+{
+	char uuid[37], when[32];
+	struct tm tm;
+	time_t t;
+	size_t i;
+
+	if (st->has_guest) {
+		kc_uuid_text(st->guest.uuid, uuid);
+		printf("guest %s %s, %" PRIu64 " MiB\n", uuid, st->guest.name,
+		       kc_guest_pages(&st->guest) >> 8);
+	}
+	if (st->nr_files)
+		printf("%12s  %-9s  %12s  %12s  %s\n", "epoch", "kind", "base", "bytes", "time");
+	for (i = 0; i < st->nr_files; i++) {
+		t = st->files[i].mtime;
+		strftime(when, sizeof(when), "%Y-%m-%d %H:%M:%S", localtime_r(&t, &tm));
+		printf("%12" PRIu64 "  %-9s  %12" PRIu64 "  %12" PRIu64 "  %s\n", st->files[i].nr,
+		       kind(&st->files[i]), st->files[i].base, st->files[i].bytes, when);
+	}
+}
+
+int cmd_list(int argc, char **argv)
+{
+	static const struct option options[] = {
+		{ "json", 0, NULL, 'j' }, { "help", 0, NULL, 'h' }, { NULL, 0, NULL, 0 }
+	};
+	struct kc_store st;
+	struct kc_err err;
+	bool json = false;
+	int o;
+
+	while ((o = getopt_long(argc, argv, "h", options, NULL)) != -1) {
+		switch (o) {
+		case 'j':
+			json = true;
+			break;
+		case 'h':
+			printf("usage: kvm-checkpoint list [--json] DIR\n\nLists the epochs in a directory. It does not read all of them: see verify.\n");
+			return 0;
+		default:
+			return bad_usage("list");
+		}
+	}
+	if (argc - optind != 1)
+		return bad_usage("list");
+	if (kc_store_read(argv[optind], &st, &err))
+		return fail(&err);
+	if (json)
+		list_json(&st);
+	else
+		list_text(&st);
+	kc_store_free(&st);
+	return 0;
+}
+
+/* --- verify --------------------------------------------------------------- */
+
+/*
+ * Each file once: a chain that only goes on from one that was seen is not read again from its
+ * start.
+ */
+static int verify(const struct kc_store *st)
+{
+	struct kc_err err;
+	uint64_t last = 0;
+	size_t *chain, i, sound, bad = 0;
+	ssize_t n;
+	/* What the last verified chain held. */
+	bool *seen = calloc(st->nr_files + 1, sizeof(*seen));
+
+	if (!seen)
+		return 1;
+	for (i = st->nr_files; i-- > 0;) {
+		if (seen[i])
+			continue;
+		n = kc_store_chain(st, st->files[i].nr, &chain, &err);
+		sound = 0;
+		if (n < 0 || kc_store_replay(st, chain, n, NULL, NULL, &sound, &err)) {
+			kc_log(KC_LOG_ERROR, "epoch %" PRIu64 " is lost: %s", st->files[i].nr, err.text);
+			bad++;
+		}
+		for (; n > 0 && sound > 0; sound--) {
+			seen[chain[sound - 1]] = true;
+			if (st->files[chain[sound - 1]].nr > last)
+				last = st->files[chain[sound - 1]].nr;
+		}
+		if (n >= 0)
+			free(chain);
+	}
+	free(seen);
+	printf("%zu epochs, %zu of them lost; last sound epoch %" PRIu64 "\n", st->nr_files, bad, last);
+	return bad || !last;
+}
+
+int cmd_verify(int argc, char **argv)
+{
+	static const struct option options[] = {
+		{ "help", 0, NULL, 'h' }, { NULL, 0, NULL, 0 }
+	};
+	struct kc_store st;
+	struct kc_err err;
+	int o, rc;
+
+	while ((o = getopt_long(argc, argv, "h", options, NULL)) != -1) {
+		if (o != 'h')
+			return bad_usage("verify");
+		printf("usage: kvm-checkpoint verify DIR\n\nReads all epochs of a directory and checks each page and checksum.\n");
+		return 0;
+	}
+	if (argc - optind != 1)
+		return bad_usage("verify");
+	if (kc_store_read(argv[optind], &st, &err))
+		return fail(&err);
+	rc = verify(&st);
+	kc_store_free(&st);
+	return rc;
+}
+
+/* --- restore -------------------------------------------------------------- */
+
+static void restore_usage(FILE *f)
+{
+	fprintf(f,
+		"usage: kvm-checkpoint restore [OPTION]... DIR [-- QEMU [ARG]...]\n"
+		"\n"
+		"Writes the RAM and device state of an epoch to files, and starts QEMU on them if a\n"
+		"command is given.\n"
+		"\n"
+		"  --epoch N            which (default: the last sound one)\n"
+		"  --ram-dir DIR        where to; must not hold a checkpoint yet\n"
+		"                       (default /dev/shm/kvm-restore)\n"
+		"  --bare-exec          add nothing to QEMU's command: it loads {state} by itself\n"
+		"  --capability NAME    migration capability to set before the state is loaded\n"
+		"  --load-timeout TIME  for QEMU to have loaded the state (default 30s)\n"
+		"\n"
+		"In QEMU's command are replaced: {ramN} or {ram:NAME} by the path of a block of RAM,\n"
+		"{sizeN} by its size, {state} by that of the device state, {epoch} by its number.\n");
+}
+
+/* Start QEMU on what was restored and stay until it ends. */
+static int run_restored(struct kc_launch *l)
+{
+	struct kc_err err;
+	int qmp, status;
+	pid_t pid;
+
+	if (kc_launch(l, &pid, &qmp, &err))
+		return fail(&err);
+	if (qmp >= 0)
+		close(qmp);
+	kc_log(KC_LOG_INFO, "the guest runs from epoch %" PRIu64, l->epoch);
+	while (waitpid(pid, &status, 0) < 0 && errno == EINTR)
+		;
+	return WIFEXITED(status) && !WEXITSTATUS(status) ? 0 : 1;
+}
+
+int cmd_restore(int argc, char **argv)
+{
+	static const struct option options[] = {
+		{ "epoch", 1, NULL, 'e' },
+		{ "ram-dir", 1, NULL, 'r' },
+		{ "bare-exec", 0, NULL, 'b' },
+		{ "capability", 1, NULL, 'C' },
+		{ "load-timeout", 1, NULL, 'L' },
+		{ "help", 0, NULL, 'h' },
+		{ NULL, 0, NULL, 0 }
+	};
+	char *ram[KC_MAX_BLOCKS + 1] = { NULL }, *caps[8] = { NULL }, *state = NULL, *real;
+	struct kc_launch l = { .capabilities = caps, .ram = ram, .timeout_ms = 30000 };
+	const char *out = "/dev/shm/kvm-restore";
+	unsigned int nr_caps = 0;
+	struct kc_store st;
+	struct kc_err err;
+	uint64_t nr = 0;
+	uint32_t i;
+	int o, rc;
+
+	while ((o = getopt_long(argc, argv, "+h", options, NULL)) != -1) {
+		switch (o) {
+		case 'e':
+			if (parse_epoch(optarg, &nr))
+				break;
+			kc_log(KC_LOG_ERROR, "--epoch does not take %s", optarg);
+			return 2;
+		case 'r':
+			out = optarg;
+			break;
+		case 'b':
+			l.bare = true;
+			break;
+		case 'C':
+			if (nr_caps == 7)
+				return bad_usage("restore");
+			caps[nr_caps++] = optarg;
+			break;
+		case 'L':
+			if (!kc_parse_ms(optarg, &l.timeout_ms))
+				break;
+			kc_log(KC_LOG_ERROR, "--load-timeout does not take %s", optarg);
+			return 2;
+		case 'h':
+			restore_usage(stdout);
+			return 0;
+		default:
+			return bad_usage("restore");
+		}
+	}
+	if (optind >= argc)
+		return bad_usage("restore");
+	l.argv = argv + optind + 1;
+	if (l.argv[0] && !strcmp(l.argv[0], "--"))
+		l.argv++;
+	if (kc_launch_check(&l, &err)) {
+		fail(&err);
+		return 2;
+	}
+	if (kc_store_read(argv[optind], &st, &err))
+		return fail(&err);
+	rc = kc_store_restore(&st, nr, out, &nr, &err);
+	real = rc ? NULL : realpath(out, NULL);
+	if (!rc && !real)
+		rc = kc_fail(&err, errno, "cannot find %s: %s", out, strerror(errno));
+	for (i = 0; i < st.guest.nr_blocks && !rc; i++) {
+		if (asprintf(&ram[i], "%s/ram%u", real, i) < 0)
+			rc = kc_fail(&err, ENOMEM, "out of memory");
+	}
+	if (!rc && asprintf(&state, "%s/state", real) < 0)
+		rc = kc_fail(&err, ENOMEM, "out of memory");
+	if (rc) {
+		rc = fail(&err);
+	} else if (l.argv[0]) {
+		l.guest = &st.guest;
+		l.state = state;
+		l.epoch = nr;
+		rc = run_restored(&l);
+	} else {
+		printf("epoch %" PRIu64 "\n", nr);
+		for (i = 0; i < st.guest.nr_blocks; i++)
+			printf("ram %s %" PRIu64 " %s\n", st.guest.blocks[i].name,
+			       st.guest.blocks[i].npages * KC_PAGE_SIZE, ram[i]);
+		printf("state %s\n", state);
+	}
+	for (i = 0; i < KC_MAX_BLOCKS; i++)
+		free(ram[i]);
+	free(state);
+	free(real);
+	kc_store_free(&st);
+	return rc;
+}
+
+/* --- status --------------------------------------------------------------- */
+
+static void status_usage(FILE *f)
+{
+	fprintf(f,
+		"usage: kvm-checkpoint status [--json|--prometheus] SOCKET\n"
+		"       kvm-checkpoint status SOCKET COMMAND\n"
+		"\n"
+		"Asks a daemon at its --control socket for its status, or gives it a command: promote\n"
+		"(to a standby: fail over now) or what protect --help names.\n");
+}
+
+int cmd_status(int argc, char **argv)
+{
+	static const struct option options[] = {
+		{ "json", 0, NULL, 'j' }, { "prometheus", 0, NULL, 'p' }, { "help", 0, NULL, 'h' },
+		{ NULL, 0, NULL, 0 }
+	};
+	const char *line = "status";
+	struct kc_err err;
+	char *text;
+	int o;
+
+	while ((o = getopt_long(argc, argv, "h", options, NULL)) != -1) {
+		switch (o) {
+		case 'j':
+			line = "status json";
+			break;
+		case 'p':
+			line = "status prometheus";
+			break;
+		case 'h':
+			status_usage(stdout);
+			return 0;
+		default:
+			return bad_usage("status");
+		}
+	}
+	if (argc - optind == 2 && !strcmp(line, "status") && argv[optind + 1][0])
+		line = argv[optind + 1];
+	else if (argc - optind != 1)
+		return bad_usage("status");
+	if (kc_ctl_request(argv[optind], line, &text, &err))
+		return fail(&err);
+	fputs(text, stdout);
+	free(text);
+	return 0;
+}
+
+/* --- All of them ---------------------------------------------------------- */
+
+/* Where protect.c is not built in. */
+__attribute__((weak)) int cmd_protect(int argc, char **argv)
+{
+	(void)argc;
+	(void)argv;
+	kc_log(KC_LOG_ERROR, "this kvm-checkpoint was built without protect");
+	return 1;
+}
+
+static void usage(FILE *f)
+{
+	fprintf(f,
+		"usage: kvm-checkpoint COMMAND [OPTION]... [ARG]...\n"
+		"\n"
+		"Keeps a copy of a running QEMU/KVM guest up to date, elsewhere.\n"
+		"\n"
+		"  protect   take epochs of a guest and hand them to a standby or a directory\n"
+		"  standby   receive them, and go on with the guest when its primary is gone\n"
+		"  restore   get an epoch out of a directory, and start QEMU on it\n"
+		"  verify    check all epochs of a directory\n"
+		"  list      list them\n"
+		"  status    ask a daemon how it is, or give it a command\n"
+		"\n"
+		"Each has --help; the manual is kvm-checkpoint(8). --version tells the version.\n");
+}
+
+int main(int argc, char **argv)
+{
+	static const struct { const char *name; int (*run)(int argc, char **argv); } commands[] = {
+		{ "protect", cmd_protect }, { "standby", cmd_standby }, { "restore", cmd_restore },
+		{ "verify", cmd_verify }, { "list", cmd_list }, { "status", cmd_status },
+	};
+	struct rlimit rl;
+	size_t i;
+
+	if (argc < 2) {
+		usage(stderr);
+		return 2;
+	}
+	if (!strcmp(argv[1], "--help") || !strcmp(argv[1], "-h")) {
+		usage(stdout);
+		return 0;
+	}
+	if (!strcmp(argv[1], "--version")) {
+		printf("kvm-checkpoint %s, protocol %d\n", KC_PROGRAM_VERSION, KC_VERSION);
+		return 0;
+	}
+	signal(SIGPIPE, SIG_IGN);
+	kc_store_progress = isatty(STDERR_FILENO) && (!strcmp(argv[1], "verify") ||
+						      !strcmp(argv[1], "restore"));
+	/* A long chain of epochs is many files. */
+	if (!getrlimit(RLIMIT_NOFILE, &rl)) {
+		rl.rlim_cur = rl.rlim_max < 65536 ? rl.rlim_max : 65536;
+		setrlimit(RLIMIT_NOFILE, &rl);
+	}
+	for (i = 0; i < sizeof(commands) / sizeof(commands[0]); i++) {
+		if (!strcmp(argv[1], commands[i].name))
+			return commands[i].run(argc - 1, argv + 1);
+	}
+	kc_log(KC_LOG_ERROR, "there is no command %s", argv[1]);
+	fprintf(stderr, "try: kvm-checkpoint --help\n");
+	return 2;
+}

@@ -1,0 +1,277 @@
+// SPDX-License-Identifier: GPL-2.0-only
+#include <errno.h>
+#include <poll.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+#include "qmp.h"
+
+#define IDLE_MS		50
+#define MAX_LINE	(64u << 20)
+
+/* Waits for the socket; 0, -ETIMEDOUT */
+static int wait_for(struct qmp *q, short events, uint64_t until_us)
+{
+	for (;;) {
+		struct pollfd p = { .fd = q->fd, .events = events };
+		uint64_t now = kc_now_us();
+		int ms;
+
+		if (now >= until_us)
+			return -ETIMEDOUT;
+		ms = (until_us - now) / 1000 + 1;
+		if (q->idle && ms > IDLE_MS)
+			ms = IDLE_MS;
+		if (poll(&p, 1, ms) > 0)
+			return 0;
+		if (q->idle)
+			q->idle(q->idle_ctx);
+	}
+}
+
+static int qemu_gone(struct kc_err *err)
+{
+	return kc_fail(err, EPIPE, "QEMU is gone");
+}
+
+static void event(struct qmp *q, struct json_object *o)
+{
+	if (!strcmp(qmp_str(o, "event"), "SHUTDOWN"))
+		q->shutdown = true;
+}
+
+/*
+ * The next object, or NULL with *rc set: -EAGAIN if there is none yet and there is no time to wait.
+ */
+static struct json_object *next(struct qmp *q, uint64_t until_us, int *rc)
+{
+	struct json_object *o;
+	size_t done = 0;
+	char *end;
+	ssize_t n;
+
+	for (;;) {
+		end = q->len > done ? memchr(q->buf + done, '\n', q->len - done) : NULL;
+		if (end) {
+			json_tokener_reset(q->tok);
+			o = json_tokener_parse_ex(q->tok, q->buf, end - q->buf);
+			q->len -= end + 1 - q->buf;
+			memmove(q->buf, end + 1, q->len);
+			*rc = o ? 0 : -EPROTO;
+			return o;
+		}
+		done = q->len;
+		if (q->size - q->len < 4096) {
+			size_t size = q->size * 2 + 65536;
+			char *buf = size <= MAX_LINE ? realloc(q->buf, size) : NULL;
+
+			if (!buf) {
+				*rc = -EPROTO;
+				return NULL;
+			}
+			q->buf = buf;
+			q->size = size;
+		}
+		n = recv(q->fd, q->buf + q->len, q->size - q->len, MSG_DONTWAIT);
+		if (n > 0) {
+			q->len += n;
+		} else if (n < 0 && errno == EINTR) {
+			continue;
+		} else if (n < 0 && errno == EAGAIN) {
+			*rc = until_us ? wait_for(q, POLLIN, until_us) : -EAGAIN;
+			if (*rc)
+				return NULL;
+		} else {
+			*rc = -EPIPE;
+			return NULL;
+		}
+	}
+}
+
+static int explain(int rc, const char *command, struct kc_err *err)
+{
+	switch (rc) {
+	case -EPIPE:
+		return qemu_gone(err);
+	case -ETIMEDOUT:
+		return kc_fail(err, ETIMEDOUT, "QEMU does not answer to %s", command);
+	default:
+		return kc_fail(err, EPROTO, "what QEMU answers to %s is no QMP", command);
+	}
+}
+
+int qmp_send(struct qmp *q, const char *command, struct json_object *args, int fd,
+	     struct kc_err *err)
+{
+	struct json_object *o = json_object_new_object();
+	uint64_t until = kc_now_us() + q->timeout_ms * 1000ull;
+	union {
+		char buf[CMSG_SPACE(sizeof(int))];
+		struct cmsghdr align;
+	} control = { 0 };
+	size_t len, sent = 0;
+	const char *text;
+	int rc = 0;
+
+	json_object_object_add(o, "execute", json_object_new_string(command));
+	if (args)
+		json_object_object_add(o, "arguments", args);
+	text = json_object_to_json_string_length(o, JSON_C_TO_STRING_PLAIN, &len);
+
+	while (sent < len && !rc) {
+		struct iovec iov = { (char *)text + sent, len - sent };
+		struct msghdr msg = { .msg_iov = &iov, .msg_iovlen = 1 };
+		ssize_t n;
+
+		if (fd >= 0 && !sent) {
+			struct cmsghdr *c;
+
+			msg.msg_control = control.buf;
+			msg.msg_controllen = sizeof(control.buf);
+			c = CMSG_FIRSTHDR(&msg);
+			c->cmsg_level = SOL_SOCKET;
+			c->cmsg_type = SCM_RIGHTS;
+			c->cmsg_len = CMSG_LEN(sizeof(int));
+			memcpy(CMSG_DATA(c), &fd, sizeof(int));
+		}
+		n = sendmsg(q->fd, &msg, MSG_NOSIGNAL | MSG_DONTWAIT);
+		if (n >= 0)
+			sent += n;
+		else if (errno == EAGAIN)
+			rc = wait_for(q, POLLOUT, until);
+		else if (errno != EINTR)
+			rc = -EPIPE;
+	}
+	json_object_put(o);
+	return rc ? explain(rc, command, err) : 0;
+}
+
+int qmp_receive(struct qmp *q, const char *command, struct json_object **ret, struct kc_err *err)
+{
+	uint64_t until = kc_now_us() + q->timeout_ms * 1000ull;
+	struct json_object *o, *member;
+	int rc;
+
+	for (;;) {
+		o = next(q, until, &rc);
+		if (!o)
+			return explain(rc, command, err);
+		if (json_object_object_get_ex(o, "return", &member)) {
+			if (ret)
+				*ret = json_object_get(member);
+			json_object_put(o);
+			return 0;
+		}
+		if (json_object_object_get_ex(o, "error", &member)) {
+			rc = kc_fail(err, EREMOTEIO, "QEMU refuses %s: %s", command,
+				     qmp_str(member, "desc"));
+			json_object_put(o);
+			return rc;
+		}
+		event(q, o);
+		json_object_put(o);
+	}
+}
+
+int qmp_call(struct qmp *q, const char *command, struct json_object *args,
+	     struct json_object **ret, struct kc_err *err)
+{
+	int rc = qmp_send(q, command, args, -1, err);
+
+	return rc ? rc : qmp_receive(q, command, ret, err);
+}
+
+int qmp_poll(struct qmp *q, struct kc_err *err)
+{
+	struct json_object *o;
+	int rc;
+
+	while ((o = next(q, 0, &rc))) {
+		event(q, o);
+		json_object_put(o);
+	}
+	return rc == -EAGAIN ? 0 : explain(rc, "nothing", err);
+}
+
+int qmp_open(struct qmp *q, const char *path, unsigned int timeout_ms, struct kc_err *err)
+{
+	struct sockaddr_un sun = { .sun_family = AF_UNIX };
+	struct json_object *o = NULL;
+	int rc;
+
+	memset(q, 0, sizeof(*q));
+	q->timeout_ms = timeout_ms;
+	if (!strncmp(path, "unix:", 5))
+		path += 5;
+	if (strlen(path) >= sizeof(sun.sun_path))
+		return kc_fail(err, EINVAL, "%s: too long for a socket", path);
+	memcpy(sun.sun_path, path, strlen(path) + 1);
+
+	q->fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+	if (q->fd < 0)
+		return kc_fail(err, errno, "socket: %s", strerror(errno));
+	if (connect(q->fd, (struct sockaddr *)&sun, sizeof(sun))) {
+		rc = kc_fail(err, errno, "cannot connect to QEMU at %s: %s", path, strerror(errno));
+		goto fail;
+	}
+	q->tok = json_tokener_new();
+	o = next(q, kc_now_us() + timeout_ms * 1000ull, &rc);
+	if (!o && rc == -ETIMEDOUT) {
+		rc = kc_fail(err, ETIMEDOUT,
+			     "QEMU at %s does not answer: is another client connected?  Give it a socket of its own (-qmp unix:PATH,server=on,wait=off)",
+			     path);
+		goto fail;
+	}
+	if (!o || !json_object_object_get_ex(o, "QMP", NULL)) {
+		rc = kc_fail(err, EPROTO, "%s is not a QMP socket", path);
+		goto fail;
+	}
+	rc = qmp_call(q, "qmp_capabilities", NULL, NULL, err);
+	if (rc)
+		goto fail;
+	json_object_put(o);
+	return 0;
+fail:
+	json_object_put(o);
+	qmp_close(q);
+	return rc;
+}
+
+void qmp_close(struct qmp *q)
+{
+	if (q->fd >= 0)
+		close(q->fd);
+	if (q->tok)
+		json_tokener_free(q->tok);
+	free(q->buf);
+	q->fd = -1;
+	q->tok = NULL;
+	q->buf = NULL;
+}
+
+uint64_t qmp_u64(struct json_object *o, const char *name)
+{
+	struct json_object *m;
+
+	return json_object_object_get_ex(o, name, &m) ? json_object_get_uint64(m) : 0;
+}
+
+bool qmp_bool(struct json_object *o, const char *name)
+{
+	struct json_object *m;
+
+	return json_object_object_get_ex(o, name, &m) && json_object_get_boolean(m);
+}
+
+const char *qmp_str(struct json_object *o, const char *name)
+{
+	struct json_object *m;
+	const char *s = NULL;
+
+	if (json_object_object_get_ex(o, name, &m))
+		s = json_object_get_string(m);
+	return s ? s : "";
+}

@@ -1,0 +1,79 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/*
+ * A client of QEMU's monitor, QMP.
+ *
+ * Commands may be sent ahead: QEMU executes them in order, and qmp_receive() gives the answers in
+ * that order.  One thread only.
+ */
+#ifndef KC_QMP_H
+#define KC_QMP_H
+
+#include <json-c/json.h>
+
+#include "util.h"
+
+struct qmp {
+	int fd;
+	unsigned int timeout_ms;
+	bool shutdown;		/* the event came: the guest or its owner ended it */
+	void (*idle)(void *ctx);	/* called now and then while an answer is awaited */
+	void *idle_ctx;
+	char *buf;
+	size_t len, size;
+	struct json_tokener *tok;
+};
+
+/**
+ * qmp_open() - connect and negotiate
+ * @q: filled in; needs qmp_close() only if this succeeds.
+ * @path: of QEMU's socket.
+ * @timeout_ms: how long any answer may take.
+ * @err: why not.
+ *
+ * Return: 0; -ENOENT or -ECONNREFUSED if nobody listens, -EPROTO if it is not QMP, -ETIMEDOUT if
+ * nothing comes: QEMU serves one client of a socket at a time.
+ */
+int qmp_open(struct qmp *q, const char *path, unsigned int timeout_ms, struct kc_err *err);
+void qmp_close(struct qmp *q);
+
+/**
+ * qmp_send() - send a command
+ * @q: the connection.
+ * @command: its name.
+ * @args: its arguments; the reference is taken over.  NULL for none.
+ * @fd: a file descriptor to send along (for getfd), or -1.
+ * @err: why not.
+ *
+ * Return: 0; -EPIPE if QEMU is gone; -ETIMEDOUT.
+ */
+int qmp_send(struct qmp *q, const char *command, struct json_object *args, int fd,
+	     struct kc_err *err);
+
+/**
+ * qmp_receive() - the answer to the oldest command that has none yet
+ * @q: the connection.
+ * @command: its name, for messages.
+ * @ret: where to store what it returned, to be json_object_put(); or NULL.
+ * @err: why not.
+ *
+ * Return: 0; -EREMOTEIO if the command failed; -EPIPE if QEMU is gone; -ETIMEDOUT; -EPROTO.
+ */
+int qmp_receive(struct qmp *q, const char *command, struct json_object **ret, struct kc_err *err);
+
+/** qmp_call() - qmp_send() and qmp_receive() */
+int qmp_call(struct qmp *q, const char *command, struct json_object *args,
+	     struct json_object **ret, struct kc_err *err);
+
+/**
+ * qmp_poll() - take events that have come, without waiting; no command may be under way
+ *
+ * Return: 0, or -EPIPE if QEMU is gone.
+ */
+int qmp_poll(struct qmp *q, struct kc_err *err);
+
+/* Members of an answer; a missing one is 0, false, "" */
+uint64_t qmp_u64(struct json_object *o, const char *name);
+bool qmp_bool(struct json_object *o, const char *name);
+const char *qmp_str(struct json_object *o, const char *name);
+
+#endif

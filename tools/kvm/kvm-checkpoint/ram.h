@@ -1,0 +1,73 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/*
+ * The RAM that a standby holds: a directory with a file for each block, which QEMU can map, and
+ * what is needed to find the last complete epoch there after the standby was killed at any moment.
+ *
+ *	ram0, ram1, ...	the blocks
+ *	state-N		device state of epoch N
+ *	meta		guest, last epoch in the RAM files, boot ID of the host
+ *	redo		a complete epoch on its way into the RAM files
+ *	redo.tmp	an epoch that is being received
+ *
+ * An epoch is complete when redo.tmp has been renamed to redo.  If the process dies while it copies
+ * pages from redo to the RAM files, the next one does it again: redo has whole pages, no
+ * differences. While there is no complete epoch yet, pages go straight to the RAM files.
+ *
+ * Without "durable" nothing is forced to the disk: files survive the process, not a crash of the
+ * host. After one the boot ID differs, and the RAM files only count as a start for a
+ * resynchronization.
+ *
+ * One thread at a time, but kc_ram_epoch() and kc_ram_flags() are for any.
+ */
+#ifndef KC_RAM_H
+#define KC_RAM_H
+
+#include "stream.h"
+
+struct kc_ram;
+
+/**
+ * kc_ram_open() - open or make the directory and finish what was begun in it
+ * Return: 0; -EBUSY if another process has it; or another negative errno.
+ */
+int kc_ram_open(const char *path, bool durable, struct kc_ram **ram, struct kc_err *err);
+void kc_ram_close(struct kc_ram *ram);
+
+/* NULL if there is none yet. */
+const struct kc_guest *kc_ram_guest(const struct kc_ram *ram);
+
+/**
+ * kc_ram_create() - make RAM for a guest; all of its memory is allocated at once
+ * @progress: called now and then, may be NULL.
+ */
+int kc_ram_create(struct kc_ram *ram, const struct kc_guest *guest, void (*progress)(void *ctx),
+		  void *ctx, struct kc_err *err);
+
+/**
+ * kc_ram_settle() - finish an epoch that was complete when copying it to the RAM files failed
+ *
+ * To be called before the RAM files are used for anything; tried again with each new epoch.
+ */
+int kc_ram_settle(struct kc_ram *ram, struct kc_err *err);
+
+/* The last complete epoch, 0 for none. */
+uint64_t kc_ram_epoch(const struct kc_ram *ram);
+
+/* Paths for QEMU; malloc()ed. */
+char *kc_ram_block_path(const struct kc_ram *ram, uint32_t block);
+char *kc_ram_state_path(const struct kc_ram *ram);
+
+#define KC_RAM_ENDED		1u	/* protection ended by intent: silence means nothing */
+#define KC_RAM_TAKEN_OVER	2u	/* QEMU got these files: they are no epoch any more */
+
+unsigned int kc_ram_flags(const struct kc_ram *ram);
+int kc_ram_set_flags(struct kc_ram *ram, unsigned int flags, struct kc_err *err);
+
+/* For kc_rx_new(), with the kc_ram as its context. */
+extern const struct kc_rx_ops kc_ram_ops;
+
+/* Digests of the pages as they are, those of an open epoch included. */
+int kc_ram_digests(struct kc_ram *ram, uint32_t block, uint64_t first, uint32_t n, uint8_t *out,
+		   struct kc_err *err);
+
+#endif

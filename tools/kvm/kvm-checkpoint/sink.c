@@ -1,0 +1,522 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * Epochs into records: what all kinds of sinks have in common.
+ */
+#include <errno.h>
+#include <poll.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "backend.h"
+
+const char kc_sink_options_help[] =
+	"  --psk-file FILE       TLS key, IDENTITY:HEX as psktool makes it; only you may read it\n"
+	"  --psk-identity NAME   which line of it (default: the first)\n"
+	"  --insecure            neither encrypted nor authenticated; on loopback only\n"
+	"  --compress CODEC      lz4 (default), zstd, zstd:LEVEL (1 to 19) or none\n"
+	"  --delta-cache SIZE    memory for last versions of pages, to send differences\n"
+	"                        (default 64M, 0 for none; not used for a directory)\n"
+	"  --io-timeout TIME     give up a peer or disk that takes nothing for so long\n"
+	"                        (default 10s)\n"
+	"  --keep N              a directory keeps N epochs to go back to (default 100)\n";
+
+void kc_sink_defaults(struct kc_sink_opts *opts)
+{
+	*opts = (struct kc_sink_opts){
+		.codec = KC_CODEC_LZ4,
+		.level = 1,
+		.delta_cache = 64 << 20,
+		.io_timeout_ms = 10000,
+		.connect_timeout_ms = 5000,
+		.keep = 100,
+	};
+}
+
+int kc_sink_parse_option(struct kc_sink_opts *o, const char *name, const char *arg,
+			 struct kc_err *err)
+{
+	unsigned long n;
+	char *end;
+
+	if (!strcmp(name, "insecure")) {
+		o->insecure = true;
+		return 1;
+	}
+	if (!strcmp(name, "psk-file")) {
+		o->psk_file = arg;
+		return 1;
+	}
+	if (!strcmp(name, "psk-identity")) {
+		o->psk_identity = arg;
+		return 1;
+	}
+	if (!strcmp(name, "compress")) {
+		if (!strcmp(arg, "none")) {
+			o->codec = KC_CODEC_NONE;
+		} else if (!strcmp(arg, "lz4")) {
+			o->codec = KC_CODEC_LZ4;
+		} else if (!strncmp(arg, "zstd", 4) && (!arg[4] || arg[4] == ':')) {
+			n = arg[4] ? strtoul(arg + 5, &end, 10) : 1;
+			if (arg[4] && (!arg[5] || *end || n < 1 || n > 19))
+				goto bad;
+			o->codec = KC_CODEC_ZSTD;
+			o->level = n;
+		} else {
+			goto bad;
+		}
+		return 1;
+	}
+	if (!strcmp(name, "delta-cache")) {
+		if (kc_parse_size(arg, &o->delta_cache))
+			goto bad;
+		return 1;
+	}
+	if (!strcmp(name, "io-timeout")) {
+		if (kc_parse_ms(arg, &o->io_timeout_ms) || !o->io_timeout_ms)
+			goto bad;
+		return 1;
+	}
+	if (!strcmp(name, "keep")) {
+		n = strtoul(arg, &end, 10);
+		if (*arg < '1' || *arg > '9' || *end || n > 1000000)
+			goto bad;
+		o->keep = n;
+		return 1;
+	}
+	return 0;
+bad:
+	return kc_fail(err, EINVAL, "--%s does not take %s", name, arg);
+}
+
+bool kc_sink_is_temporary(int error)
+{
+	switch (error) {
+	case ECONNREFUSED:
+	case ECONNRESET:
+	case ECONNABORTED:
+	case EPIPE:
+	case ETIMEDOUT:
+	case ENETUNREACH:
+	case ENETDOWN:
+	case EHOSTUNREACH:
+	case EHOSTDOWN:
+	case EADDRNOTAVAIL:
+	case ENODATA:
+	case EBUSY:
+	case EBADMSG:
+		return true;
+	}
+	return false;
+}
+
+struct kc_sink *kc_sink_open(const char *spec, const struct kc_sink_opts *opts,
+			     const struct kc_guest *guest, struct kc_err *err)
+{
+	struct kc_sink *s;
+	int rc;
+
+	rc = kc_guest_check(guest, err);
+	if (rc) {
+		errno = EINVAL;
+		return NULL;
+	}
+	s = calloc(1, sizeof(*s));
+	if (!s) {
+		kc_fail(err, ENOMEM, "out of memory");
+		return NULL;
+	}
+	s->fd = -1;
+	s->first = true;
+	s->opts = *opts;
+	pthread_mutex_init(&s->lock, NULL);
+	s->sum = XXH3_createState();
+	if (!s->sum || kc_guest_copy(&s->guest, guest)) {
+		rc = kc_fail(err, ENOMEM, "out of memory");
+		goto fail;
+	}
+	if (!strncmp(spec, "tcp:", 4)) {
+		rc = kc_tcp_open(s, spec + 4, err);
+	} else {
+		s->opts.delta_cache = 0;
+		rc = kc_store_open(s, spec, err);
+	}
+	if (rc)
+		goto fail;
+	s->packer = kc_packer_new(opts->codec, opts->level, s->opts.delta_cache);
+	if (!s->packer) {
+		rc = kc_fail(err, ENOMEM, "out of memory");
+		goto fail;
+	}
+	s->base = s->last_epoch;
+	s->stats.epoch_acked = s->last_epoch;
+	s->published = s->stats;
+	return s;
+fail:
+	kc_sink_close(s);
+	errno = -rc;
+	return NULL;
+}
+
+void kc_sink_close(struct kc_sink *s)
+{
+	if (!s)
+		return;
+	if (s->ops)
+		s->ops->close(s);
+	kc_packer_free(s->packer);
+	XXH3_freeState(s->sum);
+	kc_guest_free(&s->guest);
+	free(s->state[0]);
+	free(s->state[1]);
+	pthread_mutex_destroy(&s->lock);
+	free(s);
+}
+
+void kc_sink_end(struct kc_sink *s, enum kc_end end)
+{
+	if (!s->broken)
+		s->ops->end(s, end);
+}
+
+uint64_t kc_sink_last_epoch(const struct kc_sink *s)
+{
+	return s->last_epoch;
+}
+
+unsigned int kc_sink_start(const struct kc_sink *s)
+{
+	return s->has_ram ? KC_EPOCH_RESYNC : KC_EPOCH_FULL;
+}
+
+int kc_sink_fd(const struct kc_sink *s)
+{
+	return s->fd;
+}
+
+static void publish(struct kc_sink *s)
+{
+	pthread_mutex_lock(&s->lock);
+	s->published = s->stats;
+	pthread_mutex_unlock(&s->lock);
+}
+
+void kc_sink_stats(const struct kc_sink *cs, struct kc_sink_stats *out)
+{
+	struct kc_sink *s = (struct kc_sink *)cs;
+
+	pthread_mutex_lock(&s->lock);
+	*out = s->published;
+	pthread_mutex_unlock(&s->lock);
+}
+
+void kc_sink_acked(struct kc_sink *s, uint64_t nr)
+{
+	s->last_epoch = nr;
+	s->stats.epoch_acked = nr;
+	s->stats.ack_us = kc_now_us() - s->commit_us[nr % 64];
+}
+
+/* Whoever fails but for wrong use leaves a broken sink. */
+static int broken(struct kc_sink *s, int rc)
+{
+	if (rc < 0)
+		s->broken = true;
+	return rc;
+}
+
+static int usable(struct kc_sink *s, bool open, struct kc_err *err)
+{
+	if (s->broken)
+		return kc_fail(err, EINVAL, "the sink is broken and has to be closed");
+	if (open && !s->open)
+		return kc_fail(err, EINVAL, "no epoch is open");
+	return 0;
+}
+
+int kc_sink_emit(struct kc_sink *s, const uint8_t *rec, size_t len, const void *more,
+		 size_t more_len, struct kc_err *err)
+{
+	uint64_t t = kc_now_us();
+	int rc;
+
+	if (s->open) {
+		s->records++;
+		XXH3_128bits_update(s->sum, rec, len);
+		if (more_len)
+			XXH3_128bits_update(s->sum, more, more_len);
+	}
+	rc = s->ops->write(s, rec, len, err);
+	if (!rc && more_len)
+		rc = s->ops->write(s, more, more_len, err);
+	s->wrote_us = kc_now_us();
+	if (len > KC_REC_HDR)
+		s->data_us = s->wrote_us;
+	s->stats.wire_bytes += len + more_len;
+	s->stats.io_us += s->wrote_us - t;
+	return rc;
+}
+
+static int flush_zeros(struct kc_sink *s, struct kc_err *err)
+{
+	uint8_t rec[KC_REC_HDR + 24];
+
+	if (!s->zeros.npages)
+		return 0;
+	kc_put_zero(rec, &s->zeros);
+	s->zeros.npages = 0;
+	return kc_sink_emit(s, rec, sizeof(rec), NULL, 0, err);
+}
+
+/* A page of RAM or of the device state. */
+static int put_page(struct kc_sink *s, uint16_t block, uint64_t page, const void *data,
+		    struct kc_err *err)
+{
+	struct kc_page p = { .block = block, .page = page };
+	uint8_t rec[KC_REC_HDR + KC_PAGE_HDR];
+	uint64_t t = kc_now_us();
+	bool zero, same = false;
+	int rc;
+
+	zero = kc_is_zero_page(data);
+	if (zero)
+		kc_pack_zero(s->packer, block, page);
+	else
+		same = kc_pack(s->packer, s->begin.nr, &p, data);
+	s->stats.pack_us += kc_now_us() - t;
+	if (same)
+		return 0;
+	if (block != KC_STATE_BLOCK) {
+		s->epoch_pages++;
+		s->stats.zero_pages += zero;
+	}
+	if (zero && s->zeros.npages && s->zeros.block == block &&
+	    s->zeros.page + s->zeros.npages == page) {
+		s->zeros.npages++;
+		return 0;
+	}
+	rc = flush_zeros(s, err);
+	if (rc)
+		return rc;
+	if (zero) {
+		s->zeros = (struct kc_zero){ .block = block, .page = page, .npages = 1 };
+		return 0;
+	}
+	s->stats.delta_pages += !!(p.enc & KC_ENC_DELTA);
+	kc_put_page(rec, &p);
+	return kc_sink_emit(s, rec, sizeof(rec), p.data, p.len, err);
+}
+
+int kc_epoch_begin(struct kc_sink *s, uint64_t nr, unsigned int flags, struct kc_err *err)
+{
+	uint8_t rec[KC_REC_HDR + 24];
+	int rc;
+
+	rc = usable(s, false, err);
+	if (rc)
+		return rc;
+	if (s->open || (flags & ~(KC_EPOCH_FULL | KC_EPOCH_RESYNC)) ||
+	    flags == (KC_EPOCH_FULL | KC_EPOCH_RESYNC) || nr <= s->base || (s->first && !flags) ||
+	    (flags == KC_EPOCH_RESYNC && !s->has_ram && !s->base))
+		return kc_fail(err, EINVAL,
+			       "epoch %llu with flags %u cannot begin here (last is %llu)",
+			       (unsigned long long)nr, flags, (unsigned long long)s->base);
+	s->begin = (struct kc_begin){ .nr = nr, .flags = flags,
+				      .base = flags == KC_EPOCH_FULL ? 0 : s->base };
+	if (flags == KC_EPOCH_FULL)
+		kc_packer_forget(s->packer, 0);
+	rc = s->ops->begin(s, err);
+	if (rc)
+		return broken(s, rc);
+	s->open = true;
+	s->records = 0;
+	s->epoch_pages = 0;
+	s->has_state = false;
+	XXH3_128bits_reset(s->sum);
+	kc_put_begin(rec, &s->begin);
+	return broken(s, kc_sink_emit(s, rec, sizeof(rec), NULL, 0, err));
+}
+
+int kc_epoch_page(struct kc_sink *s, uint32_t block, uint64_t page, const void *data,
+		  struct kc_err *err)
+{
+	int rc;
+
+	rc = usable(s, true, err);
+	if (rc)
+		return rc;
+	if (block >= s->guest.nr_blocks || page >= s->guest.blocks[block].npages)
+		return kc_fail(err, EINVAL, "the guest has no page %llu in block %u",
+			       (unsigned long long)page, block);
+	s->stats.pages++;
+	return broken(s, put_page(s, block, page, data, err));
+}
+
+int kc_epoch_state(struct kc_sink *s, const void *buf, size_t len, struct kc_err *err)
+{
+	size_t i, n = KC_STATE_PAGES(len), old;
+	uint8_t rec[KC_REC_HDR + 16], *copy;
+	struct kc_state state;
+	int rc;
+
+	rc = usable(s, true, err);
+	if (rc)
+		return rc;
+	if (s->has_state || len > KC_STATE_MAX)
+		return kc_fail(err, EINVAL, "%s", s->has_state ? "an epoch has one device state" :
+			       "the device state is too large");
+	copy = calloc(n + 1, KC_PAGE_SIZE);
+	if (!copy)
+		return broken(s, kc_fail(err, ENOMEM, "out of memory"));
+	memcpy(copy, buf, len);
+	free(s->state[1]);
+	s->state[1] = copy;
+	s->state_len[1] = len;
+	s->has_state = true;
+	s->stats.state_bytes += len;
+
+	/* An increment leaves out what is as before; to others, no state was before. */
+	old = KC_STATE_PAGES(s->state_len[0]);
+	for (i = s->begin.flags ? 0 : n; i < old; i++)
+		kc_pack_zero(s->packer, KC_STATE_BLOCK, i);
+	if (s->begin.flags)
+		old = 0;
+
+	state = (struct kc_state){ .len = len, .xxh = XXH3_64bits(copy, len) };
+	kc_put_state(rec, &state);
+	rc = flush_zeros(s, err);
+	if (!rc)
+		rc = kc_sink_emit(s, rec, sizeof(rec), NULL, 0, err);
+	for (i = 0; i < n && !rc; i++) {
+		const uint8_t *p = copy + i * KC_PAGE_SIZE;
+
+		if (i >= old || memcmp(p, s->state[0] + i * KC_PAGE_SIZE, KC_PAGE_SIZE))
+			rc = put_page(s, KC_STATE_BLOCK, i, p, err);
+	}
+	if (!rc)
+		rc = flush_zeros(s, err);
+	return broken(s, rc);
+}
+
+int kc_epoch_commit(struct kc_sink *s, struct kc_err *err)
+{
+	struct kc_commit c = { .nr = s->begin.nr };
+	uint8_t rec[KC_REC_HDR + 40];
+	XXH128_canonical_t sum;
+	uint64_t t;
+	int rc;
+
+	rc = usable(s, true, err);
+	if (rc)
+		return rc;
+	if (!s->has_state)
+		return kc_fail(err, EINVAL, "an epoch needs a device state");
+	rc = flush_zeros(s, err);
+	if (rc)
+		return broken(s, rc);
+	XXH128_canonicalFromHash(&sum, XXH3_128bits_digest(s->sum));
+	memcpy(c.sum, sum.digest, sizeof(c.sum));
+	c.records = s->records;
+	c.pages = s->epoch_pages;
+	kc_put_commit(rec, &c);
+	/* COMMIT is no part of what it sums up. */
+	s->open = false;
+	rc = kc_sink_emit(s, rec, sizeof(rec), NULL, 0, err);
+	if (rc)
+		return broken(s, rc);
+	t = kc_now_us();
+	s->commit_us[c.nr % 64] = t;
+	s->base = c.nr;
+	s->first = false;
+	free(s->state[0]);
+	s->state[0] = s->state[1];
+	s->state_len[0] = s->state_len[1];
+	s->state[1] = NULL;
+	s->stats.epoch_sent = c.nr;
+	s->stats.epochs++;
+	rc = s->ops->commit(s, err);
+	s->stats.io_us += kc_now_us() - t;
+	publish(s);
+	return broken(s, rc);
+}
+
+int kc_epoch_abort(struct kc_sink *s, struct kc_err *err)
+{
+	uint8_t rec[KC_REC_HDR + 16];
+	int rc;
+
+	rc = usable(s, true, err);
+	if (rc)
+		return rc;
+	s->zeros.npages = 0;
+	s->open = false;
+	kc_packer_forget(s->packer, s->begin.nr);
+	if (s->ops->aborts_by_record) {
+		kc_put_nr(rec, KC_ABORT, s->begin.nr, 0);
+		rc = kc_sink_emit(s, rec, sizeof(rec), NULL, 0, err);
+	}
+	if (!rc)
+		rc = s->ops->abort(s, err);
+	return broken(s, rc);
+}
+
+int kc_sink_digests(struct kc_sink *s, uint32_t block, uint64_t first, uint32_t n, uint8_t *out,
+		    struct kc_err *err)
+{
+	uint32_t chunk;
+	int rc;
+
+	rc = usable(s, false, err);
+	if (rc)
+		return rc;
+	if (!s->has_ram && !s->base)
+		return kc_fail(err, EINVAL, "the receiver holds nothing");
+	if (block >= s->guest.nr_blocks || first > s->guest.blocks[block].npages ||
+	    n > s->guest.blocks[block].npages - first)
+		return kc_fail(err, EINVAL, "the guest has no such pages");
+	if (s->open)
+		rc = flush_zeros(s, err);
+	for (; n && !rc; n -= chunk, first += chunk, out += chunk * KC_DIGEST_SIZE) {
+		chunk = n < KC_DIGESTS_CHUNK ? n : KC_DIGESTS_CHUNK;
+		rc = s->ops->digests(s, block, first, chunk, out, err);
+	}
+	return broken(s, rc);
+}
+
+int kc_sink_poll(struct kc_sink *s, uint64_t *acked, struct kc_err *err)
+{
+	uint8_t rec[KC_REC_HDR];
+	int rc;
+
+	rc = usable(s, false, err);
+	if (rc)
+		return rc;
+	if (s->heartbeat_ms && kc_now_us() - s->wrote_us >= s->heartbeat_ms * 1000ull) {
+		kc_put_rec(rec, KC_HEARTBEAT, 0, 0);
+		rc = kc_sink_emit(s, rec, sizeof(rec), NULL, 0, err);
+	}
+	if (!rc)
+		rc = s->ops->poll(s, err);
+	if (acked)
+		*acked = s->last_epoch;
+	publish(s);
+	return broken(s, rc);
+}
+
+int kc_sink_wait(struct kc_sink *s, uint64_t nr, unsigned int timeout_ms, struct kc_err *err)
+{
+	uint64_t end = kc_now_us() + timeout_ms * 1000ull;
+	struct pollfd p = { .fd = s->fd, .events = POLLIN };
+	int rc;
+
+	for (;;) {
+		rc = kc_sink_poll(s, NULL, err);
+		if (rc || s->last_epoch >= nr)
+			return rc;
+		if (kc_now_us() >= end)
+			return kc_fail(err, ETIMEDOUT,
+				       "epoch %llu was not acknowledged within %u ms",
+				       (unsigned long long)nr, timeout_ms);
+		poll(&p, 1, 20);
+	}
+}

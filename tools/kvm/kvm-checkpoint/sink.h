@@ -1,0 +1,326 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/*
+ * Where epochs go: a standby on another host, or a chain of epochs in a directory.
+ *
+ * The one who collects epochs from a guest (protect.c) sees nothing but this.  For each epoch:
+ *
+ *	pause the guest, harvest, save the device state, copy the dirty pages aside, resume
+ *	kc_epoch_begin(sink, nr, 0, &err)
+ *	kc_epoch_page(sink, block, page, copy, &err)	for each page
+ *	kc_epoch_state(sink, state, len, &err)
+ *	kc_epoch_commit(sink, &err)
+ *
+ * and between epochs, at least every 100 ms, kc_sink_poll() for acknowledgements and heartbeats.
+ *
+ * Threading: none inside for tcp.  Compression, encryption and sending happen in the caller's
+ * thread, while the guest runs.  So when kc_epoch_commit() returns, the epoch has been handed over
+ * (to the kernel's socket buffer or, for a directory, to the disk), and nothing of the caller's is
+ * referred to any more.  One sink belongs to one thread, except kc_sink_stats(), for any thread.
+ *
+ * Time: no call blocks longer than opts.io_timeout_ms without progress.
+ *
+ * Failure: every call that fails with a negative errno, other than -EINVAL for a wrong use, leaves
+ * the sink broken: close it, open another, begin with KC_EPOCH_RESYNC or KC_EPOCH_FULL (see
+ * kc_sink_start()).  The receiver then still has its last complete epoch.
+ */
+#ifndef KC_SINK_H
+#define KC_SINK_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "util.h"
+
+#define KC_PAGE_SIZE	4096u
+#define KC_DIGEST_SIZE	16u
+#define KC_MAX_BLOCKS	64u
+#define KC_NAME_SIZE	256u
+
+/**
+ * struct kc_block - one block of guest RAM
+ * @name: as QEMU knows it; the standby offers its RAM to QEMU by it.  Unique in the guest, not
+ *	empty.
+ * @npages: its size in pages of KC_PAGE_SIZE bytes, at least 1.
+ */
+struct kc_block {
+	char name[KC_NAME_SIZE];
+	uint64_t npages;
+};
+
+/**
+ * struct kc_guest - which guest, and how its memory is laid out
+ * @uuid: of the guest (QEMU's -uuid; all zero if it has none).
+ * @name: of the guest, for people; may be empty.
+ * @page_size: KC_PAGE_SIZE.
+ * @nr_blocks: entries in @blocks, from 1 to KC_MAX_BLOCKS.
+ * @blocks: RAM blocks; their order is the numbering used everywhere.
+ * @fingerprint: a hash of whatever else must be the same for a checkpoint to fit, such as the
+ *	machine type and device list; all zero if unknown.
+ *
+ * A receiver that holds epochs of a guest refuses one in which anything but @name differs.
+ */
+struct kc_guest {
+	uint8_t uuid[16];
+	char name[KC_NAME_SIZE];
+	uint32_t page_size;
+	uint32_t nr_blocks;
+	struct kc_block *blocks;
+	uint8_t fingerprint[32];
+};
+
+enum kc_codec { KC_CODEC_NONE, KC_CODEC_LZ4, KC_CODEC_ZSTD };
+
+/**
+ * struct kc_sink_opts - how epochs are packed and sent; start from kc_sink_defaults()
+ * @codec: what pages that are neither zero nor small deltas are compressed with.
+ * @level: of zstd (1 to 19), ignored by others.
+ * @delta_cache: bytes of memory for the last versions of pages, against which new versions are sent
+ *	as differences; 0 turns that off.  Ignored for a directory: there every page stands alone.
+ * @io_timeout_ms: how long any call waits without progress.
+ * @connect_timeout_ms: how long connecting, TLS handshake and greeting may take, all together.
+ * @psk_file: keys in GnuTLS psktool's format ("identity:hex"), readable by nobody else.
+ * @psk_identity: which line of it, NULL for the first.
+ * @insecure: neither authenticated nor encrypted; only to a loopback address.
+ * @keep: a directory keeps at least this many of the last epochs restorable, and merges older ones.
+ */
+struct kc_sink_opts {
+	enum kc_codec codec;
+	int level;
+	uint64_t delta_cache;
+	unsigned int io_timeout_ms;
+	unsigned int connect_timeout_ms;
+	const char *psk_file;
+	const char *psk_identity;
+	bool insecure;
+	unsigned int keep;
+};
+
+/** kc_sink_defaults() - fill in what is used when the user says nothing. */
+void kc_sink_defaults(struct kc_sink_opts *opts);
+
+/**
+ * kc_sink_parse_option() - take one of the options that describe a sink
+ * @opts: to change.
+ * @name: long option without dashes: compress, delta-cache, io-timeout, psk-file, psk-identity,
+ *	insecure, keep.
+ * @arg: its argument, NULL for insecure.  Must stay valid.
+ * @err: why not.
+ *
+ * Return: 1 if it was taken, 0 if it is not one of these, -EINVAL if @arg is wrong.
+ */
+int kc_sink_parse_option(struct kc_sink_opts *opts, const char *name, const char *arg,
+			 struct kc_err *err);
+
+/* For --help of whoever uses kc_sink_parse_option(). */
+extern const char kc_sink_options_help[];
+
+struct kc_sink;
+
+/**
+ * kc_sink_open() - connect to a standby, or open or create a directory
+ * @spec: "tcp:HOST:PORT" (IPv6 addresses in brackets), or the path of a directory.
+ * @opts: how.  Its strings must stay valid until this returns.
+ * @guest: copied.
+ * @err: why not.
+ *
+ * Does not retry: on -ECONNREFUSED, -ETIMEDOUT, -ENETUNREACH, -EHOSTUNREACH, -ECONNRESET, -EPIPE
+ * and -EBUSY (another primary is connected), -EBADMSG (corrupted on the way) it makes sense to try
+ * again later; the others need the user (-EACCES wrong key, -EPROTO no standby or another version,
+ * -EEXIST it holds another guest, -EINVAL bad spec or options, -ENOSPC and the like).
+ * kc_sink_is_temporary() knows.
+ *
+ * Return: the sink, or NULL with errno set.
+ */
+struct kc_sink *kc_sink_open(const char *spec, const struct kc_sink_opts *opts,
+			     const struct kc_guest *guest, struct kc_err *err);
+
+/** kc_sink_is_temporary() - may trying again help after -@error? @error is positive. */
+bool kc_sink_is_temporary(int error);
+
+/**
+ * kc_sink_close() - end; what was not committed is lost, what was is still received. NULL is fine.
+ */
+void kc_sink_close(struct kc_sink *sink);
+
+/**
+ * enum kc_end - what the receiver is to do when it was told the end
+ * @KC_END_DETACH: protection ended by intent; the guest lives on here, never fail over.
+ * @KC_END_GUEST_SHUTDOWN: the guest itself shut down; never fail over.
+ * @KC_END_GUEST_DIED: QEMU is gone or does not answer; fail over now, do not wait for the timeout.
+ */
+enum kc_end { KC_END_DETACH = 1, KC_END_GUEST_SHUTDOWN = 2, KC_END_GUEST_DIED = 3 };
+
+/**
+ * kc_sink_end() - tell the receiver why no more epochs come, then kc_sink_close()
+ *
+ * Without it (SIGKILL, a lost link) a standby takes the primary for dead after its --timeout.
+ */
+void kc_sink_end(struct kc_sink *sink, enum kc_end end);
+
+/**
+ * kc_sink_last_epoch() - the last complete epoch that the receiver holds, 0 for none
+ *
+ * As of kc_sink_open(), and moved by acknowledgements.
+ */
+uint64_t kc_sink_last_epoch(const struct kc_sink *sink);
+
+/**
+ * kc_sink_start() - how the first epoch after kc_sink_open() has to begin
+ *
+ * Return: KC_EPOCH_FULL if the receiver holds nothing, KC_EPOCH_RESYNC if kc_sink_digests() works
+ * (KC_EPOCH_FULL is then allowed as well).
+ */
+unsigned int kc_sink_start(const struct kc_sink *sink);
+
+/**
+ * kc_sink_digests() - what the receiver holds, to send only pages that differ
+ * @sink: any time, also within an epoch; pages already sent in that epoch count with what was sent.
+ * @block: number of the block.
+ * @first: first page.
+ * @n: number of pages; the best size is KC_DIGESTS_CHUNK.
+ * @out: @n digests of KC_DIGEST_SIZE bytes, to be compared with kc_page_digest().
+ * @err: why not.
+ *
+ * The same as the receiver's memory is what a page with an equal digest is: the digest is a
+ * cryptographic one, because what is in a page may be chosen by an adversary in the guest.
+ *
+ * Return: 0 or a negative errno.
+ */
+int kc_sink_digests(struct kc_sink *sink, uint32_t block, uint64_t first, uint32_t n, uint8_t *out,
+		    struct kc_err *err);
+
+#define KC_DIGESTS_CHUNK 2048u
+
+/** kc_page_digest() - digest of one page, KC_DIGEST_SIZE bytes to @out. Any thread. */
+void kc_page_digest(const void *data, uint8_t *out);
+
+/*
+ * Flags of kc_epoch_begin().  0: an increment, pages that are not in it are as they were in the
+ * epoch before, which is the last one committed in this sink.
+ */
+/* Every page of every block is in it, nothing from before counts. */
+#define KC_EPOCH_FULL	1u
+/*
+ * Pages that are not in it are as in kc_sink_last_epoch(): the caller compared digests, or
+ * remembers all pages written since that epoch.
+ */
+#define KC_EPOCH_RESYNC	2u
+
+/**
+ * kc_epoch_begin() - begin to hand over an epoch
+ * @sink: no other epoch may be open in it.
+ * @nr: greater than any before and than kc_sink_last_epoch().
+ * @flags: 0, KC_EPOCH_FULL or KC_EPOCH_RESYNC; the first after kc_sink_open() must not be 0.
+ * @err: why not.
+ *
+ * Return: 0 or a negative errno.
+ */
+int kc_epoch_begin(struct kc_sink *sink, uint64_t nr, unsigned int flags, struct kc_err *err);
+
+/**
+ * kc_epoch_page() - hand over one page
+ * @sink: with an open epoch.
+ * @block: number of the block.
+ * @page: number of the page in the block.
+ * @data: KC_PAGE_SIZE bytes, must not change during the call (so never the guest's own memory while
+ *	it runs), not referred to after it.
+ * @err: why not.
+ *
+ * A page may be handed over several times in one epoch; the last one counts.  So the first copy can
+ * be made of a running guest (page by page, through a buffer) and the pages written meanwhile sent
+ * again when it is paused.  Ascending pages are cheapest: runs of zero pages become one record.
+ *
+ * Return: 0 or a negative errno.
+ */
+int kc_epoch_page(struct kc_sink *sink, uint32_t block, uint64_t page, const void *data,
+		  struct kc_err *err);
+
+/**
+ * kc_epoch_state() - hand over the device state; once in each epoch
+ * @sink: with an open epoch.
+ * @buf: the state, opaque.
+ * @len: its length, at most KC_STATE_MAX.
+ * @err: why not.
+ *
+ * Return: 0 or a negative errno.
+ */
+int kc_epoch_state(struct kc_sink *sink, const void *buf, size_t len, struct kc_err *err);
+
+#ifndef KC_STATE_MAX
+#define KC_STATE_MAX (64u << 20)
+#endif
+
+/**
+ * kc_epoch_commit() - the epoch is whole
+ *
+ * Only after this can the receiver use it.  Does not wait for the acknowledgement of a standby; a
+ * directory acknowledges before this returns (it has called fsync()).
+ *
+ * Return: 0 or a negative errno.
+ */
+int kc_epoch_commit(struct kc_sink *sink, struct kc_err *err);
+
+/**
+ * kc_epoch_abort() - forget the open epoch; the next one builds upon the same epoch as this one did
+ *
+ * If the aborted epoch had KC_EPOCH_FULL or KC_EPOCH_RESYNC and was the first, so must the next.
+ * The pages that were in it have to be in the next one: they are no longer in any dirty log.
+ *
+ * Return: 0 or a negative errno.
+ */
+int kc_epoch_abort(struct kc_sink *sink, struct kc_err *err);
+
+/**
+ * kc_sink_poll() - take acknowledgements, send a heartbeat if due, notice a lost link; never blocks
+ * @sink: any time, also within an epoch.
+ * @acked: set to the last acknowledged epoch, unless NULL.
+ * @err: why not.
+ *
+ * Heartbeats come from here and not from a thread so that a protect loop that hangs is silent.  The
+ * standby's timeout divided by four is how often they are due.
+ *
+ * Return: 0, or a negative errno if the link or the receiver failed.
+ */
+int kc_sink_poll(struct kc_sink *sink, uint64_t *acked, struct kc_err *err);
+
+/**
+ * kc_sink_wait() - wait until an epoch is acknowledged, with heartbeats
+ * @sink: no epoch may be open.
+ * @nr: which.
+ * @timeout_ms: how long.
+ * @err: why not.
+ *
+ * Return: 0, -ETIMEDOUT (the sink is then not broken), or another negative errno.
+ */
+int kc_sink_wait(struct kc_sink *sink, uint64_t nr, unsigned int timeout_ms, struct kc_err *err);
+
+/**
+ * kc_sink_fd() - to poll() for POLLIN, then call kc_sink_poll(); -1 for a directory
+ */
+int kc_sink_fd(const struct kc_sink *sink);
+
+/**
+ * struct kc_sink_stats - since kc_sink_open()
+ * @epoch_sent: last epoch committed here.
+ * @epoch_acked: last epoch acknowledged by the receiver.
+ * @epochs: number of epochs committed.
+ * @pages: pages handed over.
+ * @zero_pages: of these, zero.
+ * @delta_pages: of these, sent as difference.
+ * @state_bytes: device state handed over.
+ * @wire_bytes: bytes sent or written, before TLS.
+ * @pack_us: time spent in comparing and compressing.
+ * @io_us: time spent in sending or writing, TLS included.
+ * @ack_us: time from the last acknowledged commit to its acknowledgement.
+ */
+struct kc_sink_stats {
+	uint64_t epoch_sent, epoch_acked, epochs;
+	uint64_t pages, zero_pages, delta_pages, state_bytes;
+	uint64_t wire_bytes, pack_us, io_us, ack_us;
+};
+
+/** kc_sink_stats() - copy them. Any thread. */
+void kc_sink_stats(const struct kc_sink *sink, struct kc_sink_stats *out);
+
+#endif

@@ -1,0 +1,638 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * Status of a daemon, and its control socket.
+ */
+#include <errno.h>
+#include <fcntl.h>
+#include <inttypes.h>
+#include <poll.h>
+#include <pthread.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+#include <json-c/json.h>
+
+#include "status.h"
+
+static const char * const part_names[KC_PAUSE_PARTS + 1] = {
+	"stop", "harvest", "state", "copy", "resume", "total"
+};
+
+/* --- Histograms ----------------------------------------------------------- */
+
+/* Eight buckets for each power of two: a quantile is at most an eighth too high. */
+#define SUB_BITS 3
+#define BUCKETS ((64 - SUB_BITS + 1) << SUB_BITS)
+
+struct hist {
+	uint64_t count, sum, max;
+	uint32_t bucket[BUCKETS];
+};
+
+static unsigned int bucket_of(uint64_t v)
+{
+	unsigned int shift;
+
+	if (v < 1u << SUB_BITS)
+		return v;
+	shift = 63 - __builtin_clzll(v) - SUB_BITS;
+	return ((shift + 1) << SUB_BITS) + ((v >> shift) & ((1u << SUB_BITS) - 1));
+}
+
+/* The highest value of a bucket. */
+static uint64_t bucket_end(unsigned int b)
+{
+	unsigned int shift;
+
+	if (b < 1u << SUB_BITS)
+		return b;
+	shift = (b >> SUB_BITS) - 1;
+	return ((((uint64_t)b & ((1u << SUB_BITS) - 1)) + (1u << SUB_BITS) + 1) << shift) - 1;
+}
+
+static void hist_add(struct hist *h, uint64_t v)
+{
+	h->count++;
+	h->sum += v;
+	if (v > h->max)
+		h->max = v;
+	h->bucket[bucket_of(v)]++;
+}
+
+static uint64_t hist_quantile(const struct hist *h, double q)
+{
+	uint64_t want = h->count * q, seen = 0, v;
+	unsigned int b;
+
+	for (b = 0; b < BUCKETS; b++) {
+		seen += h->bucket[b];
+		if (seen > want) {
+			v = bucket_end(b);
+			return v < h->max ? v : h->max;
+		}
+	}
+	return h->max;
+}
+
+/* --- Status --------------------------------------------------------------- */
+
+#define RECENT 256u
+
+struct kc_status {
+	pthread_mutex_t lock;
+	char role[16], guest[KC_NAME_SIZE], phase[64];
+	uint64_t started_us, done, total, resyncs;
+	struct hist pause[KC_PAUSE_PARTS + 1];
+	/* Of sinks that were closed, and of the one that is open. */
+	struct kc_sink_stats closed, sink;
+	/* When the last epochs were taken. */
+	struct { uint64_t nr, us; } taken[RECENT];
+	uint64_t epoch;
+};
+
+struct kc_status *kc_status_new(const char *role, const char *guest)
+{
+	struct kc_status *st = calloc(1, sizeof(*st));
+
+	if (!st)
+		return NULL;
+	pthread_mutex_init(&st->lock, NULL);
+	snprintf(st->role, sizeof(st->role), "%s", role);
+	snprintf(st->guest, sizeof(st->guest), "%s", guest);
+	snprintf(st->phase, sizeof(st->phase), "starting");
+	st->started_us = kc_now_us();
+	return st;
+}
+
+void kc_status_free(struct kc_status *st)
+{
+	if (st)
+		pthread_mutex_destroy(&st->lock);
+	free(st);
+}
+
+void kc_status_guest(struct kc_status *st, const char *guest)
+{
+	pthread_mutex_lock(&st->lock);
+	snprintf(st->guest, sizeof(st->guest), "%s", guest);
+	pthread_mutex_unlock(&st->lock);
+}
+
+void kc_status_phase(struct kc_status *st, const char *phase)
+{
+	pthread_mutex_lock(&st->lock);
+	snprintf(st->phase, sizeof(st->phase), "%s", phase);
+	pthread_mutex_unlock(&st->lock);
+}
+
+void kc_status_progress(struct kc_status *st, uint64_t done, uint64_t total)
+{
+	pthread_mutex_lock(&st->lock);
+	st->done = done;
+	st->total = total;
+	pthread_mutex_unlock(&st->lock);
+}
+
+void kc_status_pause(struct kc_status *st, const uint64_t us[KC_PAUSE_PARTS])
+{
+	uint64_t total = 0;
+	unsigned int i;
+
+	pthread_mutex_lock(&st->lock);
+	for (i = 0; i < KC_PAUSE_PARTS; i++) {
+		hist_add(&st->pause[i], us[i]);
+		total += us[i];
+	}
+	hist_add(&st->pause[KC_PAUSE_PARTS], total);
+	pthread_mutex_unlock(&st->lock);
+}
+
+void kc_status_epoch(struct kc_status *st, uint64_t nr, uint64_t taken_us)
+{
+	pthread_mutex_lock(&st->lock);
+	st->epoch = nr;
+	st->taken[nr % RECENT].nr = nr;
+	st->taken[nr % RECENT].us = taken_us;
+	pthread_mutex_unlock(&st->lock);
+}
+
+static void add_stats(struct kc_sink_stats *to, const struct kc_sink_stats *s)
+{
+	if (s->epoch_sent)
+		to->epoch_sent = s->epoch_sent;
+	if (s->epoch_acked)
+		to->epoch_acked = s->epoch_acked;
+	to->epochs += s->epochs;
+	to->pages += s->pages;
+	to->zero_pages += s->zero_pages;
+	to->delta_pages += s->delta_pages;
+	to->state_bytes += s->state_bytes;
+	to->wire_bytes += s->wire_bytes;
+	to->pack_us += s->pack_us;
+	to->io_us += s->io_us;
+	if (s->ack_us)
+		to->ack_us = s->ack_us;
+}
+
+void kc_status_sink(struct kc_status *st, const struct kc_sink_stats *stats)
+{
+	pthread_mutex_lock(&st->lock);
+	if (stats) {
+		st->sink = *stats;
+	} else {
+		add_stats(&st->closed, &st->sink);
+		memset(&st->sink, 0, sizeof(st->sink));
+	}
+	pthread_mutex_unlock(&st->lock);
+}
+
+void kc_status_resync(struct kc_status *st)
+{
+	pthread_mutex_lock(&st->lock);
+	st->resyncs++;
+	pthread_mutex_unlock(&st->lock);
+}
+
+/* What there is to tell, computed under the lock. */
+struct report {
+	struct kc_sink_stats s;
+	double uptime, lag, ratio;
+	uint64_t raw_bytes;
+};
+
+static void make_report(const struct kc_status *st, struct report *r)
+{
+	uint64_t now = kc_now_us(), nr;
+
+	r->s = st->closed;
+	add_stats(&r->s, &st->sink);
+	r->uptime = (now - st->started_us) / 1e6;
+	r->raw_bytes = r->s.pages * KC_PAGE_SIZE + r->s.state_bytes;
+	r->ratio = r->s.wire_bytes ? (double)r->raw_bytes / r->s.wire_bytes : 0;
+	nr = r->s.epoch_acked;
+	r->lag = -1;
+	if (nr && st->taken[nr % RECENT].nr == nr)
+		r->lag = (now - st->taken[nr % RECENT].us) / 1e6;
+	else if (nr && st->epoch >= nr + RECENT)
+		r->lag = (now - st->taken[(st->epoch + 1) % RECENT].us) / 1e6;
+}
+
+static void print_text(FILE *f, const struct kc_status *st, const struct report *r)
+{
+	unsigned int i;
+
+	fprintf(f, "%s %s%s%s, up %.0f s\n", st->role, st->phase, st->guest[0] ? ": guest " : "",
+		st->guest, r->uptime);
+	if (st->total)
+		fprintf(f, "progress  %" PRIu64 " of %" PRIu64 " pages, %.1f %%\n", st->done,
+			st->total, 100.0 * st->done / st->total);
+	fprintf(f, "epoch     %" PRIu64 ", acknowledged %" PRIu64, st->epoch, r->s.epoch_acked);
+	if (r->lag >= 0)
+		fprintf(f, ", %.3f s behind the guest", r->lag);
+	fprintf(f, "\nepochs    %" PRIu64 ", resyncs %" PRIu64 "\n", r->s.epochs, st->resyncs);
+	fprintf(f, "pages     %" PRIu64, r->s.pages);
+	if (!strcmp(st->role, "protect"))
+		fprintf(f, " (%" PRIu64 " zero, %" PRIu64 " as differences)", r->s.zero_pages,
+			r->s.delta_pages);
+	fprintf(f, "\nbytes     %" PRIu64 " as %" PRIu64 ", ratio %.2f\n", r->raw_bytes,
+		r->s.wire_bytes, r->ratio);
+	if (!strcmp(st->role, "protect"))
+		fprintf(f,
+			"time      %.3f s packing, %.3f s sending, last acknowledged after %.3f ms\n",
+			r->s.pack_us / 1e6, r->s.io_us / 1e6, r->s.ack_us / 1e3);
+	else
+		fprintf(f, "time      %.3f s applying, %.3f ms for the last epoch\n",
+			r->s.io_us / 1e6, r->s.ack_us / 1e3);
+	if (!st->pause[KC_PAUSE_PARTS].count)
+		return;
+	fprintf(f, "pause, ms      p50      p99      max\n");
+	for (i = 0; i <= KC_PAUSE_PARTS; i++)
+		fprintf(f, "  %-8s %7.3f  %7.3f  %7.3f\n", part_names[i],
+			hist_quantile(&st->pause[i], 0.5) / 1e3,
+			hist_quantile(&st->pause[i], 0.99) / 1e3, st->pause[i].max / 1e3);
+}
+
+static void add_u64(struct json_object *o, const char *key, uint64_t v)
+{
+	json_object_object_add(o, key, json_object_new_uint64(v));
+}
+
+static void print_json(FILE *f, const struct kc_status *st, const struct report *r)
+{
+	struct json_object *o = json_object_new_object(), *pause = json_object_new_object(), *p;
+	unsigned int i;
+
+	json_object_object_add(o, "role", json_object_new_string(st->role));
+	json_object_object_add(o, "guest", json_object_new_string(st->guest));
+	json_object_object_add(o, "phase", json_object_new_string(st->phase));
+	json_object_object_add(o, "uptime_s", json_object_new_double(r->uptime));
+	add_u64(o, "progress_pages", st->done);
+	add_u64(o, "total_pages", st->total);
+	add_u64(o, "epoch", st->epoch);
+	add_u64(o, "epoch_acknowledged", r->s.epoch_acked);
+	json_object_object_add(o, "lag_s", r->lag < 0 ? NULL : json_object_new_double(r->lag));
+	add_u64(o, "epochs", r->s.epochs);
+	add_u64(o, "resyncs", st->resyncs);
+	add_u64(o, "pages", r->s.pages);
+	add_u64(o, "zero_pages", r->s.zero_pages);
+	add_u64(o, "delta_pages", r->s.delta_pages);
+	add_u64(o, "state_bytes", r->s.state_bytes);
+	add_u64(o, "raw_bytes", r->raw_bytes);
+	add_u64(o, "wire_bytes", r->s.wire_bytes);
+	json_object_object_add(o, "ratio", json_object_new_double(r->ratio));
+	add_u64(o, "pack_us", r->s.pack_us);
+	add_u64(o, "io_us", r->s.io_us);
+	add_u64(o, "ack_us", r->s.ack_us);
+	for (i = 0; i <= KC_PAUSE_PARTS; i++) {
+		p = json_object_new_object();
+		add_u64(p, "count", st->pause[i].count);
+		add_u64(p, "p50_us", hist_quantile(&st->pause[i], 0.5));
+		add_u64(p, "p99_us", hist_quantile(&st->pause[i], 0.99));
+		add_u64(p, "max_us", st->pause[i].max);
+		add_u64(p, "sum_us", st->pause[i].sum);
+		json_object_object_add(pause, part_names[i], p);
+	}
+	json_object_object_add(o, "pause", pause);
+	fprintf(f, "%s\n", json_object_to_json_string_ext(o, JSON_C_TO_STRING_PRETTY));
+	json_object_put(o);
+}
+
+/* A label's value: backslash, quote and newline have to be escaped. */
+static void print_label(FILE *f, const char *s)
+{
+	for (; *s; s++) {
+		if (*s == '\\' || *s == '"')
+			fputc('\\', f);
+		if (*s == '\n')
+			fputs("\\n", f);
+		else
+			fputc(*s, f);
+	}
+}
+
+static void metric(FILE *f, const char *name, const char *type, const char *help)
+{
+	fprintf(f, "# HELP kvm_checkpoint_%s %s\n# TYPE kvm_checkpoint_%s %s\n", name, help, name,
+		type);
+}
+
+static void print_prometheus(FILE *f, const struct kc_status *st, const struct report *r)
+{
+	const struct { const char *name, *type, *help; double value;
+	} simple[] = {
+		{ "epoch", "gauge", "Last epoch taken.", st->epoch },
+		{ "epoch_acknowledged", "gauge", "Last epoch that the receiver holds.",
+		  r->s.epoch_acked },
+		{ "epochs_total", "counter", "Epochs handed over.", r->s.epochs },
+		{ "resyncs_total", "counter", "Resynchronizations.", st->resyncs },
+		{ "pages_total", "counter", "Pages handed over.", r->s.pages },
+		{ "zero_pages_total", "counter", "Pages that were zero.", r->s.zero_pages },
+		{ "delta_pages_total", "counter", "Pages sent as differences.", r->s.delta_pages },
+		{ "raw_bytes_total", "counter", "Bytes of pages and device state.", r->raw_bytes },
+		{ "wire_bytes_total", "counter", "Bytes sent or written.", r->s.wire_bytes },
+		{ "pack_seconds_total", "counter", "Time spent compressing.", r->s.pack_us / 1e6 },
+		{ "io_seconds_total", "counter", "Time spent sending or writing.",
+		  r->s.io_us / 1e6 },
+		{ "ack_seconds", "gauge", "Time from commit to acknowledgement of the last epoch.",
+		  r->s.ack_us / 1e6 },
+		{ "uptime_seconds", "gauge", "Age of the daemon.", r->uptime },
+	};
+	static const double quantiles[] = { 0.5, 0.99 };
+	unsigned int i, j;
+
+	metric(f, "info", "gauge", "Role, guest and phase of the daemon.");
+	fprintf(f, "kvm_checkpoint_info{role=\"%s\",guest=\"", st->role);
+	print_label(f, st->guest);
+	fprintf(f, "\",phase=\"");
+	print_label(f, st->phase);
+	fprintf(f, "\"} 1\n");
+	for (i = 0; i < sizeof(simple) / sizeof(simple[0]); i++) {
+		metric(f, simple[i].name, simple[i].type, simple[i].help);
+		fprintf(f, "kvm_checkpoint_%s %.17g\n", simple[i].name, simple[i].value);
+	}
+	if (r->lag >= 0) {
+		metric(f, "lag_seconds", "gauge", "Age of the last acknowledged epoch.");
+		fprintf(f, "kvm_checkpoint_lag_seconds %.6f\n", r->lag);
+	}
+	metric(f, "pause_seconds", "summary", "Pauses of the guest and their parts.");
+	for (i = 0; i <= KC_PAUSE_PARTS; i++) {
+		for (j = 0; j < 2; j++)
+			fprintf(f,
+				"kvm_checkpoint_pause_seconds{part=\"%s\",quantile=\"%g\"} %.6f\n",
+				part_names[i], quantiles[j],
+				hist_quantile(&st->pause[i], quantiles[j]) / 1e6);
+		fprintf(f, "kvm_checkpoint_pause_seconds_sum{part=\"%s\"} %.6f\n", part_names[i],
+			st->pause[i].sum / 1e6);
+		fprintf(f, "kvm_checkpoint_pause_seconds_count{part=\"%s\"} %" PRIu64 "\n",
+			part_names[i], st->pause[i].count);
+	}
+	metric(f, "pause_max_seconds", "gauge", "Longest pause of the guest.");
+	for (i = 0; i <= KC_PAUSE_PARTS; i++)
+		fprintf(f, "kvm_checkpoint_pause_max_seconds{part=\"%s\"} %.6f\n", part_names[i],
+			st->pause[i].max / 1e6);
+}
+
+char *kc_status_print(struct kc_status *st, enum kc_status_format format)
+{
+	char *text = NULL;
+	struct report r;
+	size_t len;
+	FILE *f = open_memstream(&text, &len);
+
+	if (!f)
+		return NULL;
+	pthread_mutex_lock(&st->lock);
+	make_report(st, &r);
+	if (format == KC_STATUS_JSON)
+		print_json(f, st, &r);
+	else if (format == KC_STATUS_PROMETHEUS)
+		print_prometheus(f, st, &r);
+	else
+		print_text(f, st, &r);
+	pthread_mutex_unlock(&st->lock);
+	if (fclose(f)) {
+		free(text);
+		return NULL;
+	}
+	return text;
+}
+
+/* --- Control socket ------------------------------------------------------- */
+
+struct kc_ctl {
+	char *path;
+	int fd, stop;
+	pthread_t thread;
+	struct kc_status *st;
+	char *(*command)(void *ctx, const char *line, bool *ok);
+	void *ctx;
+};
+
+/* One that does not read or write is not waited for long. */
+#define CTL_TIMEOUT_MS 2000
+
+static void set_timeouts(int fd, unsigned int ms)
+{
+	struct timeval tv = { .tv_sec = ms / 1000, .tv_usec = ms % 1000 * 1000 };
+
+	setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &tv, sizeof(tv));
+	setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &tv, sizeof(tv));
+}
+
+static int send_all(int fd, const char *p, size_t len)
+{
+	ssize_t n;
+
+	for (; len; p += n, len -= n) {
+		n = send(fd, p, len, MSG_NOSIGNAL);
+		if (n <= 0)
+			return -1;
+	}
+	return 0;
+}
+
+static void answer(struct kc_ctl *ctl, int fd)
+{
+	char line[256], *text = NULL;
+	size_t len = 0;
+	bool ok = true;
+	ssize_t n;
+
+	set_timeouts(fd, CTL_TIMEOUT_MS);
+	do {
+		n = recv(fd, line + len, sizeof(line) - 1 - len, 0);
+		if (n <= 0)
+			return;
+		len += n;
+		line[len] = '\0';
+	} while (!strchr(line, '\n') && len < sizeof(line) - 1);
+	line[strcspn(line, "\n")] = '\0';
+
+	if (!strcmp(line, "status")) {
+		text = kc_status_print(ctl->st, KC_STATUS_TEXT);
+	} else if (!strcmp(line, "status json")) {
+		text = kc_status_print(ctl->st, KC_STATUS_JSON);
+	} else if (!strcmp(line, "status prometheus")) {
+		text = kc_status_print(ctl->st, KC_STATUS_PROMETHEUS);
+	} else if (ctl->command) {
+		text = ctl->command(ctl->ctx, line, &ok);
+	} else {
+		ok = false;
+		text = strdup("unknown command");
+	}
+	if (!text)
+		ok = false;
+	if (send_all(fd, ok ? "ok\n" : "error\n", ok ? 3 : 6) || !text)
+		goto out;
+	if (send_all(fd, text, strlen(text)))
+		goto out;
+	if (*text && text[strlen(text) - 1] != '\n')
+		send_all(fd, "\n", 1);
+out:
+	free(text);
+}
+
+static void *serve(void *arg)
+{
+	struct kc_ctl *ctl = arg;
+	struct pollfd p[2] = {
+		{ .fd = ctl->fd, .events = POLLIN }, { .fd = ctl->stop, .events = POLLIN },
+	};
+	int fd;
+
+	for (;;) {
+		if (poll(p, 2, -1) < 0)
+			continue;
+		if (p[1].revents)
+			return NULL;
+		fd = accept4(ctl->fd, NULL, NULL, SOCK_CLOEXEC);
+		if (fd < 0) {
+			/* Out of descriptors: do not spin. */
+			poll(NULL, 0, 50);
+			continue;
+		}
+		answer(ctl, fd);
+		close(fd);
+	}
+}
+
+static int set_path(struct sockaddr_un *sa, const char *path, struct kc_err *err)
+{
+	memset(sa, 0, sizeof(*sa));
+	sa->sun_family = AF_UNIX;
+	if (strlen(path) >= sizeof(sa->sun_path))
+		return kc_fail(err, ENAMETOOLONG, "%s is too long for a socket", path);
+	strcpy(sa->sun_path, path);
+	return 0;
+}
+
+struct kc_ctl *kc_ctl_start(const char *path, struct kc_status *st,
+			    char *(*command)(void *ctx, const char *line, bool *ok), void *ctx,
+			    struct kc_err *err)
+{
+	struct kc_ctl *ctl = calloc(1, sizeof(*ctl));
+	struct sockaddr_un sa;
+	mode_t mask;
+	int rc;
+
+	if (!ctl) {
+		kc_fail(err, ENOMEM, "out of memory");
+		return NULL;
+	}
+	*ctl = (struct kc_ctl){ .fd = -1, .stop = -1, .st = st, .command = command, .ctx = ctx };
+	rc = set_path(&sa, path, err);
+	if (rc)
+		goto fail;
+	ctl->path = strdup(path);
+	ctl->stop = eventfd(0, EFD_CLOEXEC);
+	ctl->fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+	if (!ctl->path || ctl->stop < 0 || ctl->fd < 0) {
+		rc = kc_fail(err, errno, "cannot make a socket: %s", strerror(errno));
+		goto fail;
+	}
+	if (!connect(ctl->fd, (struct sockaddr *)&sa, sizeof(sa))) {
+		free(ctl->path);
+		ctl->path = NULL;
+		rc = kc_fail(err, EADDRINUSE, "%s: another daemon listens there", path);
+		goto fail;
+	}
+	/* Of a daemon that was killed; anything but a socket is left alone. */
+	if (errno == ECONNREFUSED)
+		unlink(path);
+	mask = umask(0177);
+	rc = bind(ctl->fd, (struct sockaddr *)&sa, sizeof(sa)) ? -errno : 0;
+	umask(mask);
+	if (rc || listen(ctl->fd, 8)) {
+		rc = rc ? rc : -errno;
+		free(ctl->path);
+		ctl->path = NULL;
+		kc_fail(err, -rc, "cannot listen on %s: %s", path, strerror(-rc));
+		goto fail;
+	}
+	rc = -pthread_create(&ctl->thread, NULL, serve, ctl);
+	if (rc) {
+		kc_fail(err, -rc, "cannot start a thread: %s", strerror(-rc));
+		goto fail;
+	}
+	return ctl;
+fail:
+	if (ctl->path)
+		unlink(ctl->path);
+	free(ctl->path);
+	if (ctl->fd >= 0)
+		close(ctl->fd);
+	if (ctl->stop >= 0)
+		close(ctl->stop);
+	free(ctl);
+	errno = -rc;
+	return NULL;
+}
+
+void kc_ctl_stop(struct kc_ctl *ctl)
+{
+	if (!ctl)
+		return;
+	eventfd_write(ctl->stop, 1);
+	pthread_join(ctl->thread, NULL);
+	unlink(ctl->path);
+	free(ctl->path);
+	close(ctl->fd);
+	close(ctl->stop);
+	free(ctl);
+}
+
+int kc_ctl_request(const char *path, const char *line, char **out, struct kc_err *err)
+{
+	char buf[4096], *text = NULL, *first;
+	struct sockaddr_un sa;
+	size_t len;
+	ssize_t n;
+	FILE *f;
+	int fd, rc;
+
+	rc = set_path(&sa, path, err);
+	if (rc)
+		return rc;
+	fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+	if (fd < 0 || connect(fd, (struct sockaddr *)&sa, sizeof(sa))) {
+		rc = kc_fail(err, errno, "cannot reach a daemon at %s: %s", path, strerror(errno));
+		if (fd >= 0)
+			close(fd);
+		return rc;
+	}
+	set_timeouts(fd, 2 * CTL_TIMEOUT_MS);
+	f = open_memstream(&text, &len);
+	if (!f) {
+		close(fd);
+		return kc_fail(err, ENOMEM, "out of memory");
+	}
+	if (send_all(fd, line, strlen(line)) || send_all(fd, "\n", 1))
+		n = -1;
+	else
+		while ((n = recv(fd, buf, sizeof(buf), 0)) > 0)
+			fwrite(buf, 1, n, f);
+	fclose(f);
+	close(fd);
+	first = text ? strchr(text, '\n') : NULL;
+	if (n < 0 || !first) {
+		free(text);
+		return kc_fail(err, ETIMEDOUT, "the daemon at %s does not answer", path);
+	}
+	*first++ = '\0';
+	if (strcmp(text, "ok")) {
+		first[strcspn(first, "\n")] = '\0';
+		kc_fail(err, EREMOTEIO, "%s", first);
+		free(text);
+		return -EREMOTEIO;
+	}
+	*out = strdup(first);
+	free(text);
+	return *out ? 0 : kc_fail(err, ENOMEM, "out of memory");
+}

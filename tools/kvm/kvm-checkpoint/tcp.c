@@ -1,0 +1,246 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * The sink that is a standby on another host.
+ */
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/random.h>
+
+#include "backend.h"
+
+static struct kc_io *io_of(struct kc_sink *s)
+{
+	return s->ctx;
+}
+
+/* What a receiver's refusal is called here. */
+static int code_errno(uint32_t code)
+{
+	switch (code) {
+	case KC_ERR_VERSION:
+		return EPROTONOSUPPORT;
+	case KC_ERR_GUEST:
+		return EEXIST;
+	case KC_ERR_BUSY:
+		return EBUSY;
+	case KC_ERR_TAKEN_OVER:
+		return ESHUTDOWN;
+	case KC_ERR_STREAM:
+		return EBADMSG;
+	case KC_ERR_SPACE:
+		return ENOSPC;
+	default:
+		return EREMOTEIO;
+	}
+}
+
+/* The next record that is no news of the general kind. */
+static int next(struct kc_sink *s, unsigned int timeout_ms, struct kc_rec *rec, struct kc_err *err)
+{
+	char text[400];
+	uint64_t nr, us;
+	uint32_t code;
+	int rc;
+
+	for (;;) {
+		rc = kc_io_record(io_of(s), timeout_ms, rec, err);
+		if (rc)
+			return rc;
+		switch (rec->type) {
+		case KC_ACK:
+			rc = kc_get_nr(rec, &nr, &us, err);
+			if (!rc && (nr <= s->last_epoch || nr > s->stats.epoch_sent))
+				rc = kc_fail(err, EPROTO, "epoch %llu is acknowledged, but was not sent",
+					     (unsigned long long)nr);
+			if (rc)
+				return rc;
+			kc_sink_acked(s, nr);
+			break;
+		case KC_HEARTBEAT:
+			break;
+		case KC_ERROR:
+			kc_get_error(rec, &code, text, sizeof(text));
+			return kc_fail(err, code_errno(code), "the standby refuses: %s", text);
+		default:
+			if (!(rec->flags & KC_REC_OPTIONAL))
+				return 0;
+		}
+	}
+}
+
+/* Sending failed: did the receiver say why? */
+static int why(struct kc_sink *s, int rc, struct kc_err *err)
+{
+	struct kc_err said;
+	struct kc_rec rec;
+	int said_rc;
+
+	said_rc = next(s, 500, &rec, &said);
+	switch (said_rc) {
+	case -EPROTONOSUPPORT:
+	case -EEXIST:
+	case -EBUSY:
+	case -ESHUTDOWN:
+	case -EBADMSG:
+	case -ENOSPC:
+	case -EREMOTEIO:
+		return kc_fail(err, -said_rc, "%s", said.text);
+	}
+	return rc;
+}
+
+static int tcp_begin(struct kc_sink *s, struct kc_err *err)
+{
+	(void)s;
+	(void)err;
+	return 0;
+}
+
+static int tcp_write(struct kc_sink *s, const void *buf, size_t len, struct kc_err *err)
+{
+	int rc = kc_io_write(io_of(s), buf, len, err);
+
+	return rc ? why(s, rc, err) : 0;
+}
+
+static int tcp_flush(struct kc_sink *s, struct kc_err *err)
+{
+	int rc = kc_io_flush(io_of(s), err);
+
+	return rc ? why(s, rc, err) : 0;
+}
+
+static int tcp_poll(struct kc_sink *s, struct kc_err *err)
+{
+	uint64_t heard = kc_io_heard_us(io_of(s)), now;
+	struct kc_rec rec;
+	int rc;
+
+	rc = tcp_flush(s, err);
+	if (rc)
+		return rc;
+	rc = next(s, 0, &rec, err);
+	if (!rc)
+		return kc_fail(err, EPROTO, "the standby sent a record of type %u for no reason",
+			       rec.type);
+	if (rc != -EAGAIN)
+		return rc;
+	/* While data flows, a peer that takes none is noticed by that. */
+	if (s->data_us > heard)
+		heard = s->data_us;
+	now = kc_now_us();
+	if (s->heartbeat_ms && now > heard &&
+	    now - heard > (s->opts.io_timeout_ms + s->heartbeat_ms) * 1000ull)
+		return kc_fail(err, ETIMEDOUT, "the standby has not answered for %u ms",
+			       s->opts.io_timeout_ms);
+	return 0;
+}
+
+static int tcp_digests(struct kc_sink *s, uint32_t block, uint64_t first, uint32_t n, uint8_t *out,
+		       struct kc_err *err)
+{
+	struct kc_digest_req req = { .block = block, .first = first, .n = n }, got;
+	uint8_t buf[KC_REC_HDR + 16];
+	struct kc_rec rec;
+	size_t len;
+	int rc;
+
+	len = kc_put_digest_req(buf, KC_DIGEST_REQ, &req);
+	rc = kc_sink_emit(s, buf, len, NULL, 0, err);
+	if (!rc)
+		rc = tcp_flush(s, err);
+	if (!rc)
+		rc = next(s, s->opts.io_timeout_ms, &rec, err);
+	if (rc)
+		return rc;
+	if (rec.type != KC_DIGESTS || kc_get_digest_req(&rec, &got, err) || got.block != block ||
+	    got.first != first || got.n != n)
+		return kc_fail(err, EPROTO,
+			       "the standby does not answer with the digests it was asked for");
+	memcpy(out, got.digests, (size_t)n * KC_DIGEST_SIZE);
+	return 0;
+}
+
+static void tcp_end(struct kc_sink *s, enum kc_end end)
+{
+	uint8_t rec[KC_REC_HDR + 4];
+
+	kc_put_end(rec, end);
+	if (!kc_sink_emit(s, rec, sizeof(rec), NULL, 0, NULL) && !kc_io_flush(io_of(s), NULL))
+		kc_io_linger(io_of(s), 1000);
+	s->broken = true;
+}
+
+static void tcp_close(struct kc_sink *s)
+{
+	kc_io_close(io_of(s));
+}
+
+static const struct kc_sink_ops tcp_ops = {
+	.begin = tcp_begin,
+	.write = tcp_write,
+	.commit = tcp_flush,
+	.abort = tcp_flush,
+	.poll = tcp_poll,
+	.digests = tcp_digests,
+	.end = tcp_end,
+	.close = tcp_close,
+	.aborts_by_record = true,
+};
+
+/* Of this process, so that a standby knows whether it is the same that comes again. */
+static const uint8_t *instance(void)
+{
+	static uint8_t id[16];
+	static bool made;
+
+	if (!made) {
+		if (getrandom(id, sizeof(id), 0) != sizeof(id))
+			abort();
+		made = true;
+	}
+	return id;
+}
+
+int kc_tcp_open(struct kc_sink *s, const char *hostport, struct kc_err *err)
+{
+	struct kc_welcome w;
+	struct kc_io *io;
+	struct kc_rec rec;
+	uint8_t *hello;
+	size_t len;
+	int rc;
+
+	rc = kc_io_connect(hostport, &s->opts, &io, err);
+	if (rc)
+		return rc;
+	s->ops = &tcp_ops;
+	s->ctx = io;
+	s->fd = kc_io_fd(io);
+
+	hello = malloc(KC_REC_HDR + KC_REC_MAX);
+	if (!hello)
+		return kc_fail(err, ENOMEM, "out of memory");
+	len = kc_put_hello(hello, &s->guest, instance());
+	rc = kc_io_write(io, hello, len, err);
+	free(hello);
+	if (!rc)
+		rc = tcp_flush(s, err);
+	if (!rc)
+		rc = next(s, s->opts.connect_timeout_ms, &rec, err);
+	if (rc)
+		return rc;
+	if (rec.type != KC_WELCOME || kc_get_welcome(&rec, &w, err))
+		return kc_fail(err, EPROTO, "%s is no kvm-checkpoint standby", hostport);
+	if (w.version != KC_VERSION)
+		return kc_fail(err, EPROTONOSUPPORT,
+			       "the standby wants version %u of the protocol, this program speaks version %u",
+			       w.version, KC_VERSION);
+	s->last_epoch = w.last_epoch;
+	s->has_ram = w.has_ram;
+	s->heartbeat_ms = w.timeout_ms ? (w.timeout_ms + 3) / 4 : 1000;
+	s->wrote_us = s->data_us = kc_now_us();
+	return 0;
+}

@@ -1,0 +1,130 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * What all parts of kvm-checkpoint share.
+ */
+#include <errno.h>
+#include <pthread.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+#include <json-c/json.h>
+
+#include "util.h"
+
+enum kc_log_level kc_log_max = KC_LOG_INFO;
+bool kc_log_json;
+
+int kc_fail(struct kc_err *err, int error, const char *fmt, ...)
+{
+	/* Not directly into err->text: it may be an argument. */
+	char text[sizeof(err->text)];
+	va_list ap;
+
+	if (!err)
+		return -error;
+	va_start(ap, fmt);
+	vsnprintf(text, sizeof(text), fmt, ap);
+	va_end(ap);
+	memcpy(err->text, text, sizeof(text));
+	return -error;
+}
+
+uint64_t kc_now_us(void)
+{
+	struct timespec ts;
+
+	clock_gettime(CLOCK_MONOTONIC, &ts);
+	return (uint64_t)ts.tv_sec * 1000000 + ts.tv_nsec / 1000;
+}
+
+void kc_log(enum kc_log_level level, const char *fmt, ...)
+{
+	static const char * const names[] = { "error", "warning", "info", "debug" };
+	char text[1024], line[1280];
+	va_list ap;
+	int n;
+
+	if (level > kc_log_max)
+		return;
+	va_start(ap, fmt);
+	vsnprintf(text, sizeof(text), fmt, ap);
+	va_end(ap);
+
+	if (kc_log_json) {
+		struct json_object *o = json_object_new_object();
+		struct timespec ts;
+
+		clock_gettime(CLOCK_REALTIME, &ts);
+		json_object_object_add(o, "time",
+				       json_object_new_double(ts.tv_sec + ts.tv_nsec / 1e9));
+		json_object_object_add(o, "level", json_object_new_string(names[level]));
+		json_object_object_add(o, "message", json_object_new_string(text));
+		n = snprintf(line, sizeof(line), "%s\n",
+			     json_object_to_json_string_ext(o, JSON_C_TO_STRING_PLAIN));
+		json_object_put(o);
+	} else {
+		n = snprintf(line, sizeof(line), "kvm-checkpoint: %s%s%s\n",
+			     level <= KC_LOG_WARN ? names[level] : "",
+			     level <= KC_LOG_WARN ? ": " : "", text);
+	}
+	if (n >= (int)sizeof(line))
+		line[sizeof(line) - 2] = '\n';
+	/* One call, so that lines of several threads do not mix. */
+	fputs(line, stderr);
+}
+
+static int parse_number(const char *s, uint64_t *n, const char **end)
+{
+	char *e;
+
+	if (*s < '0' || *s > '9')
+		return -EINVAL;
+	errno = 0;
+	*n = strtoull(s, &e, 10);
+	*end = e;
+	return errno ? -EINVAL : 0;
+}
+
+int kc_parse_size(const char *s, uint64_t *bytes)
+{
+	static const char units[] = "kmgt";
+	unsigned int shift = 0;
+	const char *end, *u;
+	uint64_t n;
+
+	if (parse_number(s, &n, &end))
+		return -EINVAL;
+	if (*end) {
+		u = strchr(units, *end | 0x20);
+		if (!u || end[1])
+			return -EINVAL;
+		shift = 10 * (u - units + 1);
+	}
+	if (n >> (63 - shift))
+		return -EINVAL;
+	*bytes = n << shift;
+	return 0;
+}
+
+int kc_parse_ms(const char *s, unsigned int *ms)
+{
+	unsigned int factor = 1;
+	const char *end;
+	uint64_t n;
+
+	if (parse_number(s, &n, &end))
+		return -EINVAL;
+	if (!strcmp(end, "s"))
+		factor = 1000;
+	else if (!strcmp(end, "m"))
+		factor = 60000;
+	else if (*end && strcmp(end, "ms"))
+		return -EINVAL;
+	if (n > INT32_MAX / factor)
+		return -EINVAL;
+	*ms = n * factor;
+	return 0;
+}

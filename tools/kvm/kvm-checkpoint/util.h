@@ -1,0 +1,67 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/*
+ * What all parts of kvm-checkpoint share: errors as texts, clocks, messages.
+ */
+#ifndef KC_UTIL_H
+#define KC_UTIL_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+/**
+ * struct kc_err - why something failed, in words for the user
+ * @text: one sentence without newline; empty if nothing failed.
+ *
+ * Functions that take one return a negative errno (or NULL) on failure and then have set @text.
+ * On success they leave it alone.  A caller that does not care may pass NULL.
+ */
+struct kc_err {
+	char text[512];
+};
+
+/**
+ * kc_fail() - say why and fail
+ * @err: where to, or NULL.
+ * @error: a positive errno.
+ * @fmt: as for printf(); the text of @error is not added.
+ *
+ * Return: -@error, so that callers can say "return kc_fail(...)".
+ */
+__attribute__((format(printf, 3, 4)))
+int kc_fail(struct kc_err *err, int error, const char *fmt, ...);
+
+/** kc_now_us() - CLOCK_MONOTONIC in microseconds. */
+uint64_t kc_now_us(void);
+
+enum kc_log_level { KC_LOG_ERROR, KC_LOG_WARN, KC_LOG_INFO, KC_LOG_DEBUG };
+
+/* Messages above this level are not shown; KC_LOG_INFO by default. */
+extern enum kc_log_level kc_log_max;
+
+/* Messages are JSON objects, one a line, instead of text.  False by default. */
+extern bool kc_log_json;
+
+/**
+ * kc_log() - one line for the user on stderr
+ * @level: how bad.
+ * @fmt: as for printf(), without newline.
+ *
+ * May be called from any thread; lines are never mixed.
+ */
+__attribute__((format(printf, 2, 3)))
+void kc_log(enum kc_log_level level, const char *fmt, ...);
+
+/**
+ * kc_parse_size() - a size such as 4096, 64k, 2M or 1G
+ * Return: 0 or -EINVAL.
+ */
+int kc_parse_size(const char *s, uint64_t *bytes);
+
+/**
+ * kc_parse_ms() - a time such as 100ms, 2s, 1m or 250 (milliseconds)
+ * Return: 0 or -EINVAL.
+ */
+int kc_parse_ms(const char *s, unsigned int *ms);
+
+#endif
