@@ -51,7 +51,7 @@ model:
 	@tools/testing/dirty_slot_ring/model/run --long
 
 demo:
-	@scripts/deps kernel rig qemu
+	@scripts/deps kernel rig qemu tools
 	@scripts/kernel patched
 	@scripts/demo
 
