@@ -16,6 +16,7 @@
 #include <uapi/linux/kvm_dirty_slot_ring.h>
 
 struct kvm;
+struct kvm_dirty_slot_mask;
 struct kvm_enable_cap;
 struct kvm_memory_slot;
 struct kvm_vcpu;
@@ -86,8 +87,8 @@ int kvm_vm_ioctl_get_dirty_slot_log_fd(struct kvm *kvm, void __user *argp);
  * in no order.  The caller flushes TLBs.
  *
  * Context: mmu_lock is held for write, kvm->srcu for read; slots_lock is not.
- * Return: how many of @masks were done, from the first on.  At least one; fewer
- * than @nr if kvm_dirty_slot_must_yield().
+ * Return: how many of @masks were done, from the first on.  At least one; to do
+ * fewer than @nr is right if kvm_dirty_slot_must_yield().
  */
 unsigned int kvm_arch_dirty_slot_protect(struct kvm *kvm,
 					 struct kvm_memory_slot *memslot,

@@ -222,19 +222,6 @@ static void summary_set(struct kvm_dirty_slot_log *log, int level,
 	}
 }
 
-/*
- * After an atomic operation has set bits of word @word of the bitmap: let the
- * summary know.  Where the bit of level 0 is set there is nothing to do, though
- * whoever set it may not have got any further yet.  If that is a vCPU's thread,
- * its ring->marking names a page of the same word, which each harvest looks at;
- * all others hold a lock that a harvest takes.
- */
-static void summary_mark(struct kvm_dirty_slot_log *log, unsigned long word)
-{
-	if (!(READ_ONCE(log->summary[0][BIT_WORD(word)]) & BIT_MASK(word))) /* D */
-		summary_set(log, 0, word);
-}
-
 /* Under log->mutex. */
 static void summary_clear(struct kvm_dirty_slot_log *log, int level,
 			  unsigned long bit)
@@ -354,14 +341,14 @@ static noinline void ring_overflow(struct kvm_dirty_slot_log *log,
 		trace_kvm_dirty_slot_ring_overflow(log->vm, vcpu->vcpu_id,
 						   log->slot, offset, 1);
 	ring_full(log, vcpu);
-	summary_mark(log, offset / BITS_PER_LONG);
+	summary_set(log, 0, offset / BITS_PER_LONG);
 }
 
 /*
- * The vCPU's thread marks a page.  A ring has one producer and this is the only
- * place where that matters, so the thread may be preempted anywhere: E says how
- * a harvest finds a page whose bit is set and whose entry is not there yet.  If
- * it does, the entry comes later and is stale.
+ * The vCPU's thread marks a page.  It may be preempted anywhere: E says how a
+ * harvest finds a page whose bit is set and whose entry is not there yet.  If it
+ * does, the entry comes later and is stale.  But nothing may mark another page in
+ * the middle of it, see kvm_dirty_slot_log_mark().
  */
 static __always_inline void ring_mark(struct kvm_dirty_slot_log *log,
 				      struct kvm_dirty_slot_ring *ring,
@@ -406,7 +393,7 @@ static unsigned int log_mark_word(struct kvm_dirty_slot_log *log,
 	raw_spin_lock_irqsave(&log->mark_lock, flags); /* E */
 	mask &= ~atomic_long_fetch_or(mask, p);
 	if (mask)
-		summary_mark(log, word);
+		summary_set(log, 0, word);
 	raw_spin_unlock_irqrestore(&log->mark_lock, flags);
 	if (!mask)
 		return 0;
@@ -440,10 +427,14 @@ void kvm_dirty_slot_log_mark(struct kvm *kvm,
 	struct kvm_dirty_slot_ring *ring;
 
 	/*
-	 * An interrupt may have come in the midst of a push, and a ring has one
-	 * producer: marks from interrupts do not touch it.
+	 * A ring has one producer, whose push may have been interrupted.  Marks
+	 * from interrupts do not touch it; nor do those from the scheduler, that
+	 * is, from kvm_arch_vcpu_put() and kvm_arch_vcpu_load() of a thread that
+	 * is preempted (steal time, Xen's runstate).
 	 */
-	ring = likely(vcpu && in_task()) ? log_ring(log, vcpu) : NULL;
+	ring = NULL;
+	if (likely(vcpu && in_task() && !READ_ONCE(vcpu->scheduled_out)))
+		ring = log_ring(log, vcpu);
 	if (likely(ring))
 		ring_mark(log, ring, vcpu, offset);
 	else
@@ -782,6 +773,8 @@ static void batch_protect(struct kvm_dirty_slot_log *log, struct kvm *kvm)
 							 b->nr_masks - i);
 			if (i == b->nr_masks)
 				break;
+			if (!kvm_dirty_slot_must_yield(kvm))
+				continue;
 			write_unlock(&kvm->mmu_lock);
 			cond_resched();
 			write_lock(&kvm->mmu_lock);

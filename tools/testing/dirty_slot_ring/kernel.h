@@ -54,6 +54,9 @@ extern __thread unsigned int shim_inject;
 bool shim_fails(void);
 extern __thread bool shim_in_task;
 
+/* Per thread: what runs in it when it is preempted, or NULL. */
+extern __thread void (*shim_preempted)(void);
+
 /* Allocations not freed yet. */
 extern long shim_allocated;
 void *shim_alloc(size_t size);
@@ -785,6 +788,7 @@ struct sim_vcpu;
 struct kvm_vcpu {
 	struct kvm *kvm;
 	int vcpu_id, vcpu_idx;
+	bool scheduled_out;
 	struct shim_run *run;
 	struct { struct kvm_vcpu_stat_generic generic; } stat;
 	struct kvm_dirty_slot_ring_vcpu dirty_slot_ring;

@@ -19,6 +19,7 @@ struct kvm *sim_kvm;
 u64 *sim_memory;
 __thread unsigned int shim_inject;
 __thread bool shim_in_task = true;
+__thread void (*shim_preempted)(void);
 long shim_allocated;
 
 static struct kvm_memslots sim_slots, sim_no_slots;
@@ -47,8 +48,15 @@ static u32 shim_random(void)
 #ifdef SHIM_JITTER
 void shim_jitter(void)
 {
+	void (*preempted)(void) = shim_preempted;
 	u32 r = shim_random(), n;
 
+	if (preempted && !(r % 16)) {
+		shim_preempted = NULL;
+		preempted();
+		shim_preempted = preempted;
+		return;
+	}
 	if (r % 64)
 		return;
 	r /= 64;

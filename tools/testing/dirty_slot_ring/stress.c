@@ -200,6 +200,21 @@ static u64 write_as_kvm(struct kvm_vcpu *vcpu, gfn_t gfn)
 	return val;
 }
 
+/*
+ * kvm_arch_vcpu_put(), as the scheduler calls it in the vCPU's own thread, perhaps
+ * in the midst of a mark, writes to guest memory: steal time.
+ */
+static __thread struct kvm_vcpu *loaded;
+
+static void preempted(void)
+{
+	static __thread u64 rnd = 1;
+
+	loaded->scheduled_out = true;
+	write_as_kvm(loaded, next_page(&rnd, 0));
+	loaded->scheduled_out = false;
+}
+
 static void end_of_round(void)
 {
 	pthread_barrier_wait(&round_ends);
@@ -224,7 +239,10 @@ static void *vcpu_thread(void *arg)
 		how = random_u32(&rnd) % 64;
 		if (how < test->kvm_writes) {
 			sim_exit(vcpu);
+			loaded = vcpu;
+			shim_preempted = preempted;
 			val = write_as_kvm(vcpu, gfn);
+			shim_preempted = NULL;
 		} else if (how < test->kvm_writes + test->irq_writes) {
 			/* An interrupt's; the CPU has this vCPU loaded. */
 			sim_exit(vcpu);
