@@ -3,11 +3,14 @@
 # Everything here is a script under scripts/; this only names them.
 
 .DEFAULT_GOAL := help
-.PHONY: help deps kernel qemu test demo bench patch check clean tools tools-install
+MINUTES ?= 30
+
+.PHONY: soak help deps kernel qemu test demo bench patch check clean tools tools-install
 
 help:
 	@echo 'make demo     live-migrate a Linux guest with the bitmap, the dirty ring and slot rings'
 	@echo 'make test     everything that can be tested here, as CI does'
+	@echo 'make soak     all tests of ours at random for MINUTES=30; nothing may grow'
 	@echo 'make bench    what it costs beside the bitmap and the upstream ring: tables and plots'
 	@echo
 	@echo 'make deps     install the Debian packages that are missing'
@@ -43,6 +46,10 @@ tools-install: tools
 test:
 	@scripts/deps
 	@scripts/test
+
+soak:
+	@scripts/deps kernel rig
+	@scripts/soak $(MINUTES)
 
 demo:
 	@scripts/deps kernel rig qemu
