@@ -1500,10 +1500,15 @@ static bool run_vcpu(int v)
 	}
 }
 
-/* The guest's pages from @from to @to (of its walk) were written or read. */
+/*
+ * The guest's pages from @from to @to (of its walk) were written or read, and
+ * maybe @one_more.  That one is where the next part begins: if the write was
+ * done before the vCPU left, as it can be with PML, it is not done again.
+ */
 static void model_touch(struct mlog *l, struct mring *r, const struct mailbox *mb, uint64_t from,
 			uint64_t to, bool one_more)
 {
+	uint64_t sure = from + !!from;
 	uint64_t pushed, over, i, p, lo = 0, hi, producer = ring_producer(r);
 	bool read = mb->op == OP_READ;
 	uint8_t fresh[MAX_PAGES] = { 0 };
@@ -1518,7 +1523,7 @@ static void model_touch(struct mlog *l, struct mring *r, const struct mailbox *m
 			continue;
 		fresh[p] = 1;
 		hi++;
-		if (l->in[p] == NO && !read && i < to)
+		if (l->in[p] == NO && !read && i >= sure && i < to)
 			lo++;
 		else
 			late = true;	/* or not, see below */
@@ -1546,7 +1551,7 @@ static void model_touch(struct mlog *l, struct mring *r, const struct mailbox *m
 			l->in[p] = MAYBE;
 	}
 	/* Those that were surely written. */
-	for (i = from; !read && i < to; i++)
+	for (i = sure; !read && i < to; i++)
 		l->in[(mb->first + i * mb->step) % mb->npages] = YES;
 	if (over)
 		l->spill = true;
