@@ -3,11 +3,14 @@
 # Everything here is a script under scripts/; this only names them.
 
 .DEFAULT_GOAL := help
-.PHONY: help deps kernel qemu test demo bench plots patch check clean tools tools-install model
+MINUTES ?= 30
+
+.PHONY: help deps kernel qemu test demo bench plots patch check clean tools tools-install model soak
 
 help:
 	@echo 'make demo     live-migrate a Linux guest with the bitmap, the dirty ring and slot rings'
 	@echo 'make test     everything that can be tested here, as CI does'
+	@echo 'make soak     all tests of ours at random for MINUTES=30; nothing may grow'
 	@echo 'make bench    what it costs beside the bitmap and the upstream ring: tables and plots'
 	@echo
 	@echo 'make deps     install the Debian packages that are missing'
@@ -49,6 +52,10 @@ test:
 model:
 	@scripts/deps model
 	@tools/testing/dirty_slot_ring/model/run --long
+
+soak:
+	@scripts/deps kernel rig
+	@scripts/soak $(MINUTES)
 
 demo:
 	@scripts/deps kernel rig qemu tools
