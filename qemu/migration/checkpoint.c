@@ -105,7 +105,8 @@ static void client_gone(void)
         Error *err = NULL;
 
         client.stopped = false;
-        if (runstate_check(RUN_STATE_PAUSED)) {
+        if (runstate_check(RUN_STATE_PAUSED) ||
+            runstate_check(RUN_STATE_PRELAUNCH)) {
             qmp_cont(&err);
         }
         if (err) {
@@ -491,6 +492,12 @@ CheckpointLayout *qmp_x_checkpoint_attach(const char *socket,
     }
     qio_channel_set_blocking(QIO_CHANNEL(sioc), false, NULL);
 
+    /* The state of a guest that cannot be migrated is of no use elsewhere. */
+    if (migration_is_blocked(errp)) {
+        object_unref(OBJECT(sioc));
+        close(buffer_fd);
+        return NULL;
+    }
     error_setg(&client.blocker, "the guest is being checkpointed");
     if (migrate_add_blocker(client.blocker, errp) < 0) {
         error_free(client.blocker);
@@ -597,8 +604,8 @@ CheckpointResumed *qmp_x_checkpoint_cont(Error **errp)
     if (!need_client(errp)) {
         return NULL;
     }
-    client.stopped = false;
     if (runstate_is_running()) {
+        client.stopped = false;
         error_setg(errp, "somebody else has resumed the guest");
         return NULL;
     }
@@ -608,6 +615,7 @@ CheckpointResumed *qmp_x_checkpoint_cont(Error **errp)
             error_propagate(errp, err);
             return NULL;
         }
+        client.stopped = false;
     }
     resumed = g_new0(CheckpointResumed, 1);
     resumed->resumed = resume;

@@ -31,7 +31,7 @@
 #define BATCH		256
 
 #define TICK_MS		50
-#define MAX_RETRY_MS	2000
+#define MAX_RETRY_MS	500
 
 static const char usage_text[] =
 "usage: kvm-checkpoint protect --qmp SOCKET --to tcp:HOST:PORT|DIR [OPTION]...\n"
@@ -312,8 +312,12 @@ static enum where take_epoch(struct protect *p, int *rc, struct kc_err *err)
 {
 	do {
 		*rc = guest_take(&p->guest, &p->epoch, err);
-		if (*rc == -EAGAIN)
+		if (*rc == -EAGAIN) {
 			kc_log(KC_LOG_WARN, "%s: taking another", err->text);
+			/* Not as fast as can be, and the standby must hear of us. */
+			usleep(20000);
+			while_qemu_works(p);
+		}
 	} while (*rc == -EAGAIN && !stop_requested);
 	return *rc == -EAGAIN ? STOPPED : *rc ? GUEST : OK;
 }
@@ -609,6 +613,9 @@ static int protect(struct protect *p)
 			if (!kc_sink_is_temporary(-rc)) {
 				kc_log(KC_LOG_ERROR, "%s; the guest runs on, without protection",
 				       err.text);
+				/* Silence would be taken for death, and this host be fenced. */
+				p->sink = kc_sink_open(p->to, &p->opts, &p->guest.id, NULL);
+				end(p, KC_END_DETACH);
 				return 1;
 			}
 			kc_log(KC_LOG_WARN, "%s; the guest runs on", err.text);
@@ -624,10 +631,17 @@ static int protect(struct protect *p)
 			end(p, KC_END_GUEST_SHUTDOWN);
 			return 0;
 		}
-		if ((rc == -EPIPE && guest_died(&p->guest)) || rc == -ETIMEDOUT) {
+		if (rc == -EPIPE && guest_died(&p->guest)) {
 			kc_log(KC_LOG_ERROR, "%s; the last epoch that counts is %lu", err.text,
 			       p->acked);
 			end(p, KC_END_GUEST_DIED);
+			return 1;
+		}
+		if (rc == -ETIMEDOUT) {
+			/* It may live again: its standby's --timeout and fence decide. */
+			kc_log(KC_LOG_ERROR, "%s; the last epoch that counts is %lu", err.text,
+			       p->acked);
+			close_sink(p);
 			return 1;
 		}
 		guest_close(&p->guest);
@@ -637,14 +651,19 @@ static int protect(struct protect *p)
 			struct kc_err again;
 
 			kc_log(KC_LOG_WARN, "%s; connecting to QEMU again", err.text);
-			close_sink(p);
 			rc = guest_open(&p->guest, p->qmp, p->external, &again);
-			if (!rc)
+			if (!rc) {
+				close_sink(p);
 				continue;
+			}
 			err = again;
 		}
 		kc_log(KC_LOG_ERROR, "%s; the guest is without protection", err.text);
-		end(p, KC_END_DETACH);
+		/* Where nobody listens any more, QEMU may be dead: that is for the standby. */
+		if (rc == -ECONNREFUSED || rc == -ENOENT)
+			close_sink(p);
+		else
+			end(p, KC_END_DETACH);
 		return 1;
 	}
 }

@@ -41,6 +41,8 @@ static void event(struct qmp *q, struct json_object *o)
 {
 	if (!strcmp(qmp_str(o, "event"), "SHUTDOWN"))
 		q->shutdown = true;
+	else if (!strcmp(qmp_str(o, "event"), "RESUME"))
+		q->shutdown = false;	/* -no-shutdown: it was reset, and runs */
 }
 
 /*

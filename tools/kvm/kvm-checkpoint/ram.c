@@ -549,7 +549,10 @@ static int seal(struct kc_ram *ram, uint64_t nr, struct kc_err *err)
 		return fail_errno(err, ram, "write redo.tmp");
 	if (renameat(ram->dir, "redo.tmp", ram->dir, "redo"))
 		return fail_errno(err, ram, "rename redo.tmp");
-	return sync_dir(ram, err);
+	rc = sync_dir(ram, err);
+	if (rc)
+		unlinkat(ram->dir, "redo", 0); /* its state is about to go, too */
+	return rc;
 }
 
 static int ram_commit(void *ctx, uint64_t nr, const void *state, uint32_t len, struct kc_err *err)
@@ -777,6 +780,9 @@ int kc_ram_open(const char *path, bool durable, struct kc_ram **out, struct kc_e
 		rc = fail_errno(err, ram, "open the directory");
 		goto fail;
 	}
+	rc = kc_check_owner(ram->dir, path, err);
+	if (rc)
+		goto fail;
 	if (flock(ram->lock, LOCK_EX | LOCK_NB)) {
 		rc = kc_fail(err, EBUSY, "%s is in use by another kvm-checkpoint", path);
 		goto fail;

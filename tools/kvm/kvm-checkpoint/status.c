@@ -519,6 +519,7 @@ struct kc_ctl *kc_ctl_start(const char *path, struct kc_status *st,
 {
 	struct kc_ctl *ctl = calloc(1, sizeof(*ctl));
 	struct sockaddr_un sa;
+	struct stat sb;
 	mode_t mask;
 	int rc;
 
@@ -544,7 +545,7 @@ struct kc_ctl *kc_ctl_start(const char *path, struct kc_status *st,
 		goto fail;
 	}
 	/* Of a daemon that was killed; anything but a socket is left alone. */
-	if (errno == ECONNREFUSED)
+	if (errno == ECONNREFUSED && !lstat(path, &sb) && S_ISSOCK(sb.st_mode))
 		unlink(path);
 	mask = umask(0177);
 	rc = bind(ctl->fd, (struct sockaddr *)&sa, sizeof(sa)) ? -errno : 0;

@@ -605,6 +605,8 @@ int kc_store_restore(const struct kc_store *st, uint64_t nr, const char *out, ui
 	if (!rc && r.dir < 0)
 		rc = restore_error(&r, err);
 	if (!rc)
+		rc = kc_check_owner(r.dir, out, err);
+	if (!rc)
 		rc = restore_to(&r, st, chain, n, err);
 	for (i = 0; i < KC_MAX_BLOCKS; i++) {
 		if (r.fd[i] < 0)

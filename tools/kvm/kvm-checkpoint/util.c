@@ -8,7 +8,9 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <time.h>
+#include <unistd.h>
 
 #include <json-c/json.h>
 
@@ -126,5 +128,18 @@ int kc_parse_ms(const char *s, unsigned int *ms)
 	if (n > INT32_MAX / factor)
 		return -EINVAL;
 	*ms = n * factor;
+	return 0;
+}
+
+int kc_check_owner(int dir, const char *path, struct kc_err *err)
+{
+	struct stat sb;
+
+	if (fstat(dir, &sb))
+		return kc_fail(err, errno, "cannot stat %s: %s", path, strerror(errno));
+	if (sb.st_uid != geteuid() || sb.st_mode & 022)
+		return kc_fail(err, EPERM,
+			       "%s belongs to or can be written by somebody else: give a directory of your own",
+			       path);
 	return 0;
 }

@@ -64,4 +64,15 @@ int kc_parse_size(const char *s, uint64_t *bytes);
  */
 int kc_parse_ms(const char *s, unsigned int *ms);
 
+/**
+ * kc_check_owner() - is a directory fit to hold a guest's memory?
+ * @dir: the directory.
+ * @path: its name, for the message.
+ * @err: what is wrong.
+ *
+ * Return: 0, or -EPERM if it belongs to or can be written by somebody else, who
+ * could then put files of his own there.
+ */
+int kc_check_owner(int dir, const char *path, struct kc_err *err);
+
 #endif
