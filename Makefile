@@ -3,11 +3,13 @@
 # Everything here is a script under scripts/; this only names them.
 
 .DEFAULT_GOAL := help
-.PHONY: help deps kernel qemu test demo bench patch check clean tools tools-install
+.PHONY: help deps kernel qemu test test-debug test-vmx demo bench patch check clean tools tools-install
 
 help:
 	@echo 'make demo     live-migrate a Linux guest with the bitmap, the dirty ring and slot rings'
 	@echo 'make test     everything that can be tested here, as CI does'
+	@echo 'make test-debug   the kernel tests with KASAN, lockdep, kmemleak, UBSAN, faults; then with KCSAN'
+	@echo 'make test-vmx     the kernel tests in Bochs with PML, without PML, without EPT; and other ways to run'
 	@echo 'make bench    what it costs beside the bitmap and the upstream ring: tables and plots'
 	@echo
 	@echo 'make deps     install the Debian packages that are missing'
@@ -43,6 +45,12 @@ tools-install: tools
 test:
 	@scripts/deps
 	@scripts/test
+
+test-debug:
+	@scripts/test debug kcsan
+
+test-vmx:
+	@scripts/test vmx ways
 
 demo:
 	@scripts/deps kernel rig qemu
