@@ -5,12 +5,15 @@
 .DEFAULT_GOAL := help
 MINUTES ?= 30
 
-.PHONY: help deps kernel qemu test demo bench plots patch check clean tools tools-install model soak
+.PHONY: help deps kernel qemu test test-debug test-vmx demo bench plots patch check clean
+.PHONY: tools tools-install model soak
 
 help:
 	@echo 'make demo     live-migrate a Linux guest with the bitmap, the dirty ring and slot rings'
 	@echo 'make test     everything that can be tested here, as CI does'
 	@echo 'make soak     all tests of ours at random for MINUTES=30; nothing may grow'
+	@echo 'make test-debug   the kernel tests with KASAN, lockdep, kmemleak, UBSAN, faults; then with KCSAN'
+	@echo 'make test-vmx     the kernel tests in Bochs with PML, without PML, without EPT; and other ways to run'
 	@echo 'make bench    what it costs beside the bitmap and the upstream ring: tables and plots'
 	@echo
 	@echo 'make deps     install the Debian packages that are missing'
@@ -56,6 +59,12 @@ model:
 soak:
 	@scripts/deps kernel rig
 	@scripts/soak $(MINUTES)
+
+test-debug:
+	@scripts/test debug kcsan
+
+test-vmx:
+	@scripts/test vmx ways
 
 demo:
 	@scripts/deps kernel rig qemu tools

@@ -27,6 +27,14 @@ BEGIN {
 	}
 }
 
+# Is this line of a call trace one of ours?
+function is_ours(text)
+{
+	return text ~ /dirty_slot|fast_pf_fix_logged/ ||
+	       text ~ / (log|batch|summary|harvest|discard)_[a-z_]+[.+]/ ||
+	       text ~ / (full_log|ring_(mark|push|push_wake|overflow|used|full))[.+]/
+}
+
 function allowed(text,    i)
 {
 	# Only while booting: what a test provokes is never the emulator's.
@@ -55,5 +63,25 @@ block && ok {
 	next
 }
 /---\[ end trace/ { block = 0; next }
+
+# KCSAN finds races all over a kernel.  Of interest are those where, on one side or
+# the other, one of the last two calls was ours.
+/BUG: KCSAN: / { race = $0; race_line = NR; ours = /assert/; depth = 2; next }
+race && /(read|write)( \(.*\))? to 0x[0-9a-f]+ of [0-9]+ bytes by / { depth = 0; next }
+race && depth < 2 && /\+0x[0-9a-f]+\/0x[0-9a-f]+/ {
+	depth++
+	ours = ours || is_ours($0)
+	next
+}
+race && /Reported by Kernel Concurrency Sanitizer/ {
+	if (ours)
+		report(race_line, race)
+	race = ""
+	next
+}
+
+# Who makes allocations fail is told so.
+test ~ /fault/ && /vmalloc error: |page allocation failure: / { failed = NR; next }
+failed && NR - failed < 8 && /Call Trace:/ { failed = 0; next }
 
 $0 ~ splat && !allowed($0) { report(NR, $0) }

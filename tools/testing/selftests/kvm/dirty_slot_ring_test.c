@@ -38,6 +38,7 @@
 #include "svm_util.h"
 #include "test_util.h"
 #include "ucall_common.h"
+#include "userfaultfd_util.h"
 #include "vmx.h"
 
 #include "dirty_slot_ring.h"
@@ -45,6 +46,10 @@
 /* An emulator is slow; what hangs, hangs for good. */
 #undef TEST_TIMEOUT_DEFAULT
 #define TEST_TIMEOUT_DEFAULT	240
+
+#ifndef MADV_COLLAPSE
+#define MADV_COLLAPSE		25
+#endif
 
 #define PG			4096ul
 #define MAX_VCPUS		2
@@ -1440,6 +1445,46 @@ TEST(harvest_sync_pml_full)
 	}
 	guest_join(v, 0);
 	guest_join(v, 1);
+	free(want);
+	dsr_free(v);
+}
+
+/*
+ * A burst of as many pages as a PML buffer holds, and some, comes while a harvest
+ * runs, whatever the ring holds by then: each page is in that one or in the next.
+ */
+TEST(harvest_sync_burst)
+{
+	const uint32_t entries = 16, burst = 520;
+	struct dsr *v = dsr_new(.entries = entries, .nr_vcpus = 1, .npages = burst + entries + 1);
+	struct mailbox mb = { .op = OP_BATCHES, .npages = burst };
+	uint8_t *want = set_new(v), *got = set_new(v);
+	uint32_t flags, fill, k;
+	int i;
+
+	for (fill = 0; fill <= entries + 1; fill += quick ? 4 : 1) {
+		for (i = 0; i < 4; i++) {
+			memset(got, 0, v->npages);
+			memset(want, 0, v->npages);
+			set_add(want, 0, burst + fill, 1);
+			guest_write(v, 0, burst, fill);
+
+			guest_start(v, 0, mb);
+			__atomic_store_n(&v->mb[0]->go, 1, __ATOMIC_RELEASE);
+			dither(20000);
+			flags = i & 1 ? KVM_DIRTY_HARVEST_SYNC : 0;
+			harvest_cap(v->fd, got, v->npages, flags, MANY_RUNS);
+			while (__atomic_load_n(&v->mb[0]->done, __ATOMIC_ACQUIRE) != 1)
+				sched_yield();
+			harvest_cap(v->fd, got, v->npages, KVM_DIRTY_HARVEST_SYNC, MANY_RUNS);
+			/* Twice, if the first came between a page's mark and its write. */
+			for (k = 0; k < v->npages; k++)
+				got[k] = !!got[k];
+			set_check(v, got, want);
+			guest_join(v, 0);
+		}
+	}
+	free(got);
 	free(want);
 	dsr_free(v);
 }
@@ -3716,6 +3761,217 @@ TEST(huge_pages_are_split)
 	dsr_free(v);
 }
 
+/* -- memory of other kinds ------------------------------------------------ */
+
+/* What the guest writes to read-only memory is not written, and not logged. */
+TEST(readonly_slot)
+{
+	struct mailbox mb = { .op = OP_WRITE, .gva = OTHER_GVA, .npages = 20, .value = 7 };
+	struct dsr *v = dsr_new(.entries = 64, .nr_vcpus = 1), rom;
+	struct kvm_run *run = v->vcpu[0]->run;
+	uint64_t *mem, exits = 0;
+
+	if (!kvm_has_cap(KVM_CAP_READONLY_MEM))
+		SKIP(return, "no read-only memory");
+
+	vm_userspace_mem_region_add(v->vm, VM_MEM_SRC_ANONYMOUS, OTHER_GPA, OTHER_SLOT, v->npages,
+				    KVM_MEM_READONLY | KVM_MEM_LOG_DIRTY_PAGES);
+	virt_map(v->vm, OTHER_GVA, OTHER_GPA, v->npages);
+	mem = addr_gpa2hva(v->vm, OTHER_GPA);
+	rom = *v;
+	rom.fd = dsr_open(v->vm, OTHER_SLOT);
+
+	guest_set(v, 0, mb);
+	for (;;) {
+		vcpu_run(v->vcpu[0]);
+		if (run->exit_reason != KVM_EXIT_MMIO)
+			break;
+		CHECK(run->mmio.is_write, "a read");
+		CHECK_EQ(run->mmio.phys_addr, OTHER_GPA + exits * PG);
+		CHECK_EQ(mem[exits * PG / 8], 0);
+		exits++;
+	}
+	CHECK_EQ(run->exit_reason, KVM_EXIT_IO);
+	CHECK_EQ(exits, mb.npages);
+	expect_nothing(&rom);
+
+	/* The VMM may well write it, and says so. */
+	mem[7 * PG / 8] = 1;
+	CHECK_EQ(dsr_mark(rom.fd, 7, 2), 2);
+	expect(&rom, 7, 2);
+	CHECK_EQ(dsr_mark(rom.fd, 7, 2), 2);
+	CHECK_EQ(dsr_discard(rom.fd, 0, v->npages), 2);
+	expect_nothing(&rom);
+	expect_armed(v, 0, v->npages);
+	close(rom.fd);
+	dsr_free(v);
+}
+
+/* Private memory cannot log dirty pages: no log, and no harm. */
+TEST(guest_memfd_slot_is_refused)
+{
+	const uint64_t size = 16 * PG;
+	struct kvm_vm *vm;
+	void *mem;
+	int gmem;
+
+	if (!(kvm_check_cap(KVM_CAP_VM_TYPES) & BIT(KVM_X86_SW_PROTECTED_VM)))
+		SKIP(return, "no VMs with private memory");
+
+	vm = vm_create_barebones_type(KVM_X86_SW_PROTECTED_VM);
+	mem = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	CHECK(mem != MAP_FAILED, "no memory");
+	gmem = vm_create_guest_memfd(vm, size, 0);
+	dsr_enable(vm, 64, 0);
+
+	CHECK_ERR(__vm_set_user_memory_region2(vm, TEST_SLOT,
+					       KVM_MEM_GUEST_MEMFD | KVM_MEM_LOG_DIRTY_PAGES,
+					       TEST_GPA, size, mem, gmem, 0), EINVAL);
+	CHECK_OK(__vm_set_user_memory_region2(vm, TEST_SLOT, KVM_MEM_GUEST_MEMFD,
+					      TEST_GPA, size, mem, gmem, 0));
+	CHECK_ERR(__dsr_open(vm, TEST_SLOT), ENOENT);
+	CHECK_ERR(__vm_set_user_memory_region2(vm, TEST_SLOT,
+					       KVM_MEM_GUEST_MEMFD | KVM_MEM_LOG_DIRTY_PAGES,
+					       TEST_GPA, size, mem, gmem, 0), EINVAL);
+	CHECK_ERR(__dsr_open(vm, TEST_SLOT), ENOENT);
+
+	/* The VM's other memory can. */
+	CHECK_OK(__vm_set_user_memory_region(vm, OTHER_SLOT, KVM_MEM_LOG_DIRTY_PAGES,
+					     OTHER_GPA, size, mem));
+	close(dsr_open(vm, OTHER_SLOT));
+	close(gmem);
+	kvm_vm_free(vm);
+}
+
+/* Lets the guest's faults through when told to. */
+static struct {
+	bool open, waiting;
+} gate;
+
+static int fault_handler(int mode, int uffd, struct uffd_msg *msg)
+{
+	static char page[PG] __aligned(PG);
+	struct uffdio_copy copy = {
+		.src = (uintptr_t)page,
+		.dst = msg->arg.pagefault.address & ~(PG - 1),
+		.len = PG,
+	};
+
+	WRITE_ONCE(gate.waiting, true);
+	while (!READ_ONCE(gate.open))
+		sched_yield();
+	return ioctl(uffd, UFFDIO_COPY, &copy) && errno != EEXIST ? -1 : 0;
+}
+
+/* A vCPU that waits for memory from userspace holds up no harvest. */
+TEST(userfaultfd_slot)
+{
+	struct mailbox mb = { .op = OP_WRITE, .first = 1, .npages = 100, .step = 2 };
+	struct dsr *v = dsr_new(.entries = 64, .nr_vcpus = 2);
+	void *mem = addr_gpa2hva(v->vm, TEST_GPA);
+	struct uffd_desc *uffd;
+	int i, fd;
+
+	fd = syscall(__NR_userfaultfd, O_CLOEXEC);
+	if (fd < 0)
+		SKIP(return, "no userfaultfd");
+	close(fd);
+
+	for (i = 0; i < 3; i++) {
+		CHECK_OK(madvise(mem, v->npages * PG, MADV_DONTNEED));
+		uffd = uffd_setup_demand_paging(UFFDIO_REGISTER_MODE_MISSING, 0, mem,
+						v->npages * PG, 1, fault_handler);
+		WRITE_ONCE(gate.open, true);
+		guest_write(v, 1, 300, 10);
+
+		WRITE_ONCE(gate.open, false);
+		WRITE_ONCE(gate.waiting, false);
+		guest_start(v, 0, mb);
+		while (!READ_ONCE(gate.waiting))
+			sched_yield();
+		/* What it has not got, it has not written. */
+		expect(v, 300, 10);
+		CHECK_EQ(dsr_mark(v->fd, 400, 3), 3);
+		CHECK_EQ(dsr_discard(v->fd, 401, 1), 1);
+		CHECK_EQ(dsr_reset(v->fd), 0);
+		expect_step(v, 400, 2, 2);
+
+		WRITE_ONCE(gate.open, true);
+		guest_join(v, 0);
+		expect_step(v, mb.first, mb.npages, mb.step);
+		expect_armed(v, 0, v->npages);
+		uffd_stop_demand_paging(uffd);
+	}
+	dsr_free(v);
+}
+
+static void write_file(const char *name, const char *value)
+{
+	int fd = open(name, O_WRONLY);
+
+	CHECK(fd >= 0 && write(fd, value, strlen(value)) == (int)strlen(value), "%s", name);
+	close(fd);
+}
+
+static uint64_t read_file(const char *name)
+{
+	char buf[32] = "";
+	int fd = open(name, O_RDONLY);
+
+	CHECK(fd >= 0 && read(fd, buf, sizeof(buf) - 1) > 0, "%s", name);
+	close(fd);
+	return strtoull(buf, NULL, 10);
+}
+
+#define KSM "/sys/kernel/mm/ksm/"
+
+/* Until most are merged. */
+static void ksm_merge(uint64_t pages)
+{
+	uint64_t merged;
+	int i;
+
+	write_file(KSM "run", "1");
+	for (i = 0; (merged = read_file(KSM "pages_sharing")) < pages; i++) {
+		CHECK(i < 6000, "%lu pages merged in a minute", merged);
+		sleep_ms(10);
+	}
+}
+
+/* Pages that the host merges stay in the log, and a write to one is logged. */
+TEST(ksm_merges_pages)
+{
+	struct dsr *v;
+	void *mem;
+	int i;
+
+	if (access(KSM "run", W_OK))
+		SKIP(return, "no KSM");
+
+	v = dsr_new(.entries = 64, .nr_vcpus = 1);
+	mem = addr_gpa2hva(v->vm, TEST_GPA);
+	write_file(KSM "pages_to_scan", "5000");
+	write_file(KSM "sleep_millisecs", "10");
+	CHECK_OK(madvise(mem, v->npages * PG, MADV_MERGEABLE));
+	for (i = 0; i < 3; i++) {
+		guest_write(v, 0, 0, v->npages);
+		if (i & 1)
+			expect(v, 0, v->npages);
+		ksm_merge(v->npages / 2);
+		write_file(KSM "run", "2");	/* and all are on their own again */
+		if (i & 1)
+			expect_nothing(v);
+		else
+			expect(v, 0, v->npages);
+		ksm_merge(v->npages / 2);
+		guest_write_step(v, 0, 5, 100, 3);
+		expect_step(v, 5, 100, 3);
+		write_file(KSM "run", "0");
+	}
+	CHECK_OK(madvise(mem, v->npages * PG, MADV_UNMERGEABLE));
+	dsr_free(v);
+}
+
 /* -- statistics ----------------------------------------------------------- */
 
 static uint64_t stat_of(int fd, const char *name)
@@ -3820,8 +4076,9 @@ enum collect_by {
 	BY_RESET = 2,		/* from the mapping, then RESET */
 	BY_BITMAP = 4,		/* KVM_GET_DIRTY_LOG, beside HARVEST */
 	BY_DISCARD = 8,		/* DISCARD and copy, beside HARVEST */
-	STEAL_TIME = 16,	/* KVM writes some of the pages */
-	ONE_CPU = 32,		/* all threads on one, so that they preempt each other */
+	UNMAPPING = 16,		/* the host keeps taking the memory away from the guest */
+	STEAL_TIME = 32,	/* KVM writes some of the pages */
+	ONE_CPU = 64,		/* all threads on one, so that they preempt each other */
 };
 
 struct collection {
@@ -3851,6 +4108,8 @@ FIXTURE_VARIANT_ADD(contents, mapped) { 512, 512, BY_RESET };
 FIXTURE_VARIANT_ADD(contents, mapped_ring_of_16) { 16, 64, BY_RESET };
 FIXTURE_VARIANT_ADD(contents, with_bitmap) { 256, 64, BY_HARVEST | BY_BITMAP };
 FIXTURE_VARIANT_ADD(contents, with_discard) { 256, 64, BY_HARVEST | BY_DISCARD };
+FIXTURE_VARIANT_ADD(contents, unmapping) { 256, 512, BY_HARVEST | UNMAPPING };
+FIXTURE_VARIANT_ADD(contents, unmapping_mapped) { 64, 64, BY_RESET | UNMAPPING };
 FIXTURE_VARIANT_ADD(contents, steal_time) { 256, 512, BY_HARVEST | STEAL_TIME | ONE_CPU };
 
 static void copy_page(struct collection *s, uint64_t page)
@@ -3965,6 +4224,51 @@ static void *reset_collector(void *arg)
 	return NULL;
 }
 
+/*
+ * What makes the MMU notifiers take pages out of the guest's page tables, where
+ * KVM knows which of them are writable and dirty.  What the pages hold changes
+ * only where they are dropped, and then the VMM says so, as it has to.
+ */
+static void *unmapper(void *arg)
+{
+	struct collection *s = arg;
+	struct userspace_mem_region *slot0 = memslot2region(s->v->vm, 0);
+	void *mem = addr_gpa2hva(s->v->vm, TEST_GPA);
+	uint64_t i, n, first, npages = s->v->npages;
+	pid_t pid;
+
+	/* What vCPUs have in common stays mapped, see dsr_new(). */
+	CHECK_OK(madvise(slot0->host_mem, slot0->region.memory_size, MADV_DONTFORK));
+
+	for (i = 0; !READ_ONCE(s->stop); i++) {
+		first = random() % npages;
+		n = min(1ul + random() % 100, npages - first);
+		switch (i % 4) {
+		case 0:
+			CHECK_OK(madvise(mem + first * PG, n * PG, MADV_DONTNEED));
+			dsr_mark(s->v->fd, first, n);
+			break;
+		case 1:
+			CHECK_OK(mprotect(mem + first * PG, n * PG,
+					  PROT_READ | PROT_WRITE | PROT_EXEC));
+			CHECK_OK(mprotect(mem + first * PG, n * PG, PROT_READ | PROT_WRITE));
+			break;
+		case 2:
+			/* All pages are copied on the next write. */
+			pid = fork();
+			if (!pid)
+				_exit(0);
+			child_check(pid);
+			break;
+		case 3:
+			/* A hint: it may well find nothing to do. */
+			madvise(mem, npages * PG, MADV_COLLAPSE);
+			break;
+		}
+	}
+	return NULL;
+}
+
 FIXTURE_SETUP(contents)
 {
 	memset(self, 0, sizeof(*self));
@@ -3984,6 +4288,7 @@ TEST_F(contents, copy_equals_memory)
 {
 	static void *(* const collectors[])(void *) = {
 		harvest_collector, reset_collector, bitmap_collector, discard_collector,
+		unmapper,
 	};
 	struct dsr *v = self->c.v;
 	pthread_t thread[ARRAY_SIZE(collectors)];
