@@ -880,22 +880,25 @@ static int add_file(struct store_sink *ss, const struct kc_begin *b)
 	return 0;
 }
 
-/* Remove files with a lower number; those who are not there are as good as removed. */
+/*
+ * Remove files with a lower number; those who are not there are as good as removed.  The
+ * newest first: each needs older ones, and whoever is killed in the midst of it leaves only
+ * such as are whole.
+ */
 static void remove_older(struct store_sink *ss, uint64_t nr)
 {
 	struct kc_store *st = &ss->store;
 	char name[40];
 	size_t i, n = 0;
 
-	for (i = 0; i < st->nr_files; i++) {
-		if (st->files[i].nr < nr) {
-			file_name(name, st->files[i].nr);
-			unlinkat(st->dir, name, 0);
-		} else {
-			st->files[n++] = st->files[i];
-		}
+	while (n < st->nr_files && st->files[n].nr < nr)
+		n++;
+	for (i = n; i--; ) {
+		file_name(name, st->files[i].nr);
+		unlinkat(st->dir, name, 0);
 	}
-	st->nr_files = n;
+	st->nr_files -= n;
+	memmove(st->files, st->files + n, st->nr_files * sizeof(*st->files));
 }
 
 /* --- Merging -------------------------------------------------------------- */
