@@ -472,21 +472,29 @@ static int restore_zero(void *ctx, uint16_t block, uint64_t page, uint64_t n, st
 	return rc;
 }
 
-static int restore_epoch(void *ctx, uint64_t nr, const void *state, uint32_t len,
-			 struct kc_err *err)
+/* The state of the epoch read last is kept; @old is the one before, or NULL. */
+static int keep_state(uint8_t **old, uint32_t *old_len, const void *state, uint32_t len,
+		      struct kc_err *err)
 {
-	struct restore *r = ctx;
 	uint8_t *copy = malloc(len + 1);
 
-	(void)nr;
 	if (!copy)
 		return kc_fail(err, ENOMEM, "out of memory");
 	if (len)
 		memcpy(copy, state, len);
-	free(r->state);
-	r->state = copy;
-	r->state_len = len;
+	free(*old);
+	*old = copy;
+	*old_len = len;
 	return 0;
+}
+
+static int restore_epoch(void *ctx, uint64_t nr, const void *state, uint32_t len,
+			 struct kc_err *err)
+{
+	struct restore *r = ctx;
+
+	(void)nr;
+	return keep_state(&r->state, &r->state_len, state, len, err);
 }
 
 static const struct kc_store_ops restore_ops = {
@@ -704,17 +712,9 @@ static int place_zero(void *ctx, uint16_t block, uint64_t page, uint64_t n, stru
 static int place_epoch(void *ctx, uint64_t nr, const void *state, uint32_t len, struct kc_err *err)
 {
 	struct place *pl = ctx;
-	uint8_t *copy = malloc(len + 1);
 
 	(void)nr;
-	if (!copy)
-		return kc_fail(err, ENOMEM, "out of memory");
-	if (len)
-		memcpy(copy, state, len);
-	free(pl->state);
-	pl->state = copy;
-	pl->state_len = len;
-	return 0;
+	return keep_state(&pl->state, &pl->state_len, state, len, err);
 }
 
 static const struct kc_store_ops place_ops = {
