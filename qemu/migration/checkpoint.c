@@ -75,7 +75,9 @@ static struct {
     guint watch;
     int buffer;
     Error *blocker;
+    VMChangeStateEntry *runs;
     bool stopped;               /* The guest stands still, and for the client */
+    bool ran;                   /* since the client stopped it, or found it so */
     /* Of the layout that the client knows */
     uint64_t generation;
     uint32_t ram_version;
@@ -101,6 +103,7 @@ static void client_gone(void)
     client.socket = NULL;
     close(client.buffer);
 
+    qemu_del_vm_change_state_handler(client.runs);
     if (client.stopped) {
         Error *err = NULL;
 
@@ -132,6 +135,15 @@ static gboolean client_event(QIOChannel *ioc, GIOCondition condition,
     }
     client_gone();
     return G_SOURCE_REMOVE;
+}
+
+/* Whoever resumes the guest: it is not stopped for the client any more */
+static void guest_runs(void *opaque, bool running, RunState state)
+{
+    if (running) {
+        client.stopped = false;
+        client.ran = true;
+    }
 }
 
 static bool need_client(Error **errp)
@@ -234,6 +246,24 @@ static GArray *collect_pages(void)
         }
     }
     return pages;
+}
+
+/*
+ * Whether a page was written, or harvested by somebody else, since
+ * collect_pages().  vCPUs stand still, so KVM need not be asked.
+ */
+static bool memory_changed(void)
+{
+    RAMBlock *rb;
+
+    RCU_READ_LOCK_GUARD();
+    RAMBLOCK_FOREACH_MIGRATABLE(rb) {
+        if (cpu_physical_memory_get_dirty(rb->offset, rb->used_length,
+                                          DIRTY_MEMORY_MIGRATION)) {
+            return true;
+        }
+    }
+    return false;
 }
 
 /*
@@ -512,6 +542,7 @@ CheckpointLayout *qmp_x_checkpoint_attach(const char *socket,
     client.buffer = buffer_fd;
     client.watch = qio_channel_add_watch(QIO_CHANNEL(sioc), G_IO_IN | G_IO_HUP,
                                          client_event, NULL, NULL);
+    client.runs = qemu_add_vm_change_state_handler(guest_runs, NULL);
 
     /*
      * The client copies all pages after this, so what is dirty by now is not of
@@ -544,6 +575,7 @@ CheckpointStopped *qmp_x_checkpoint_stop(Error **errp)
         client.stopped = true;
         vm_stop(RUN_STATE_PAUSED);
     }
+    client.ran = false;
     stopped->running = client.stopped;
     status = qmp_query_status(&error_abort);
     stopped->status = status->status;
@@ -560,10 +592,6 @@ CheckpointPagesInfo *qmp_x_checkpoint_collect(bool state, Error **errp)
     if (!need_client(errp)) {
         return NULL;
     }
-    if (state && runstate_is_running()) {
-        error_setg(errp, "the guest runs, use x-checkpoint-stop");
-        return NULL;
-    }
     if (client.ram_version != ram_list.version ||
         client.slots_version != kvm_dirty_slot_log_version()) {
         client.generation = ++last_generation;
@@ -573,7 +601,7 @@ CheckpointPagesInfo *qmp_x_checkpoint_collect(bool state, Error **errp)
 
     info = g_new0(CheckpointPagesInfo, 1);
     /* Saving may write to the guest's memory, so pages come after it */
-    if (state && !save_state(&offset, errp)) {
+    if (state && !runstate_is_running() && !save_state(&offset, errp)) {
         goto fail;
     }
     info->state_size = offset;
@@ -599,26 +627,27 @@ CheckpointResumed *qmp_x_checkpoint_cont(Error **errp)
 {
     CheckpointResumed *resumed;
     Error *err = NULL;
-    bool resume = client.stopped;
+    bool consistent;
 
     if (!need_client(errp)) {
         return NULL;
     }
-    if (runstate_is_running()) {
-        client.stopped = false;
-        error_setg(errp, "somebody else has resumed the guest");
-        return NULL;
-    }
-    if (resume) {
+    /*
+     * A reset writes to memory and leaves another state behind.  Reports of
+     * pages that were written or harvested come too late for this checkpoint.
+     */
+    consistent = !client.ran && !memory_changed() &&
+                 !(client.stopped && !runstate_check(RUN_STATE_PAUSED));
+    if (client.stopped) {
         qmp_cont(&err);
         if (err) {
             error_propagate(errp, err);
             return NULL;
         }
-        client.stopped = false;
     }
     resumed = g_new0(CheckpointResumed, 1);
-    resumed->resumed = resume;
+    resumed->resumed = runstate_is_running();
+    resumed->consistent = consistent;
     return resumed;
 }
 

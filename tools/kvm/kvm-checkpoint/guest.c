@@ -560,6 +560,7 @@ void guest_close(struct guest *g)
 struct harvest {
 	struct guest *g;
 	const struct guest_log *log;
+	uint64_t pages;
 };
 
 /* Pages are re-armed by now: what is written to them after the copy will be found again */
@@ -569,17 +570,22 @@ static int add_run(const struct kvmdirty_run *run, void *arg)
 
 	if (run->offset > h->log->npages || run->npages > h->log->npages - run->offset)
 		return -ERANGE;
+	h->pages += run->npages;
 	return dirty_add(&h->g->dirty, h->log->block, h->log->page + run->offset, run->npages);
 }
 
 static int harvest_log(struct guest *g, struct guest_log *log, struct kc_err *err)
 {
-	struct harvest h = { g, log };
+	struct harvest h = { .g = g, .log = log };
+	/* Of a guest that stands still, a log has a page once: this is no limit then */
+	uint64_t budget = 2 * log->npages;
 	int rc;
 
 	do {
-		rc = kvmdirty_harvest_each(log->slot, add_run, &h, 0, 0, NULL);
-	} while (rc > 0 || rc == -EINTR);
+		rc = kvmdirty_harvest_each(log->slot, add_run, &h, budget - h.pages, 0, NULL);
+	} while ((rc > 0 && h.pages < budget) || rc == -EINTR);
+	if (rc > 0)
+		rc = 0;
 	/* The slot is gone.  The next layout is without it. */
 	if (rc == -ENODEV)
 		rc = 0;
@@ -751,6 +757,7 @@ int guest_take(struct guest *g, struct guest_epoch *e, struct kc_err *err)
 {
 	struct json_object *o = NULL;
 	uint64_t t[8] = { 0 };
+	bool consistent;
 	int rc;
 
 	e->copy.nr = 0;
@@ -776,12 +783,16 @@ int guest_take(struct guest *g, struct guest_epoch *e, struct kc_err *err)
 	o = NULL;
 	rc = qmp_call(&g->qmp, "x-checkpoint-cont", NULL, &o, err);
 	t[7] = kc_now_us();
-	if (rc == -EREMOTEIO && !undo_copy(g, &e->copy))
-		return kc_fail(err, EAGAIN, "somebody resumed the guest during a checkpoint");
 	if (rc)
 		return rc;
 	e->resumed = qmp_bool(o, "resumed");
+	consistent = qmp_bool(o, "consistent");
 	json_object_put(o);
+	if (!consistent && undo_copy(g, &e->copy))
+		return kc_fail(err, ENOMEM, "no memory for the list of dirty pages");
+	if (!consistent)
+		return kc_fail(err, EAGAIN,
+			       "somebody else resumed the guest or changed its memory during a checkpoint");
 
 	e->us[KC_PAUSE_STOP] = t[1] - t[0];
 	e->us[KC_PAUSE_HARVEST] = t[2] - t[1] + t[5] - t[4];

@@ -107,7 +107,8 @@ void guest_close(struct guest *g);
  * @g: the guest, running or not.
  * @err: why not.
  *
- * Without slot rings there is nothing to do.
+ * A running guest may write faster than this harvests: it ends when it has had each page twice, and
+ * what remains in the logs is for the next time.  Without slot rings there is nothing to do.
  *
  * Return: 0 or a negative errno.
  */
@@ -126,8 +127,8 @@ int guest_collect(struct guest *g, struct kc_err *err);
  * @e: what was taken; zero it before the first time, its buffers are used again.  Pages are sorted.
  * @err: why not.
  *
- * Return: 0; -EAGAIN if somebody resumed the guest meanwhile, and nothing is lost; other negative
- * errno.
+ * Return: 0; -EAGAIN if somebody else resumed the guest or changed its memory meanwhile, and then
+ * nothing is lost; other negative errno.
  */
 int guest_take(struct guest *g, struct guest_epoch *e, struct kc_err *err);
 

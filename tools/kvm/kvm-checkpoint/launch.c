@@ -433,8 +433,9 @@ static int load(const struct kc_launch *l, struct qmp *q, struct kc_err *err)
 	/* Until here the guest has not run, because of -S, and the RAM is as it was. */
 	if (!rc && l->committed)
 		rc = l->committed(l->ctx, err);
-	if (!rc)
-		rc = qmp_run(q, "{\"execute\":\"cont\"}\n", -1, NULL, err);
+	if (rc || l->stopped)
+		return rc;
+	rc = qmp_run(q, "{\"execute\":\"cont\"}\n", -1, NULL, err);
 	if (!rc)
 		rc = status_is(q, "running", &is, err);
 	if (!rc && !is)

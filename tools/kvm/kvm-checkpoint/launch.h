@@ -37,6 +37,7 @@ int kc_run_fence(char **argv, unsigned int timeout_ms, struct kc_err *err);
  *	the command does all of it.
  * @capabilities: of migration, to be set before the state is loaded; NULL terminated or NULL.
  * @guest, @ram, @state, @epoch: the checkpoint.
+ * @stopped: the guest was not running when it was taken, so load it and leave it as it was.
  * @timeout_ms: for QEMU to have loaded the state.
  * @committed: called right before the guest runs and changes the RAM; an error stops it.
  */
@@ -48,6 +49,7 @@ struct kc_launch {
 	char **ram;
 	const char *state;
 	uint64_t epoch;
+	bool stopped;
 	unsigned int timeout_ms;
 	int (*committed)(void *ctx, struct kc_err *err);
 	void *ctx;
@@ -60,7 +62,7 @@ struct kc_launch {
 int kc_launch_check(const struct kc_launch *l, struct kc_err *err);
 
 /**
- * kc_launch() - start QEMU, load the state, let the guest run
+ * kc_launch() - start QEMU, load the state, let the guest run unless it was stopped
  * @pid: of QEMU, a child of ours.
  * @qmp: its monitor, to be closed by the caller whenever it wants; -1 if @bare.
  *

@@ -244,7 +244,12 @@ static int run_restored(struct kc_launch *l)
 		return fail(&err);
 	if (qmp >= 0)
 		close(qmp);
-	kc_log(KC_LOG_INFO, "the guest runs from epoch %" PRIu64, l->epoch);
+	if (l->stopped)
+		kc_log(KC_LOG_INFO,
+		       "the guest is at epoch %" PRIu64 ", and stopped as it was when that was taken",
+		       l->epoch);
+	else
+		kc_log(KC_LOG_INFO, "the guest runs from epoch %" PRIu64, l->epoch);
 	while (waitpid(pid, &status, 0) < 0 && errno == EINTR)
 		;
 	return WIFEXITED(status) && !WEXITSTATUS(status) ? 0 : 1;
@@ -290,7 +295,7 @@ int cmd_restore(int argc, char **argv)
 			caps[nr_caps++] = optarg;
 			break;
 		case 'L':
-			if (!kc_parse_ms(optarg, &l.timeout_ms))
+			if (!kc_parse_ms(optarg, &l.timeout_ms) && l.timeout_ms)
 				break;
 			kc_log(KC_LOG_ERROR, "--load-timeout does not take %s", optarg);
 			return 2;
@@ -312,7 +317,7 @@ int cmd_restore(int argc, char **argv)
 	}
 	if (kc_store_read(argv[optind], &st, &err))
 		return fail(&err);
-	rc = kc_store_restore(&st, nr, out, &nr, &err);
+	rc = kc_store_restore(&st, nr, out, &nr, &l.stopped, &err);
 	real = rc ? NULL : realpath(out, NULL);
 	if (!rc && !real)
 		rc = kc_fail(&err, errno, "cannot find %s: %s", out, strerror(errno));
@@ -335,6 +340,8 @@ int cmd_restore(int argc, char **argv)
 			printf("ram %s %" PRIu64 " %s\n", st.guest.blocks[i].name,
 			       st.guest.blocks[i].npages * KC_PAGE_SIZE, ram[i]);
 		printf("state %s\n", state);
+		if (l.stopped)
+			printf("stopped\n");
 	}
 	for (i = 0; i < KC_MAX_BLOCKS; i++)
 		free(ram[i]);

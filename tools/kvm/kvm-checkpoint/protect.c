@@ -30,6 +30,9 @@
 /* Pages copied of the running guest at a time */
 #define BATCH		256
 
+/* How often in a row somebody may interfere with an epoch */
+#define MAX_TRIES	50
+
 #define TICK_MS		50
 #define MAX_RETRY_MS	500
 
@@ -296,7 +299,8 @@ static int send_epoch(struct protect *p, struct kc_err *err)
 	int rc = send_pages(p, err);
 
 	if (!rc)
-		rc = kc_epoch_state(p->sink, p->epoch.state, p->epoch.state_len, err);
+		rc = kc_epoch_state(p->sink, p->epoch.state, p->epoch.state_len,
+				    !p->epoch.was_running, err);
 	if (!rc)
 		rc = kc_epoch_commit(p->sink, err);
 	if (rc)
@@ -310,6 +314,8 @@ static int send_epoch(struct protect *p, struct kc_err *err)
 
 static enum where take_epoch(struct protect *p, int *rc, struct kc_err *err)
 {
+	unsigned int tries = 0;
+
 	do {
 		*rc = guest_take(&p->guest, &p->epoch, err);
 		if (*rc == -EAGAIN) {
@@ -318,7 +324,10 @@ static enum where take_epoch(struct protect *p, int *rc, struct kc_err *err)
 			usleep(20000);
 			while_qemu_works(p);
 		}
-	} while (*rc == -EAGAIN && !stop_requested);
+	} while (*rc == -EAGAIN && !stop_requested && ++tries < MAX_TRIES);
+	/* Whatever does this to the guest, it does it all the time. */
+	if (*rc == -EAGAIN && !stop_requested)
+		*rc = -EBUSY;
 	return *rc == -EAGAIN ? STOPPED : *rc ? GUEST : OK;
 }
 

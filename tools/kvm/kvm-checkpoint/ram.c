@@ -30,13 +30,13 @@ struct entry {
 
 struct trailer {
 	char magic[8];
-	uint64_t epoch, nr_slots, nr_entries;
+	uint64_t epoch, flags, nr_slots, nr_entries;
 	uint64_t xxh;		/* of the entries and of what is above */
 };
 
 struct meta {
 	char magic[8];
-	uint32_t flags, hello_len;
+	uint32_t flags, durable, hello_len, reserved;
 	uint64_t epoch;
 	char boot_id[40];
 	/* Then a HELLO record, then the XXH3-64 of all of it. */
@@ -46,14 +46,14 @@ struct kc_ram {
 	char *path;
 	int dir, lock;
 	bool durable;
+	bool on_disk;		/* the RAM files are, as meta says they are */
 	bool has_guest, torn;
 	struct kc_guest guest;
 	/* Read by any thread. */
 	_Atomic uint64_t epoch;
 	_Atomic unsigned int flags;
 	uint8_t *map[KC_MAX_BLOCKS];
-	uint8_t *state;
-	uint32_t state_len;
+	struct kc_devices state;
 
 	/* The epoch that is being received. */
 	bool direct;
@@ -167,10 +167,10 @@ static void boot_id(char id[40])
 /* --- meta ----------------------------------------------------------------- */
 
 static int write_meta(struct kc_ram *ram, const char *name, uint64_t epoch, unsigned int flags,
-		      struct kc_err *err)
+		      bool on_disk, struct kc_err *err)
 {
 	static const uint8_t nobody[16];
-	struct meta m = { .flags = flags, .epoch = epoch };
+	struct meta m = { .flags = flags, .epoch = epoch, .durable = on_disk };
 	uint8_t *buf = malloc(sizeof(m) + KC_REC_HDR + KC_REC_MAX);
 	uint64_t xxh;
 	int rc;
@@ -220,7 +220,8 @@ static int read_meta(struct kc_ram *ram, struct kc_err *err)
 	ram->has_guest = true;
 	ram->flags = m.flags;
 	boot_id(id);
-	if (memcmp(id, m.boot_id, sizeof(id)) && !ram->durable)
+	ram->on_disk = m.durable;
+	if (memcmp(id, m.boot_id, sizeof(id)) && !m.durable)
 		kc_log(KC_LOG_WARN,
 		       "%s was written before this host was booted: its pages serve for a resynchronization only",
 		       ram->path);
@@ -318,7 +319,7 @@ int kc_ram_create(struct kc_ram *ram, const struct kc_guest *guest, void (*progr
 		return kc_fail(err, ENOMEM, "out of memory");
 	rc = map_blocks(ram, true, progress, ctx, err);
 	if (!rc)
-		rc = write_meta(ram, "meta.tmp", 0, 0, err);
+		rc = write_meta(ram, "meta.tmp", 0, 0, false, err);
 	if (!rc && renameat(ram->dir, "meta.tmp", ram->dir, "meta"))
 		rc = fail_errno(err, ram, "rename a file");
 	if (rc) {
@@ -394,12 +395,11 @@ static const void *ram_base(void *ctx, uint16_t block, uint64_t page)
 	return ram->direct ? NULL : ram->map[block] + page * KC_PAGE_SIZE;
 }
 
-static const void *ram_base_state(void *ctx, uint32_t *len)
+static const struct kc_devices *ram_base_state(void *ctx)
 {
 	struct kc_ram *ram = ctx;
 
-	*len = ram->state_len;
-	return ram->epoch ? ram->state : NULL;
+	return ram->epoch ? &ram->state : NULL;
 }
 
 static int flush(struct kc_ram *ram, struct kc_err *err)
@@ -505,7 +505,7 @@ static int sync_blocks(struct kc_ram *ram, struct kc_err *err)
 }
 
 /* The RAM files have the epoch: say so, and remove what only led there. */
-static int arrived(struct kc_ram *ram, uint64_t nr, struct kc_err *err)
+static int arrived(struct kc_ram *ram, uint64_t nr, unsigned int flags, struct kc_err *err)
 {
 	uint64_t old = ram->epoch;
 	char name[32];
@@ -517,7 +517,8 @@ static int arrived(struct kc_ram *ram, uint64_t nr, struct kc_err *err)
 	if (renameat(ram->dir, "meta.tmp", ram->dir, "meta"))
 		return fail_errno(err, ram, "rename meta.tmp");
 	ram->epoch = nr;
-	ram->flags = 0;
+	ram->flags = flags;
+	ram->on_disk = ram->durable;
 	rc = sync_dir(ram, err);
 	unlinkat(ram->dir, "redo", 0);
 	if (old && old != nr) {
@@ -528,9 +529,10 @@ static int arrived(struct kc_ram *ram, uint64_t nr, struct kc_err *err)
 }
 
 /* redo.tmp is whole: give it its end and its name. */
-static int seal(struct kc_ram *ram, uint64_t nr, struct kc_err *err)
+static int seal(struct kc_ram *ram, uint64_t nr, unsigned int flags, struct kc_err *err)
 {
 	struct trailer t = { .epoch = nr,
+			     .flags = flags,
 			     .nr_slots = ram->nr_slots,
 			     .nr_entries = ram->nr_entries };
 	size_t i, len = ram->nr_entries * sizeof(*ram->entries);
@@ -555,26 +557,26 @@ static int seal(struct kc_ram *ram, uint64_t nr, struct kc_err *err)
 	return rc;
 }
 
-static int ram_commit(void *ctx, uint64_t nr, const void *state, uint32_t len, struct kc_err *err)
+static int ram_commit(void *ctx, uint64_t nr, const struct kc_devices *state, struct kc_err *err)
 {
+	unsigned int flags = state->stopped ? KC_RAM_STOPPED : 0;
+	struct kc_devices copy = { NULL };
 	struct kc_ram *ram = ctx;
-	uint8_t *copy = malloc(len + 1);
 	char name[32];
 	int rc;
 
 	/* All that may fail for want of space comes before the epoch is complete. */
 	state_name(name, nr);
-	if (!copy)
-		rc = kc_fail(err, ENOMEM, "out of memory");
-	else
-		rc = write_file(ram, name, state, len, NULL, 0, err);
+	rc = kc_devices_keep(&copy, state, err);
 	if (!rc)
-		rc = write_meta(ram, "meta.tmp", nr, 0, err);
+		rc = write_file(ram, name, state->data, state->len, NULL, 0, err);
+	if (!rc)
+		rc = write_meta(ram, "meta.tmp", nr, flags, ram->durable, err);
 	if (!rc && !ram->direct)
-		rc = seal(ram, nr, err);
+		rc = seal(ram, nr, flags, err);
 	if (rc) {
 		unlinkat(ram->dir, name, 0);
-		free(copy);
+		free(copy.data);
 		ram_abort(ram);
 		return rc;
 	}
@@ -582,18 +584,15 @@ static int ram_commit(void *ctx, uint64_t nr, const void *state, uint32_t len, s
 	if (!ram->direct)
 		rc = apply(ram, ram->redo, ram->entries, ram->nr_entries, ram->nr_slots, err);
 	if (!rc)
-		rc = arrived(ram, nr, err);
+		rc = arrived(ram, nr, flags, err);
 	drop(ram);
 	if (rc) {
-		free(copy);
+		free(copy.data);
 		return rc;
 	}
 	ram->torn = false;
-	if (len)
-		memcpy(copy, state, len);
-	free(ram->state);
+	free(ram->state.data);
 	ram->state = copy;
-	ram->state_len = len;
 	return 0;
 }
 
@@ -681,9 +680,9 @@ static int redo_again(struct kc_ram *ram, struct kc_err *err)
 	kc_log(KC_LOG_INFO, "finishing epoch %" PRIu64 ", which was complete", t.epoch);
 	rc = apply(ram, fd, entries, t.nr_entries, t.nr_slots, err);
 	if (!rc)
-		rc = write_meta(ram, "meta.tmp", t.epoch, 0, err);
+		rc = write_meta(ram, "meta.tmp", t.epoch, t.flags, ram->durable, err);
 	if (!rc)
-		rc = arrived(ram, t.epoch, err);
+		rc = arrived(ram, t.epoch, t.flags, err);
 	goto out;
 damaged:
 	rc = kc_fail(err, EPROTO, "%s/redo is damaged: remove %s and start from nothing", ram->path,
@@ -700,13 +699,13 @@ static int read_state(struct kc_ram *ram, struct kc_err *err)
 	size_t len;
 	int rc;
 
-	free(ram->state);
-	ram->state = NULL;
+	free(ram->state.data);
+	ram->state.data = NULL;
 	state_name(name, ram->epoch);
-	rc = read_file(ram, name, &ram->state, &len);
+	rc = read_file(ram, name, &ram->state.data, &len);
 	if (rc)
 		return kc_fail(err, -rc, "cannot read %s/%s: %s", ram->path, name, strerror(-rc));
-	ram->state_len = len;
+	ram->state.len = len;
 	return 0;
 }
 
@@ -744,6 +743,25 @@ static void remove_leftovers(struct kc_ram *ram)
 			unlinkat(ram->dir, d->d_name, 0);
 	}
 	closedir(dir);
+}
+
+/*
+ * The RAM files are about to be changed without forcing anything to the disk: after a crash of the
+ * host they would be of no epoch, and what the disk says of them must not be that they are.
+ */
+static int no_longer_durable(struct kc_ram *ram, struct kc_err *err)
+{
+	int rc;
+
+	ram->durable = true;
+	rc = write_meta(ram, "meta.tmp", ram->epoch, ram->flags, false, err);
+	if (!rc && renameat(ram->dir, "meta.tmp", ram->dir, "meta"))
+		rc = fail_errno(err, ram, "rename meta.tmp");
+	if (!rc)
+		rc = sync_dir(ram, err);
+	ram->durable = false;
+	ram->on_disk = false;
+	return rc;
 }
 
 int kc_ram_open(const char *path, bool durable, struct kc_ram **out, struct kc_err *err)
@@ -788,6 +806,8 @@ int kc_ram_open(const char *path, bool durable, struct kc_ram **out, struct kc_e
 		goto fail;
 	}
 	rc = read_meta(ram, err);
+	if (!rc && ram->on_disk && !durable)
+		rc = no_longer_durable(ram, err);
 	if (!rc && ram->has_guest) {
 		rc = map_blocks(ram, false, NULL, NULL, err);
 		if (!rc)
@@ -816,7 +836,7 @@ void kc_ram_close(struct kc_ram *ram)
 		close(ram->lock);
 	if (ram->dir >= 0)
 		close(ram->dir);
-	free(ram->state);
+	free(ram->state.data);
 	free(ram->wbuf);
 	free(ram->path);
 	free(ram);
@@ -843,7 +863,7 @@ int kc_ram_set_flags(struct kc_ram *ram, unsigned int flags, struct kc_err *err)
 
 	if (flags == ram->flags || !ram->has_guest)
 		return 0;
-	rc = write_meta(ram, "meta.tmp", ram->epoch, flags, err);
+	rc = write_meta(ram, "meta.tmp", ram->epoch, flags, ram->on_disk, err);
 	if (!rc && renameat(ram->dir, "meta.tmp", ram->dir, "meta"))
 		rc = fail_errno(err, ram, "rename meta.tmp");
 	if (!rc)

@@ -5,7 +5,8 @@
  *
  *	ram0, ram1, ...	the blocks
  *	state-N		device state of epoch N
- *	meta		guest, last epoch in the RAM files, boot ID of the host
+ *	meta		guest, last epoch in the RAM files, boot ID of the host, whether the disk
+ *			has all of that
  *	redo		a complete epoch on its way into the RAM files
  *	redo.tmp	an epoch that is being received
  *
@@ -15,7 +16,7 @@
  *
  * Without "durable" nothing is forced to the disk: files survive the process, not a crash of the
  * host. After one the boot ID differs, and the RAM files only count as a start for a
- * resynchronization.
+ * resynchronization, whatever the option is then.
  *
  * One thread at a time, but kc_ram_epoch() and kc_ram_flags() are for any.
  */
@@ -59,8 +60,10 @@ char *kc_ram_state_path(const struct kc_ram *ram);
 
 #define KC_RAM_ENDED		1u	/* protection ended by intent: silence means nothing */
 #define KC_RAM_TAKEN_OVER	2u	/* QEMU got these files: they are no epoch any more */
+#define KC_RAM_STOPPED		4u	/* the guest was not running when the epoch was taken */
 
 unsigned int kc_ram_flags(const struct kc_ram *ram);
+/* Replaces them; the next complete epoch does so, too. */
 int kc_ram_set_flags(struct kc_ram *ram, unsigned int flags, struct kc_err *err);
 
 /* For kc_rx_new(), with the kc_ram as its context. */

@@ -48,6 +48,20 @@ struct kc_rx *kc_rx_new(const struct kc_guest *guest, const struct kc_rx_ops *op
 }
 
 /* Forget what belongs to the open epoch. */
+int kc_devices_keep(struct kc_devices *to, const struct kc_devices *from, struct kc_err *err)
+{
+	uint8_t *copy = malloc(from->len + 1);
+
+	if (!copy)
+		return kc_fail(err, ENOMEM, "out of memory");
+	if (from->len)
+		memcpy(copy, from->data, from->len);
+	free(to->data);
+	*to = *from;
+	to->data = copy;
+	return 0;
+}
+
 static void reset(struct kc_rx *rx)
 {
 	uint32_t i;
@@ -144,16 +158,15 @@ static int check_place(struct kc_rx *rx, uint16_t block, uint64_t page, uint64_t
 /* A page of the device state as of the last complete epoch. */
 static const void *base_state_page(struct kc_rx *rx, uint64_t page)
 {
-	const uint8_t *state = NULL;
+	const struct kc_devices *state = NULL;
 	size_t n, offset = page * KC_PAGE_SIZE;
-	uint32_t len = 0;
 
 	if (rx->ops->base_state)
-		state = rx->ops->base_state(rx->ctx, &len);
+		state = rx->ops->base_state(rx->ctx);
 	memset(rx->base, 0, KC_PAGE_SIZE);
-	if (state && offset < len) {
-		n = len - offset;
-		memcpy(rx->base, state + offset, n < KC_PAGE_SIZE ? n : KC_PAGE_SIZE);
+	if (state && offset < state->len) {
+		n = state->len - offset;
+		memcpy(rx->base, state->data + offset, n < KC_PAGE_SIZE ? n : KC_PAGE_SIZE);
 	}
 	return rx->base;
 }
@@ -201,8 +214,7 @@ static int take_zero(struct kc_rx *rx, const struct kc_rec *rec, struct kc_err *
 
 static int take_state(struct kc_rx *rx, const struct kc_rec *rec, struct kc_err *err)
 {
-	const uint8_t *state = NULL;
-	uint32_t len = 0;
+	const struct kc_devices *old = NULL;
 	size_t size;
 	int rc;
 
@@ -216,9 +228,10 @@ static int take_state(struct kc_rx *rx, const struct kc_rec *rec, struct kc_err 
 	if (!rx->state)
 		return kc_fail(err, ENOMEM, "out of memory");
 	if (!rx->begin.flags && rx->ops->base_state)
-		state = rx->ops->base_state(rx->ctx, &len);
-	if (state)
-		memcpy(rx->state, state, len < rx->announced.len ? len : rx->announced.len);
+		old = rx->ops->base_state(rx->ctx);
+	if (old && old->len)
+		memcpy(rx->state, old->data,
+		       old->len < rx->announced.len ? old->len : rx->announced.len);
 	return 0;
 }
 
@@ -250,7 +263,11 @@ static int commit(struct kc_rx *rx, const struct kc_rec *rec, struct kc_err *err
 			       (unsigned long long)rx->begin.nr, what);
 	/* Whether that works or not, the epoch is no longer open. */
 	rx->open = false;
-	rc = rx->ops->commit(rx->ctx, c.nr, rx->state, rx->announced.len, err);
+	rc = rx->ops->commit(rx->ctx, c.nr, &(struct kc_devices){
+			.data = rx->state,
+			.len = rx->announced.len,
+			.stopped = rx->announced.flags & KC_STATE_STOPPED,
+		}, err);
 	reset(rx);
 	return rc ? rc : KC_COMMIT;
 }

@@ -352,7 +352,8 @@ int kc_epoch_page(struct kc_sink *s, uint32_t block, uint64_t page, const void *
 	return broken(s, put_page(s, block, page, data, err));
 }
 
-int kc_epoch_state(struct kc_sink *s, const void *buf, size_t len, struct kc_err *err)
+int kc_epoch_state(struct kc_sink *s, const void *buf, size_t len, bool stopped,
+		   struct kc_err *err)
 {
 	size_t i, n = KC_STATE_PAGES(len), old;
 	uint8_t rec[KC_REC_HDR + 16], *copy;
@@ -382,7 +383,9 @@ int kc_epoch_state(struct kc_sink *s, const void *buf, size_t len, struct kc_err
 	if (s->begin.flags)
 		old = 0;
 
-	state = (struct kc_state){ .len = len, .xxh = XXH3_64bits(copy, len) };
+	state = (struct kc_state){ .len = len,
+				   .flags = stopped ? KC_STATE_STOPPED : 0,
+				   .xxh = XXH3_64bits(copy, len) };
 	kc_put_state(rec, &state);
 	rc = flush_zeros(s, err);
 	if (!rc)

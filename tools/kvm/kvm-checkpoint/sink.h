@@ -7,7 +7,7 @@
  *	pause the guest, harvest, save the device state, copy the dirty pages aside, resume
  *	kc_epoch_begin(sink, nr, 0, &err)
  *	kc_epoch_page(sink, block, page, copy, &err)	for each page
- *	kc_epoch_state(sink, state, len, &err)
+ *	kc_epoch_state(sink, state, len, stopped, &err)
  *	kc_epoch_commit(sink, &err)
  *
  * and between epochs, at least every 100 ms, kc_sink_poll() for acknowledgements and heartbeats.
@@ -241,11 +241,13 @@ int kc_epoch_page(struct kc_sink *sink, uint32_t block, uint64_t page, const voi
  * @sink: with an open epoch.
  * @buf: the state, opaque.
  * @len: its length, at most KC_STATE_MAX.
+ * @stopped: the guest was not running, and is not to run where it is restored either.
  * @err: why not.
  *
  * Return: 0 or a negative errno.
  */
-int kc_epoch_state(struct kc_sink *sink, const void *buf, size_t len, struct kc_err *err);
+int kc_epoch_state(struct kc_sink *sink, const void *buf, size_t len, bool stopped,
+		   struct kc_err *err);
 
 #ifndef KC_STATE_MAX
 #define KC_STATE_MAX (64u << 20)

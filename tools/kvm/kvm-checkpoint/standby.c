@@ -26,6 +26,7 @@
 
 #define MAX_SESSIONS 16u
 #define TICK_MS 50u
+#define RETRY_MS 5000u
 
 enum mode { SERVING, FAILING_OVER, TAKEN_OVER, STOPPING };
 
@@ -61,6 +62,8 @@ struct standby {
 	unsigned int nr_sessions;
 	/* By whom failing over was asked for, if it was. */
 	const char *promote;
+	/* Not to be forgotten when failing over fails: nothing but a new epoch disproves it. */
+	bool guest_died;
 	/* When an active session that is gone was heard last. */
 	uint64_t heard_us;
 };
@@ -254,6 +257,9 @@ static int acknowledge(struct session *s, const struct kc_rx *rx, uint64_t start
 	uint8_t rec[KC_REC_HDR + 16];
 	int rc;
 
+	pthread_mutex_lock(&sb->lock);
+	sb->guest_died = false;
+	pthread_mutex_unlock(&sb->lock);
 	kc_put_nr(rec, KC_ACK, nr, now - started);
 	rc = kc_io_write(s->io, rec, sizeof(rec), err);
 	if (!rc)
@@ -286,14 +292,14 @@ static int ended(struct session *s, const struct kc_rec *rec, struct kc_err *err
 		if (!kc_ram_epoch(sb->ram) || (kc_ram_flags(sb->ram) & KC_RAM_ENDED))
 			kc_log(KC_LOG_ERROR, "there is no complete epoch of it to go on from");
 		else if (sb->mode == SERVING)
-			sb->promote = "the primary's guest died";
+			sb->guest_died = true;
 		pthread_mutex_unlock(&sb->lock);
 		return 0;
 	}
 	kc_log(KC_LOG_INFO, "the primary ends the protection: %s",
 	       reason == KC_END_GUEST_SHUTDOWN ? "its guest shut down" : "detached");
 	kc_status_phase(sb->status, "ended");
-	return kc_ram_set_flags(sb->ram, KC_RAM_ENDED, err);
+	return kc_ram_set_flags(sb->ram, kc_ram_flags(sb->ram) | KC_RAM_ENDED, err);
 }
 
 /* Until the connection ends: 0 if the primary ended it as it should. */
@@ -454,6 +460,7 @@ static int start_guest(struct standby *sb, pid_t *pid, struct kc_err *err)
 	struct kc_launch l = {
 		.argv = sb->exec, .bare = sb->bare, .capabilities = sb->capabilities, .guest = g,
 		.state = kc_ram_state_path(sb->ram), .epoch = kc_ram_epoch(sb->ram),
+		.stopped = kc_ram_flags(sb->ram) & KC_RAM_STOPPED,
 		.timeout_ms = sb->load_timeout_ms, .committed = taken_over, .ctx = sb,
 	};
 	int qmp, rc = 0;
@@ -469,6 +476,9 @@ static int start_guest(struct standby *sb, pid_t *pid, struct kc_err *err)
 		rc = kc_fail(err, ENOMEM, "out of memory");
 	else
 		rc = kc_launch(&l, pid, &qmp, err);
+	/* A command that could not be started has not touched the RAM. */
+	if (rc && sb->bare && (kc_ram_flags(sb->ram) & KC_RAM_TAKEN_OVER))
+		kc_ram_set_flags(sb->ram, kc_ram_flags(sb->ram) & ~KC_RAM_TAKEN_OVER, NULL);
 	if (!rc && qmp >= 0)
 		close(qmp);
 	kc_free_argv(l.ram);
@@ -510,7 +520,10 @@ static int fail_over(struct standby *sb, const char *reason, pid_t *pid, struct 
 	if (rc)
 		return rc;
 	kc_log(KC_LOG_WARN, "taken over at epoch %" PRIu64 " after %.3f s%s", kc_ram_epoch(sb->ram),
-	       (kc_now_us() - t) / 1e6, sb->exec ? ": the guest runs here" : "");
+	       (kc_now_us() - t) / 1e6, !sb->exec ? "" :
+	       kc_ram_flags(sb->ram) & KC_RAM_STOPPED ?
+	       ": the guest is here, and stopped as it was when the epoch was taken" :
+	       ": the guest runs here");
 	kc_status_phase(sb->status, "taken over");
 	return 0;
 }
@@ -531,6 +544,8 @@ static void print_checkpoint(struct standby *sb)
 	p = kc_ram_state_path(sb->ram);
 	printf("state %s\n", p ? p : "");
 	free(p);
+	if (kc_ram_flags(sb->ram) & KC_RAM_STOPPED)
+		printf("stopped\n");
 	fflush(stdout);
 }
 
@@ -631,6 +646,7 @@ static int serve(struct standby *sb, int listener, int signals)
 		{ .fd = listener, .events = POLLIN }, { .fd = signals, .events = POLLIN },
 	};
 	struct silence q = { .last_us = kc_now_us() };
+	uint64_t not_before_us = 0;
 	char reason[80];
 	struct kc_err err;
 	const char *why;
@@ -655,6 +671,8 @@ static int serve(struct standby *sb, int listener, int signals)
 		}
 		pthread_mutex_lock(&sb->lock);
 		why = sb->promote;
+		if (!why && sb->guest_died && kc_now_us() >= not_before_us)
+			why = "the primary's guest died";
 		pthread_mutex_unlock(&sb->lock);
 		if (is_silent(sb, &q) && !why) {
 			snprintf(reason, sizeof(reason), "the primary has been silent for %u ms",
@@ -683,6 +701,7 @@ static int serve(struct standby *sb, int listener, int signals)
 		sb->mode = SERVING;
 		pthread_mutex_unlock(&sb->lock);
 		q = (struct silence){ .last_us = kc_now_us(), .heard_us = q.heard_us };
+		not_before_us = kc_now_us() + RETRY_MS * 1000ull;
 	}
 }
 
@@ -770,7 +789,7 @@ static int parse(struct standby *sb, int argc, char **argv)
 			sb->no_fence = true;
 			break;
 		case 'T':
-			ok = !kc_parse_ms(optarg, &sb->fence_timeout_ms);
+			ok = !kc_parse_ms(optarg, &sb->fence_timeout_ms) && sb->fence_timeout_ms;
 			break;
 		case 'e':
 			exec = optarg;
@@ -784,7 +803,7 @@ static int parse(struct standby *sb, int argc, char **argv)
 				sb->capabilities[nr_caps++] = optarg;
 			break;
 		case 'L':
-			ok = !kc_parse_ms(optarg, &sb->load_timeout_ms);
+			ok = !kc_parse_ms(optarg, &sb->load_timeout_ms) && sb->load_timeout_ms;
 			break;
 		case 'c':
 			sb->control = optarg;

@@ -240,8 +240,7 @@ struct replay {
 	uint64_t done, total, shown_us;		/* for progress, in bytes */
 	size_t file;
 	uint64_t offset, base;
-	uint8_t *state;
-	uint32_t state_len;
+	struct kc_devices state;
 };
 
 static uint64_t replay_last(void *ctx)
@@ -257,12 +256,9 @@ static int replay_begin(void *ctx, const struct kc_begin *b, struct kc_err *err)
 	return 0;
 }
 
-static const void *replay_base_state(void *ctx, uint32_t *len)
+static const struct kc_devices *replay_base_state(void *ctx)
 {
-	struct replay *r = ctx;
-
-	*len = r->state_len;
-	return r->state;
+	return &((struct replay *)ctx)->state;
 }
 
 static int replay_page(void *ctx, uint16_t block, uint64_t page, const void *data,
@@ -281,21 +277,16 @@ static int replay_zero(void *ctx, uint16_t block, uint64_t page, uint64_t n, str
 	return r->ops && r->ops->zero ? r->ops->zero(r->ctx, block, page, n, err) : 0;
 }
 
-static int replay_commit(void *ctx, uint64_t nr, const void *state, uint32_t len,
+static int replay_commit(void *ctx, uint64_t nr, const struct kc_devices *state,
 			 struct kc_err *err)
 {
 	struct replay *r = ctx;
-	uint8_t *copy = malloc(len + 1);
+	int rc = kc_devices_keep(&r->state, state, err);
 
-	if (!copy)
-		return kc_fail(err, ENOMEM, "out of memory");
-	if (len)
-		memcpy(copy, state, len);
-	free(r->state);
-	r->state = copy;
-	r->state_len = len;
+	if (rc)
+		return rc;
 	r->base = nr;
-	return r->ops && r->ops->epoch ? r->ops->epoch(r->ctx, nr, state, len, err) : 0;
+	return r->ops && r->ops->epoch ? r->ops->epoch(r->ctx, nr, state, err) : 0;
 }
 
 static void replay_abort(void *ctx)
@@ -425,7 +416,7 @@ int kc_store_replay(const struct kc_store *st, const size_t *chain, size_t n,
 		}
 	}
 	show_progress(&r, true);
-	free(r.state);
+	free(r.state.data);
 	return rc;
 }
 
@@ -435,8 +426,7 @@ struct restore {
 	const char *out;
 	int dir;
 	int fd[KC_MAX_BLOCKS];
-	uint8_t *state;
-	uint32_t state_len;
+	struct kc_devices state;
 };
 
 static int restore_error(struct restore *r, struct kc_err *err)
@@ -472,29 +462,13 @@ static int restore_zero(void *ctx, uint16_t block, uint64_t page, uint64_t n, st
 	return rc;
 }
 
-/* The state of the epoch read last is kept; @old is the one before, or NULL. */
-static int keep_state(uint8_t **old, uint32_t *old_len, const void *state, uint32_t len,
-		      struct kc_err *err)
-{
-	uint8_t *copy = malloc(len + 1);
-
-	if (!copy)
-		return kc_fail(err, ENOMEM, "out of memory");
-	if (len)
-		memcpy(copy, state, len);
-	free(*old);
-	*old = copy;
-	*old_len = len;
-	return 0;
-}
-
-static int restore_epoch(void *ctx, uint64_t nr, const void *state, uint32_t len,
+static int restore_epoch(void *ctx, uint64_t nr, const struct kc_devices *state,
 			 struct kc_err *err)
 {
 	struct restore *r = ctx;
 
 	(void)nr;
-	return keep_state(&r->state, &r->state_len, state, len, err);
+	return kc_devices_keep(&r->state, state, err);
 }
 
 static const struct kc_store_ops restore_ops = {
@@ -540,8 +514,8 @@ static int restore_to(struct restore *r, const struct kc_store *st, const size_t
 	fd = new_file(r, "state", 0, err);
 	if (fd < 0)
 		return fd;
-	for (i = 0; i < r->state_len && !rc;) {
-		ssize_t w = write(fd, r->state + i, r->state_len - i);
+	for (i = 0; i < r->state.len && !rc;) {
+		ssize_t w = write(fd, r->state.data + i, r->state.len - i);
 
 		if (w <= 0)
 			rc = restore_error(r, err);
@@ -586,7 +560,7 @@ static uint64_t last_sound(const struct kc_store *st, struct kc_err *err)
 }
 
 int kc_store_restore(const struct kc_store *st, uint64_t nr, const char *out, uint64_t *got,
-		     struct kc_err *err)
+		     bool *stopped, struct kc_err *err)
 {
 	struct restore r = { .out = out, .dir = -1 };
 	char name[16];
@@ -627,9 +601,10 @@ int kc_store_restore(const struct kc_store *st, uint64_t nr, const char *out, ui
 	}
 	if (r.dir >= 0)
 		close(r.dir);
-	free(r.state);
+	free(r.state.data);
 	free(chain);
 	*got = nr;
+	*stopped = r.state.stopped;
 	return rc;
 }
 
@@ -642,8 +617,7 @@ int kc_store_restore(const struct kc_store *st, uint64_t nr, const char *out, ui
 struct place {
 	const struct kc_guest *guest;
 	uint64_t *at[KC_MAX_BLOCKS];
-	uint8_t *state;
-	uint32_t state_len;
+	struct kc_devices state;
 	/* Files of the chain that are open. */
 	size_t nr_fds;
 	int *fds;
@@ -682,7 +656,7 @@ static void place_free(struct place *pl)
 	for (i = 0; i < KC_MAX_BLOCKS; i++)
 		free(pl->at[i]);
 	free(pl->fds);
-	free(pl->state);
+	free(pl->state.data);
 	kc_unpacker_free(pl->up);
 	memset(pl, 0, sizeof(*pl));
 }
@@ -709,12 +683,12 @@ static int place_zero(void *ctx, uint16_t block, uint64_t page, uint64_t n, stru
 	return 0;
 }
 
-static int place_epoch(void *ctx, uint64_t nr, const void *state, uint32_t len, struct kc_err *err)
+static int place_epoch(void *ctx, uint64_t nr, const struct kc_devices *state, struct kc_err *err)
 {
 	struct place *pl = ctx;
 
 	(void)nr;
-	return keep_state(&pl->state, &pl->state_len, state, len, err);
+	return kc_devices_keep(&pl->state, state, err);
 }
 
 static const struct kc_store_ops place_ops = {
@@ -949,8 +923,9 @@ static int merge_block(struct place *pl, const struct kc_store *st, const size_t
 static int merge_state(struct place *pl, FILE *f, XXH3_state_t *sum, uint64_t *records,
 		       struct kc_err *err)
 {
-	struct kc_state state = { .len = pl->state_len,
-				  .xxh = XXH3_64bits(pl->state, pl->state_len) };
+	struct kc_state state = { .len = pl->state.len,
+				  .flags = pl->state.stopped ? KC_STATE_STOPPED : 0,
+				  .xxh = XXH3_64bits(pl->state.data, pl->state.len) };
 	uint8_t buf[KC_REC_HDR + KC_PAGE_HDR + KC_PAGE_SIZE], page[KC_PAGE_SIZE];
 	struct kc_packer *pk = kc_packer_new(KC_CODEC_LZ4, 1, 0);
 	struct kc_page p = { .block = KC_STATE_BLOCK };
@@ -961,10 +936,10 @@ static int merge_state(struct place *pl, FILE *f, XXH3_state_t *sum, uint64_t *r
 		return kc_fail(err, ENOMEM, "out of memory");
 	len = kc_put_state(buf, &state);
 	rc = merge_put(f, sum, records, buf, len);
-	for (p.page = 0; p.page < KC_STATE_PAGES(pl->state_len) && !rc; p.page++) {
-		n = pl->state_len - p.page * KC_PAGE_SIZE;
+	for (p.page = 0; p.page < KC_STATE_PAGES(pl->state.len) && !rc; p.page++) {
+		n = pl->state.len - p.page * KC_PAGE_SIZE;
 		memset(page, 0, sizeof(page));
-		memcpy(page, pl->state + p.page * KC_PAGE_SIZE,
+		memcpy(page, pl->state.data + p.page * KC_PAGE_SIZE,
 		       n < KC_PAGE_SIZE ? n : KC_PAGE_SIZE);
 		kc_pack(pk, 1, &p, page);
 		len = kc_put_page(buf, &p);

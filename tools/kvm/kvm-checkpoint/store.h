@@ -62,7 +62,7 @@ struct kc_store_ops {
 		    const void *data, struct kc_err *err);
 	int (*zero)(void *ctx, uint16_t block, uint64_t page, uint64_t n, struct kc_err *err);
 	/* After each file. */
-	int (*epoch)(void *ctx, uint64_t nr, const void *state, uint32_t len, struct kc_err *err);
+	int (*epoch)(void *ctx, uint64_t nr, const struct kc_devices *state, struct kc_err *err);
 };
 
 /**
@@ -82,8 +82,9 @@ extern bool kc_store_progress;
  * @nr: its number, 0 for the last sound one.
  * @out: directory for ram0, ram1, ... and state; made if it is not there.
  * @got: the number.
+ * @stopped: whether the guest was not running then.
  */
 int kc_store_restore(const struct kc_store *store, uint64_t nr, const char *out, uint64_t *got,
-		     struct kc_err *err);
+		     bool *stopped, struct kc_err *err);
 
 #endif

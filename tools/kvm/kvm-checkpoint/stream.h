@@ -16,10 +16,9 @@
  *	DIGEST_REQ	any time: which digests it wants
  *	BEGIN		an epoch begins: number, number it builds upon, flags
  *	PAGE, ZERO	contents of a page; a run of zero pages
- *	STATE		length and checksum of the device state; its contents are PAGEs and ZEROs of
- *	the
- *			block KC_STATE_BLOCK after it.  What they leave out is as in the epoch
- *			before, or zero if this is no increment
+ *	STATE		length, checksum and flags of the device state; its contents are PAGEs and
+ *			ZEROs of the block KC_STATE_BLOCK after it.  What they leave out is as in
+ *			the epoch before, or zero if this is no increment
  *	COMMIT		the epoch is whole: number of records and pages, checksum of them
  *	ABORT		forget it
  *	HEARTBEAT	any time
@@ -109,8 +108,10 @@ struct kc_page {
 #define KC_STATE_BLOCK 0xffffu
 #define KC_STATE_PAGES(len) (((len) + KC_PAGE_SIZE - 1) / KC_PAGE_SIZE)
 
+#define KC_STATE_STOPPED 1u		/* the guest was not running: nor is it to be after a failover */
+
 struct kc_state {
-	uint32_t len;
+	uint32_t len, flags;
 	uint64_t xxh;
 };
 
@@ -232,6 +233,16 @@ int kc_unpack(struct kc_unpacker *up, const struct kc_page *p, const void *base,
 
 /* --- The receiver's side of an epoch: rx.c -------------------------------- */
 
+/* The device state of an epoch, whole. */
+struct kc_devices {
+	uint8_t *data;
+	uint32_t len;
+	bool stopped;			/* KC_STATE_STOPPED */
+};
+
+/* A copy, in place of what *to has; 0 or -ENOMEM, and then *to is as it was. */
+int kc_devices_keep(struct kc_devices *to, const struct kc_devices *from, struct kc_err *err);
+
 /**
  * struct kc_rx_ops - who takes the contents of an epoch
  *
@@ -244,11 +255,11 @@ struct kc_rx_ops {
 	/* The page as of the last complete epoch; NULL for who knows no deltas. */
 	const void *(*base)(void *ctx, uint16_t block, uint64_t page);
 	/* The device state of the last complete epoch; NULL for none. */
-	const void *(*base_state)(void *ctx, uint32_t *len);
+	const struct kc_devices *(*base_state)(void *ctx);
 	int (*page)(void *ctx, uint16_t block, uint64_t page, const void *data, struct kc_err *err);
 	int (*zero)(void *ctx, uint16_t block, uint64_t page, uint64_t n, struct kc_err *err);
 	/* All is there and verified: keep it, for good. */
-	int (*commit)(void *ctx, uint64_t nr, const void *state, uint32_t len, struct kc_err *err);
+	int (*commit)(void *ctx, uint64_t nr, const struct kc_devices *state, struct kc_err *err);
 	void (*abort)(void *ctx);
 };
 

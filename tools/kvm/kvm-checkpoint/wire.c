@@ -138,7 +138,7 @@ size_t kc_put_state(uint8_t *out, const struct kc_state *s)
 {
 	uint8_t *p = out + KC_REC_HDR;
 
-	return finish(out, KC_STATE, put64(put32(put32(p, s->len), 0), s->xxh));
+	return finish(out, KC_STATE, put64(put32(put32(p, s->len), s->flags), s->xxh));
 }
 
 size_t kc_put_commit(uint8_t *out, const struct kc_commit *c)
@@ -416,9 +416,9 @@ int kc_get_state(const struct kc_rec *rec, struct kc_state *s, struct kc_err *er
 	struct in in = in_rec(rec);
 
 	s->len = get32(&in);
-	get_reserved(&in, 4);
+	s->flags = get32(&in);
 	s->xxh = get64(&in);
-	if (s->len > KC_STATE_MAX)
+	if (s->len > KC_STATE_MAX || s->flags & ~KC_STATE_STOPPED)
 		in.bad = true;
 	return done(&in, "state", err);
 }

@@ -12,6 +12,10 @@
  *			daemon, as if the host had died.  The guest goes on at the standby, which
  *			is the next primary.
  *	seconds=N	the same, for so long
+ *	paused=N	N times the guest is stopped, and killed when an epoch of that has been
+ *			acknowledged: it must not run at the standby before it is told to
+ *	meddles=N	N times somebody else resumes the guest and asks for its dirty rate in the
+ *			midst of epochs; they are torn and must not count: memory is compared
  *	equal=N		N times the guest is stopped, and the memory of both sides compared
  *	daemons=N	the daemons are killed N times, each in turn, and started again
  *	chains=N	N epochs go to a directory; the guest is killed and started again from one
@@ -274,14 +278,25 @@ static bool get_steps(struct vm *vm, uint64_t steps[3])
 				&steps[2]) == 3;
 }
 
+/* False also if QEMU refuses; events come in between */
+static bool qmp_args(struct vm *vm, const char *command, const char *args)
+{
+	uint64_t until = now_us() + ANSWER_TIMEOUT * 1000000ull;
+	char cmd[256], *line;
+	int len = snprintf(cmd, sizeof(cmd), "{'execute': '%s', 'arguments': {%s}}\n", command,
+			   args);
+
+	if (send(vm->mon, cmd, len, MSG_NOSIGNAL) != len)
+		return false;
+	do {
+		line = read_line(vm->mon, vm->buf, sizeof(vm->buf), "{\"", until);
+	} while (line && strncmp(line, "{\"return\"", 9) && strncmp(line, "{\"error\"", 8));
+	return line && line[2] == 'r';
+}
+
 static bool qmp(struct vm *vm, const char *command)
 {
-	char cmd[128];
-	int len = snprintf(cmd, sizeof(cmd), "{'execute': '%s'}\n", command);
-
-	return send(vm->mon, cmd, len, MSG_NOSIGNAL) == len &&
-	       read_line(vm->mon, vm->buf, sizeof(vm->buf), "{\"return\"",
-			 now_us() + ANSWER_TIMEOUT * 1000000ull);
+	return qmp_args(vm, command, "");
 }
 
 /* QEMU's command line; the standby's lacks what its own placeholders and options say */
@@ -364,22 +379,30 @@ static bool meet(struct vm *vm, unsigned int gen, const char *ram, unsigned int 
 	return qmp(vm, "qmp_capabilities");
 }
 
+/* Waits for QEMU to be in a state */
+static bool wait_status(struct vm *vm, const char *status, unsigned int seconds)
+{
+	uint64_t until = now_us() + seconds * 1000000ull;
+	char want[64];
+
+	snprintf(want, sizeof(want), "\"status\": \"%s\"", status);
+	while (qmp(vm, "query-status")) {
+		if (strstr(vm->buf, want))
+			return true;
+		if (now_us() > until)
+			break;
+		usleep(10000);
+	}
+	return false;
+}
+
 /*
  * Waits until a guest that was started from an epoch runs.  Before its state is loaded the serial
  * line swallows what it is sent, and after it, there may be half a line from the time of the epoch.
  */
 static bool wait_running(struct vm *vm, unsigned int seconds)
 {
-	uint64_t until = now_us() + seconds * 1000000ull;
-
-	while (qmp(vm, "query-status")) {
-		if (strstr(vm->buf, "\"running\": true"))
-			return send(vm->ctl, "\n", 1, MSG_NOSIGNAL) == 1;
-		if (now_us() > until)
-			break;
-		usleep(10000);
-	}
-	return false;
+	return wait_status(vm, "running", seconds) && send(vm->ctl, "\n", 1, MSG_NOSIGNAL) == 1;
 }
 
 static void leave(struct vm *vm)
@@ -677,53 +700,117 @@ static pid_t standby;		/* the one that started vm's QEMU, or will start the next
 static double longest_failover, sum_failover;
 static unsigned int failovers;
 
-/* One kill; vm is the guest at the standby then */
-static bool kill_once(bool host)
+/* The daemons of both sides */
+struct pair {
+	unsigned int gen, port;
+	pid_t standby;
+	struct protect protect;
+	char theirs[64];	/* the standby's RAM */
+};
+
+static bool begin(struct pair *x, bool takes_over)
 {
-	unsigned int gen = ++last_gen, port = 6000 + gen, wait_ms;
+	x->gen = ++last_gen;
+	x->port = 6000 + x->gen;
+	snprintf(x->theirs, sizeof(x->theirs), "/dev/shm/standby-%u/ram0", x->gen);
+	reset_log();
+	x->standby = start_standby(x->gen, x->port, takes_over);
+	start_protect(&x->protect, &vm, x->port, "50ms", 0);
+	return wait_synced(&x->protect, &vm, 1);
+}
+
+static void end(struct pair *x)
+{
+	kill(x->protect.pid, SIGTERM);
+	wait_protect(&x->protect);
+	kill_now(&x->standby, true);
+	remove_ram(x->theirs);
+}
+
+/* Stops the guest and waits for an epoch that has all of it */
+static bool stop_guest(void)
+{
+	uint64_t before, until;
+	bool there = false;
+	char path[64];
+
+	pthread_mutex_lock(&log_.lock);
+	before = log_.newest;
+	pthread_mutex_unlock(&log_.lock);
+	if (!qmp(&vm, "stop"))
+		return fail("QEMU does not stop the guest");
+	until = now_us() + ANSWER_TIMEOUT * 1000000ull;
+	while (!there && now_us() < until) {
+		usleep(5000);
+		pthread_mutex_lock(&log_.lock);
+		there = log_.newest > before && log_.acked == log_.newest &&
+			!log_.epochs[log_.newest % MAX_EPOCHS].was_running;
+		pthread_mutex_unlock(&log_.lock);
+	}
+	if (there)
+		return true;
+	snprintf(path, sizeof(path), "/tmp/protect-%u.err", vm.gen);
+	show_file(path);
+	return fail("the stopped guest's epoch %lu was not acknowledged, but %lu was", log_.newest,
+		    log_.acked);
+}
+
+/* It has to be told to go on, and it must not be told too early */
+static bool go_on_when_told(struct vm *next)
+{
+	if (!wait_status(next, "paused", FAILOVER_TIMEOUT))
+		return false;
+	usleep(300000);
+	if (!wait_status(next, "paused", 0))
+		return fail("a guest that was stopped runs at the standby");
+	return qmp(next, "cont");
+}
+
+enum victim { QEMU, HOST, PAUSED };
+
+/* One kill; vm is the guest at the standby then */
+static bool kill_once(enum victim victim)
+{
+	static const char * const names[] = { "QEMU", "QEMU and daemon", "QEMU of a stopped guest" };
 	const struct sample *least;
-	struct protect p;
-	struct vm next;
 	uint64_t killed, epoch, ms, steps[3];
-	pid_t next_standby;
-	char ram[64], path[64];
+	struct pair x;
+	struct vm next;
+	char path[64];
 	bool ok;
 
-	reset_log();
-	next_standby = start_standby(gen, port, true);
-	start_protect(&p, &vm, port, "50ms", 0);
-	wait_ms = random_ms(200, 2500);
-	if (!wait_synced(&p, &vm, 1) || !watch_guest(&vm, wait_ms)) {
-		snprintf(path, sizeof(path), "/tmp/standby-%u.err", gen);
+	ok = begin(&x, true) && watch_guest(&vm, random_ms(200, 2500)) &&
+	     (victim != PAUSED || stop_guest());
+	snprintf(path, sizeof(path), "/tmp/standby-%u.err", x.gen);
+	if (!ok) {
 		show_file(path);
-		kill_protect(&p);
-		kill_now(&next_standby, true);
+		kill_protect(&x.protect);
+		kill_now(&x.standby, true);
 		return false;
 	}
 
 	usleep(random_ms(0, 100) * 1000);
 	killed = now_us();
 	kill(vm.pid, SIGKILL);
-	if (host)
-		kill_protect(&p);
+	if (victim == HOST)
+		kill_protect(&x.protect);
 	else
-		wait_protect(&p);
+		wait_protect(&x.protect);
 	pthread_mutex_lock(&log_.lock);
 	epoch = log_.acked;
 	pthread_mutex_unlock(&log_.lock);
 	least = promised(epoch);
 
-	snprintf(ram, sizeof(ram), "/dev/shm/standby-%u/ram0", gen);
-	ok = meet(&next, gen, ram, FAILOVER_TIMEOUT) && wait_running(&next, FAILOVER_TIMEOUT) &&
-	     get_steps(&next, steps);
+	ok = meet(&next, x.gen, x.theirs, FAILOVER_TIMEOUT) &&
+	     (victim != PAUSED || go_on_when_told(&next)) &&
+	     wait_running(&next, FAILOVER_TIMEOUT) && get_steps(&next, steps);
 	ms = (now_us() - killed) / 1000;
 	leave(&vm);
 	remove_ram(vm.ram);
 	kill_now(&standby, true);
-	standby = next_standby;
+	standby = x.standby;
 	vm = next;
 	if (!ok) {
-		snprintf(path, sizeof(path), "/tmp/standby-%u.err", gen);
 		show_file(path);
 		return fail("the standby did not take over");
 	}
@@ -734,7 +821,16 @@ static bool kill_once(bool host)
 	if (!check_guest(&vm, least))
 		return false;
 	note("%s killed at epoch %lu; on after %lu ms, memory verified, no acknowledged step lost",
-	     host ? "QEMU and daemon" : "QEMU", epoch, ms);
+	     names[victim], epoch, ms);
+	return true;
+}
+
+static bool test_paused(unsigned int times)
+{
+	while (times--) {
+		if (!kill_once(PAUSED))
+			return false;
+	}
 	return true;
 }
 
@@ -744,7 +840,7 @@ static bool test_kills(unsigned int kills, unsigned int seconds)
 	unsigned int n = 0;
 
 	while (kills ? n < kills : now_us() < until) {
-		if (!kill_once(n & 1))
+		if (!kill_once(n & 1 ? HOST : QEMU))
 			return fail("kill %u", n + 1);
 		n++;
 	}
@@ -778,25 +874,12 @@ static uint64_t different_pages(const uint8_t *a, const uint8_t *b, uint64_t *fi
 static bool compare_once(const char *theirs)
 {
 	uint8_t *a = map_ram(vm.ram), *b = map_ram(theirs);
-	uint64_t before, until, bad = 0, first = 0, noticed = 0;
-	bool there = false;
-	char path[64];
+	uint64_t before, bad = 0, first = 0, noticed = 0;
+	bool there;
 
 	if (!a || !b)
 		return fail("cannot map the memory of both sides");
-	pthread_mutex_lock(&log_.lock);
-	before = log_.newest;
-	pthread_mutex_unlock(&log_.lock);
-	if (!qmp(&vm, "stop"))
-		return fail("QEMU does not stop the guest");
-	until = now_us() + ANSWER_TIMEOUT * 1000000ull;
-	while (!there && now_us() < until) {
-		usleep(5000);
-		pthread_mutex_lock(&log_.lock);
-		there = log_.newest > before && log_.acked == log_.newest &&
-			!log_.epochs[log_.newest % MAX_EPOCHS].was_running;
-		pthread_mutex_unlock(&log_.lock);
-	}
+	there = stop_guest();
 	if (there) {
 		bad = different_pages(a, b, &first);
 		/* The control: one bit */
@@ -808,12 +891,8 @@ static bool compare_once(const char *theirs)
 	munmap(b, (size_t)GUEST_MB << 20);
 	if (!qmp(&vm, "cont"))
 		return fail("QEMU does not resume the guest");
-	if (!there) {
-		snprintf(path, sizeof(path), "/tmp/protect-%u.err", vm.gen);
-		show_file(path);
-		return fail("the stopped guest's epoch %lu was not acknowledged, but %lu was",
-			    log_.newest, log_.acked);
-	}
+	if (!there)
+		return false;
 	if (bad)
 		return fail("%lu pages differ, the first is page %lu", bad, first);
 	if (noticed != 1)
@@ -823,28 +902,59 @@ static bool compare_once(const char *theirs)
 
 static bool test_equal(unsigned int times)
 {
-	unsigned int gen = ++last_gen, port = 6000 + gen, n;
-	struct protect p;
-	char theirs[64];
-	pid_t side;
+	struct pair x;
+	unsigned int n;
 	bool ok;
 
-	reset_log();
-	side = start_standby(gen, port, false);
-	start_protect(&p, &vm, port, "50ms", 0);
-	snprintf(theirs, sizeof(theirs), "/dev/shm/standby-%u/ram0", gen);
-	ok = wait_synced(&p, &vm, 1);
+	ok = begin(&x, false);
 	for (n = 0; ok && n < times; n++) {
 		usleep(random_ms(0, 300) * 1000);
-		ok = compare_once(theirs);
+		ok = compare_once(x.theirs);
 	}
-	kill(p.pid, SIGTERM);
-	wait_protect(&p);
-	kill_now(&side, true);
-	remove_ram(theirs);
+	end(&x);
 	if (ok)
 		note("the memory of both sides was equal each of %u times, at epochs up to %lu", n,
 		     log_.newest);
+	return ok;
+}
+
+/* How often protect has noticed that an epoch was torn */
+static unsigned int count_torn(unsigned int gen)
+{
+	char path[64], line[1024];
+	unsigned int n = 0;
+	FILE *f;
+
+	snprintf(path, sizeof(path), "/tmp/protect-%u.err", gen);
+	f = fopen(path, "r");
+	while (f && fgets(line, sizeof(line), f))
+		n += !!strstr(line, "taking another");
+	if (f)
+		fclose(f);
+	return n;
+}
+
+/* What a management program may do at any time */
+static bool test_meddles(unsigned int times)
+{
+	unsigned int n, i;
+	struct pair x;
+	bool ok;
+
+	ok = begin(&x, false);
+	for (n = 0; ok && n < times; n++) {
+		/* One measurement at a time is allowed: it may be refused */
+		qmp_args(&vm, "calc-dirty-rate", "'calc-time': 1, 'mode': 'dirty-bitmap'");
+		for (i = 0; ok && i < 100; i++) {
+			usleep(random_ms(0, 10) * 1000);
+			ok = qmp(&vm, "cont");
+		}
+		ok = ok && compare_once(x.theirs);
+	}
+	end(&x);
+	if (ok)
+		note("%u times resumed by somebody else, %u epochs torn and taken again: all equal",
+		     n * 100, count_torn(vm.gen));
 	return ok;
 }
 
@@ -865,43 +975,35 @@ static bool guest_goes_on(void)
 
 static bool test_daemons(unsigned int times)
 {
-	unsigned int gen = ++last_gen, port = 6000 + gen, n;
-	struct protect p;
-	char theirs[64];
-	pid_t side;
+	struct pair x;
+	struct protect *p = &x.protect;
+	unsigned int n;
 	bool ok;
 
-	reset_log();
-	side = start_standby(gen, port, false);
-	start_protect(&p, &vm, port, "50ms", 0);
-	snprintf(theirs, sizeof(theirs), "/dev/shm/standby-%u/ram0", gen);
-	ok = wait_synced(&p, &vm, 1);
+	ok = begin(&x, false);
 	for (n = 0; ok && n < times; n++) {
-		uint64_t synced = p.synced;
+		uint64_t synced = p->synced;
 
 		usleep(random_ms(100, 600) * 1000);
 		if (n & 1) {
-			kill_now(&side, true);
+			kill_now(&x.standby, true);
 			ok = guest_goes_on();
-			side = start_standby(gen, port, false);
-			ok = ok && wait_synced(&p, &vm, synced + 1);
+			x.standby = start_standby(x.gen, x.port, false);
+			ok = ok && wait_synced(p, &vm, synced + 1);
 		} else {
-			kill_protect(&p);
+			kill_protect(p);
 			ok = guest_goes_on();
-			start_protect(&p, &vm, port, "50ms", 0);
-			ok = ok && wait_synced(&p, &vm, 1);
+			start_protect(p, &vm, x.port, "50ms", 0);
+			ok = ok && wait_synced(p, &vm, 1);
 		}
-		if (ok && !p.resync)
+		if (ok && !p->resync)
 			ok = fail("all pages were sent again");
-		ok = ok && compare_once(theirs);
+		ok = ok && compare_once(x.theirs);
 		if (ok)
 			note("%s killed and back: the guest ran on, %lu pages differed, all equal",
-			     n & 1 ? "standby" : "protect", p.differed);
+			     n & 1 ? "standby" : "protect", p->differed);
 	}
-	kill(p.pid, SIGTERM);
-	wait_protect(&p);
-	kill_now(&side, true);
-	remove_ram(theirs);
+	end(&x);
 	return ok;
 }
 
@@ -1354,6 +1456,10 @@ int main(int argc, char **argv)
 			ok = test_kills(n, 0);
 		} else if (!strncmp(argv[i], "seconds=", 8)) {
 			ok = test_kills(0, n);
+		} else if (!strncmp(argv[i], "paused=", 7)) {
+			ok = test_paused(n);
+		} else if (!strncmp(argv[i], "meddles=", 8)) {
+			ok = test_meddles(n);
 		} else if (!strncmp(argv[i], "equal=", 6)) {
 			ok = test_equal(n);
 		} else if (!strncmp(argv[i], "daemons=", 8)) {

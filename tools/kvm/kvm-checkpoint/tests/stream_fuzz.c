@@ -65,8 +65,7 @@ struct mem {
 	const struct kc_guest *guest;
 	uint64_t last;
 	uint8_t *pages[KC_MAX_BLOCKS];
-	uint8_t *state;
-	uint32_t state_len;
+	struct kc_devices state;
 	bool open;
 };
 
@@ -92,12 +91,9 @@ static const void *mem_base(void *ctx, uint16_t block, uint64_t page)
 	return ((struct mem *)ctx)->pages[block] + page * KC_PAGE_SIZE;
 }
 
-static const void *mem_base_state(void *ctx, uint32_t *len)
+static const struct kc_devices *mem_base_state(void *ctx)
 {
-	struct mem *m = ctx;
-
-	*len = m->state_len;
-	return m->state;
+	return &((struct mem *)ctx)->state;
 }
 
 static int mem_page(void *ctx, uint16_t block, uint64_t page, const void *data, struct kc_err *err)
@@ -122,17 +118,14 @@ static int mem_zero(void *ctx, uint16_t block, uint64_t page, uint64_t n, struct
 	return 0;
 }
 
-static int mem_commit(void *ctx, uint64_t nr, const void *state, uint32_t len, struct kc_err *err)
+static int mem_commit(void *ctx, uint64_t nr, const struct kc_devices *state, struct kc_err *err)
 {
 	struct mem *m = ctx;
 
-	(void)err;
 	if (!m->open || nr <= m->last)
 		abort();
-	free(m->state);
-	m->state = malloc(len + 1);
-	memcpy(m->state, state, len);
-	m->state_len = len;
+	if (kc_devices_keep(&m->state, state, err))
+		abort();
 	m->last = nr;
 	m->open = false;
 	return 0;
@@ -209,7 +202,7 @@ static void receive(const uint8_t *data, size_t size, bool with_files)
 		abort();
 	for (i = 0; i < hello.guest.nr_blocks; i++)
 		free(m.pages[i]);
-	free(m.state);
+	free(m.state.data);
 	if (ram) {
 		uint64_t nr = kc_ram_epoch(ram);
 
@@ -233,6 +226,7 @@ static void directory(const uint8_t *data, size_t size)
 	struct kc_err err;
 	struct kc_rec rec;
 	uint64_t nr = 0, got;
+	bool stopped;
 	ssize_t n;
 	int fd;
 
@@ -266,7 +260,7 @@ static void directory(const uint8_t *data, size_t size)
 		if (kc_guest_pages(&st.guest) <= MAX_PAGES) {
 			kc_store_replay(&st, chain, n, NULL, NULL, NULL, &err);
 			snprintf(file, sizeof(file), "%s/out%zu", dir, i);
-			kc_store_restore(&st, st.files[i].nr, file, &got, &err);
+			kc_store_restore(&st, st.files[i].nr, file, &got, &stopped, &err);
 		}
 		free(chain);
 	}

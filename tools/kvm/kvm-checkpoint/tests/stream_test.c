@@ -133,6 +133,12 @@ static void sim_write(struct sim *g)
 	}
 }
 
+/* Not running when the epoch was taken. */
+static bool sim_stopped(uint64_t epoch)
+{
+	return epoch % 3 == 2;
+}
+
 /* One epoch further; dirty says what it wrote. */
 static void sim_step(struct sim *g)
 {
@@ -212,7 +218,7 @@ static int sim_send(struct sim *g, struct kc_sink *s, unsigned int flags)
 		}
 	}
 	if (!rc)
-		rc = kc_epoch_state(s, g->state, g->state_len, &err);
+		rc = kc_epoch_state(s, g->state, g->state_len, sim_stopped(g->epoch), &err);
 	return rc ? rc : kc_epoch_commit(s, &err);
 }
 
@@ -545,7 +551,7 @@ static void test_records(void)
 			n[k] = kc_put_zero(buf, &(struct kc_zero){ 1, 2, 1 });
 			break;
 		case 5:
-			n[k] = kc_put_state(buf, &(struct kc_state){ 12, 13 });
+			n[k] = kc_put_state(buf, &(struct kc_state){ 12, KC_STATE_STOPPED, 13 });
 			break;
 		case 6:
 			n[k] = kc_put_commit(buf, &(struct kc_commit){ .nr = 7 });
@@ -757,7 +763,7 @@ static void test_epochs(void)
 			OK(kc_epoch_begin(s, g.epoch + 1, 0, &err));
 			for (b = 0; b < 100; b++)
 				OK(kc_epoch_page(s, 0, b, junk, &err));
-			OK(kc_epoch_state(s, junk, 100, &err));
+			OK(kc_epoch_state(s, junk, 100, false, &err));
 			OK(kc_epoch_abort(s, &err));
 		}
 		sim_step(&g);
@@ -779,8 +785,8 @@ static void test_epochs(void)
 				      "digest of a page of the open epoch");
 			}
 		}
-		OK(kc_epoch_state(s, g.state, g.state_len, &err));
-		CHECK(kc_epoch_state(s, g.state, 1, &err) == -EINVAL, "two device states");
+		OK(kc_epoch_state(s, g.state, g.state_len, sim_stopped(g.epoch), &err));
+		CHECK(kc_epoch_state(s, g.state, 1, false, &err) == -EINVAL, "two device states");
 		OK(kc_epoch_commit(s, &err));
 		OK(kc_sink_wait(s, g.epoch, 10000, &err));
 		compare_standby(&g, path_of("ram"));
@@ -859,8 +865,11 @@ static void restore_and_compare(const char *store, uint64_t epoch, struct sim *g
 
 	snprintf(nr, sizeof(nr), "%" PRIu64, epoch);
 	remove_tree(path_of("restored"));
+	unlink(path_of("log"));
 	CHECK(!run("restore", "--epoch", nr, "--ram-dir", path_of("restored"), store, NULL),
 	      "cannot restore epoch %s", nr);
+	CHECK(log_has("\nstopped\n") == sim_stopped(epoch),
+	      "does not know whether the guest was stopped at epoch %s", nr);
 	sim_goto(g, epoch);
 	compare(g, path_of("restored"), "state");
 }
@@ -1761,6 +1770,7 @@ static void test_failover_reasons(void)
 	kc_sink_close(s);
 	start_standby(path_of("ram"), "--no-fence", "--timeout", "300ms");
 	CHECK(reap(&standby) == 0 && log_has("taken over at epoch 2"), "did not fail over");
+	CHECK(log_has("\nstopped\n"), "forgot that the guest was stopped");
 	/* A fence that hangs is killed and has failed. */
 	remove_tree(path_of("ram"));
 	start_standby(path_of("ram"), "--fence", "sleep 100", "--fence-timeout", "200ms",
@@ -1771,6 +1781,127 @@ static void test_failover_reasons(void)
 	wait_log("did not end within 200 ms");
 	CHECK(!log_has("taken over"), "took over without a fence");
 	sim_free(&g);
+}
+
+/* What failed is tried again: by itself if the guest is dead, and nothing is given away before. */
+static void test_failover_again(void)
+{
+	char fence[PATH_MAX], text[2 * PATH_MAX];
+	struct kc_sink *s;
+	struct sim g;
+
+	/* However long the timeout, as it will be silent for ever. */
+	snprintf(text, sizeof(text), "#!/bin/sh\n[ -e %s/tried ]; rc=$?\n>%s/tried\nexit $rc\n", dir,
+		 dir);
+	snprintf(fence, sizeof(fence), "%s", script("fence", text));
+	start_standby(path_of("ram"), "--fence", fence, "--timeout", "0");
+	s = protected_guest(&g);
+	kc_sink_end(s, KC_END_GUEST_DIED);
+	kc_sink_close(s);
+	wait_log("could not fail over");
+	CHECK(reap(&standby) == 0 && log_has("taken over at epoch 2"), "did not try again");
+	sim_free(&g);
+
+	/* A command that cannot be started has not got the files. */
+	remove_tree(path_of("ram"));
+	start_standby(path_of("ram"), "--no-fence", "--timeout", "0", "--bare-exec", "--",
+		      path_of("nothing"), "{state}");
+	s = protected_guest(&g);
+	kc_sink_end(s, KC_END_GUEST_DIED);
+	kc_sink_close(s);
+	wait_log("could not fail over");
+	CHECK(!waitpid(standby, NULL, WNOHANG), "it gave up");
+	s = must_open(spec());
+	CHECK(kc_sink_last_epoch(s) == 2, "the epoch is lost");
+	sim_step(&g);
+	OK(sim_send(&g, s, KC_EPOCH_RESYNC));
+	OK(kc_sink_wait(s, 3, 10000, &err));
+	kc_sink_close(s);
+	stop_standby(SIGTERM);
+	sim_free(&g);
+}
+
+/* meta as if it had been written before this host was booted. */
+static void other_boot(const char *ram)
+{
+	char path[PATH_MAX], id[37] = "", *at;
+	int fd = open("/proc/sys/kernel/random/boot_id", O_RDONLY | O_CLOEXEC);
+	uint64_t xxh;
+	uint8_t *buf;
+	size_t len;
+
+	CHECK(fd >= 0 && read(fd, id, 36) == 36, "no boot ID");
+	close(fd);
+	snprintf(path, sizeof(path), "%s/meta", ram);
+	read_all(path, &buf, &len);
+	at = memmem(buf, len, id, 36);
+	CHECK(at, "the boot ID is not in meta");
+	*at ^= 1;
+	xxh = XXH3_64bits(buf, len - sizeof(xxh));
+	memcpy(buf + len - sizeof(xxh), &xxh, sizeof(xxh));
+	fd = open(path, O_WRONLY | O_TRUNC | O_CLOEXEC);
+	CHECK(fd >= 0 && write(fd, buf, len) == (ssize_t)len, "cannot write %s", path);
+	close(fd);
+	free(buf);
+}
+
+/* A standby has an epoch, is killed, and its host boots; what counts of it then? */
+static uint64_t after_boot(struct sim *g, const char *first, const char *second, const char *third)
+{
+	struct kc_sink *s;
+	uint64_t last;
+
+	remove_tree(path_of("ram"));
+	start_standby(path_of("ram"), "--no-fence", "--timeout", "0", first);
+	s = protected_guest(g);
+	kc_sink_close(s);
+	stop_standby(SIGKILL);
+	if (second) {
+		start_standby(path_of("ram"), "--no-fence", "--timeout", "0", second);
+		stop_standby(SIGKILL);
+	}
+	other_boot(path_of("ram"));
+	start_standby(path_of("ram"), "--no-fence", "--timeout", "0", third);
+	s = must_open(spec());
+	last = kc_sink_last_epoch(s);
+	if (last)
+		compare_standby(g, path_of("ram"));
+	/* In any case its pages are of use. */
+	CHECK(kc_sink_start(s) == KC_EPOCH_RESYNC, "all pages would be sent");
+	kc_sink_close(s);
+	stop_standby(SIGTERM);
+	sim_free(g);
+	return last;
+}
+
+static void test_reboot(void)
+{
+	static const char * const durable = "--durable", * const not = "--json";
+	struct sim g;
+
+	CHECK(after_boot(&g, durable, NULL, durable) == 2, "a durable epoch is lost");
+	CHECK(after_boot(&g, durable, NULL, not) == 2, "a durable epoch is lost without --durable");
+	CHECK(after_boot(&g, not, NULL, not) == 0, "what was not forced to the disk is trusted");
+	CHECK(after_boot(&g, not, NULL, durable) == 0,
+	      "what was not forced to the disk is trusted with --durable");
+	CHECK(after_boot(&g, durable, not, durable) == 0,
+	      "what may have been changed without --durable is trusted");
+}
+
+/* What others may write to is no place for a guest's memory. */
+static void test_foreign_directory(void)
+{
+	if (geteuid())
+		SKIP("only root can give a directory away");
+	CHECK(!mkdir(path_of("theirs"), 0700) && !chown(path_of("theirs"), 12345, 12345), "chown");
+	CHECK(run("standby", "--listen", "127.0.0.1:0", "--no-fence", "--psk-file", psk,
+		  "--ram-dir", path_of("theirs"), NULL) == 1,
+	      "took a directory of somebody else for RAM");
+	CHECK(!exists(path_of("theirs/meta")), "wrote to it");
+	CHECK(!mkdir(path_of("open"), 0700) && !chmod(path_of("open"), 0777), "chmod");
+	CHECK(run("standby", "--listen", "127.0.0.1:0", "--no-fence", "--psk-file", psk,
+		  "--ram-dir", path_of("open"), NULL) == 1,
+	      "took a directory for RAM that all may write to");
 }
 
 /* --- With a real QEMU, which emulates ------------------------------------- */
@@ -1822,8 +1953,11 @@ static void qmp(int fd, const char *line, const char *want)
 	FAIL("QEMU does not say %s, but %s", want, buf);
 }
 
-/* The guest's firmware runs; it is stopped, saved, sent, and goes on in another QEMU. */
-static void test_qemu(void)
+/*
+ * The guest's firmware runs; it is stopped, saved, sent, and goes on in another QEMU, or stands
+ * still there if that is what the epoch says.
+ */
+static void qemu_takes_over(bool stopped)
 {
 	static struct kc_block one = { "ram0", 32 << 8 };
 	struct kc_guest g = { .page_size = KC_PAGE_SIZE, .nr_blocks = 1, .blocks = &one };
@@ -1891,7 +2025,7 @@ static void test_qemu(void)
 	OK(kc_epoch_begin(s, 1, KC_EPOCH_FULL, &err));
 	for (i = 0; i < len / KC_PAGE_SIZE; i++)
 		OK(kc_epoch_page(s, 0, i, ram + i * KC_PAGE_SIZE, &err));
-	OK(kc_epoch_state(s, state, state_len, &err));
+	OK(kc_epoch_state(s, state, state_len, stopped, &err));
 	OK(kc_epoch_commit(s, &err));
 	OK(kc_sink_wait(s, 1, 10000, &err));
 	kill(primary, SIGKILL);
@@ -1899,15 +2033,26 @@ static void test_qemu(void)
 	close(fd);
 	kc_sink_end(s, KC_END_GUEST_DIED);
 	kc_sink_close(s);
-	wait_log("the guest runs here");
+	wait_log(stopped ? "stopped as it was" : "the guest runs here");
 	fd = qmp_connect(path_of("qmp2"));
 	qmp(fd, "{\"execute\":\"qmp_capabilities\"}\n", "return");
-	qmp(fd, "{\"execute\":\"query-status\"}\n", "\"running\": true");
+	qmp(fd, "{\"execute\":\"query-status\"}\n",
+	    stopped ? "\"running\": false" : "\"running\": true");
 	qmp(fd, "{\"execute\":\"quit\"}\n", "return");
 	CHECK(reap(&standby) == 0, "the standby failed");
 	close(fd);
 	free(ram);
 	free(state);
+}
+
+static void test_qemu(void)
+{
+	qemu_takes_over(false);
+}
+
+static void test_qemu_stopped(void)
+{
+	qemu_takes_over(true);
 }
 
 /* --- The rest ------------------------------------------------------------- */
@@ -2045,7 +2190,11 @@ static const struct { const char *name; void (*run)(void); } tests[] = {
 	{ "silent_peers", test_silent_peers },
 	{ "failover", test_failover },
 	{ "failover_reasons", test_failover_reasons },
+	{ "failover_again", test_failover_again },
 	{ "qemu", test_qemu },
+	{ "qemu_stopped", test_qemu_stopped },
+	{ "reboot", test_reboot },
+	{ "foreign_directory", test_foreign_directory },
 	{ "kill_standby", test_kill_standby },
 	{ "kill_primary", test_kill_primary },
 	{ "kill_directory", test_kill_directory },
