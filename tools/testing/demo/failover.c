@@ -54,7 +54,7 @@
 #include <time.h>
 #include <unistd.h>
 
-#include "pattern.h"
+#include "driver.h"
 
 #define ARRAY_SIZE(a)	(sizeof(a) / sizeof((a)[0]))
 
@@ -123,14 +123,6 @@ struct sample {
 static struct sample samples[MAX_SAMPLES];
 static unsigned int nr_samples;
 
-static uint64_t now_us(void)
-{
-	struct timespec ts;
-
-	clock_gettime(CLOCK_MONOTONIC, &ts);
-	return ts.tv_sec * 1000000ull + ts.tv_nsec / 1000;
-}
-
 static void note(const char *fmt, ...)
 {
 	char text[1024];
@@ -194,16 +186,39 @@ static void kill_now(pid_t *pid, bool child)
 	*pid = 0;
 }
 
+/* The end of it */
 static void show_file(const char *path)
 {
 	char line[256];
 	FILE *f = fopen(path, "r");
-	int n = 0;
+	int n = 0, skip;
 
-	while (f && fgets(line, sizeof(line), f) && n++ < 30)
-		printf("        %s: %s", path, line);
+	while (f && fgets(line, sizeof(line), f))
+		n++;
+	skip = n - 40;
+	if (f)
+		rewind(f);
+	while (f && fgets(line, sizeof(line), f)) {
+		if (skip-- <= 0)
+			printf("        %s: %s", path, line);
+	}
 	if (f)
 		fclose(f);
+}
+
+/* What all who have to do with a guest have said */
+static void show_all(unsigned int gen)
+{
+	static const char * const names[] = {
+		"/tmp/%u.console", "/tmp/%u.err", "/tmp/standby-%u.err", "/tmp/protect-%u.err",
+	};
+	char path[64];
+	size_t i;
+
+	for (i = 0; i < ARRAY_SIZE(names); i++) {
+		snprintf(path, sizeof(path), names[i], gen);
+		show_file(path);
+	}
 }
 
 static bool fail(const char *fmt, ...)
@@ -235,39 +250,16 @@ static int connect_unix(const char *path)
 	return fd;
 }
 
-/* Reads until a line has "want" in it; returns it from there, or NULL if none comes */
-static char *read_line(int fd, char *buf, size_t size, const char *want, uint64_t until)
-{
-	size_t len = 0;
-
-	while (now_us() < until) {
-		struct pollfd p = { .fd = fd, .events = POLLIN };
-
-		if (poll(&p, 1, 100) <= 0)
-			continue;
-		if (read(fd, buf + len, 1) != 1)
-			return NULL;
-		if (buf[len] != '\n') {
-			if (len < size - 2)
-				len++;
-			continue;
-		}
-		buf[len] = '\0';
-		len = 0;
-		if (strstr(buf, want))
-			return strstr(buf, want);
-	}
-	return NULL;
-}
-
 static char *ask(struct vm *vm, const char *what, unsigned int seconds)
 {
+	char *answer;
 	char cmd[32];
 	int len = snprintf(cmd, sizeof(cmd), "%s\n", what);
 
 	if (send(vm->ctl, cmd, len, MSG_NOSIGNAL) != len)
 		return NULL;
-	return read_line(vm->ctl, vm->buf, sizeof(vm->buf), what, now_us() + seconds * 1000000ull);
+	answer = read_line(vm->ctl, vm->buf, sizeof(vm->buf), what, NULL, seconds);
+	return answer ? strstr(answer, what) : NULL;
 }
 
 static bool get_steps(struct vm *vm, uint64_t steps[3])
@@ -281,7 +273,6 @@ static bool get_steps(struct vm *vm, uint64_t steps[3])
 /* False also if QEMU refuses; events come in between */
 static bool qmp_args(struct vm *vm, const char *command, const char *args)
 {
-	uint64_t until = now_us() + ANSWER_TIMEOUT * 1000000ull;
 	char cmd[256], *line;
 	int len = snprintf(cmd, sizeof(cmd), "{'execute': '%s', 'arguments': {%s}}\n", command,
 			   args);
@@ -289,7 +280,8 @@ static bool qmp_args(struct vm *vm, const char *command, const char *args)
 	if (send(vm->mon, cmd, len, MSG_NOSIGNAL) != len)
 		return false;
 	do {
-		line = read_line(vm->mon, vm->buf, sizeof(vm->buf), "{\"", until);
+		line = read_line(vm->mon, vm->buf, sizeof(vm->buf), "{\"return\"", "{\"error\"",
+				 ANSWER_TIMEOUT);
 	} while (line && strncmp(line, "{\"return\"", 9) && strncmp(line, "{\"error\"", 8));
 	return line && line[2] == 'r';
 }
@@ -443,8 +435,7 @@ static bool wait_boot(struct vm *vm)
 {
 	char path[64];
 
-	if (!read_line(vm->ctl, vm->buf, sizeof(vm->buf), "ready",
-		       now_us() + BOOT_TIMEOUT * 1000000ull)) {
+	if (!read_line(vm->ctl, vm->buf, sizeof(vm->buf), "ready", NULL, BOOT_TIMEOUT)) {
 		snprintf(path, sizeof(path), "/tmp/%u.console", vm->gen);
 		show_file(path);
 		return fail("the guest did not boot");
@@ -811,15 +802,17 @@ static bool kill_once(enum victim victim)
 	standby = x.standby;
 	vm = next;
 	if (!ok) {
-		show_file(path);
+		show_all(x.gen);
 		return fail("the standby did not take over");
 	}
 	failovers++;
 	sum_failover += ms;
 	if (ms > longest_failover)
 		longest_failover = ms;
-	if (!check_guest(&vm, least))
+	if (!check_guest(&vm, least)) {
+		show_all(vm.gen);
 		return false;
+	}
 	note("%s killed at epoch %lu; on after %lu ms, memory verified, no acknowledged step lost",
 	     names[victim], epoch, ms);
 	return true;
@@ -1382,15 +1375,10 @@ static bool test_measure(unsigned int epochs)
 
 static void make_files(void)
 {
-	uint64_t page[PAGE_WORDS], n;
-	FILE *f = fopen(DISK_FILE, "w");
+	uint64_t n;
+	FILE *f;
 
-	for (n = 0; f && n < DISK_BLOCKS; n++) {
-		fill_page(page, DISK_ID, n, 0);
-		if (fwrite(page, PAGE, 1, f) != 1)
-			fatal(DISK_FILE);
-	}
-	if (!f || fclose(f))
+	if (!make_disk(DISK_FILE))
 		fatal(DISK_FILE);
 	umask(077);
 	f = fopen(PSK_FILE, "w");

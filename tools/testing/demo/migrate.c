@@ -28,7 +28,7 @@
 #include <time.h>
 #include <unistd.h>
 
-#include "pattern.h"
+#include "driver.h"
 
 #define ARRAY_SIZE(a)	(sizeof(a) / sizeof((a)[0]))
 
@@ -84,10 +84,7 @@ struct result {
 
 static double now(void)
 {
-	struct timespec ts;
-
-	clock_gettime(CLOCK_MONOTONIC, &ts);
-	return ts.tv_sec + ts.tv_nsec / 1e9;
+	return now_us() / 1e6;
 }
 
 static double started;
@@ -114,36 +111,6 @@ static void fatal(const char *fmt, ...)
 	va_end(ap);
 	printf(": %s\n", strerror(errno));
 	exit(1);
-}
-
-/*
- * Reads what comes until a line has "want" in it (or one of two), which is left
- * in buf.  Returns it or NULL if the time was up or the other end is gone.
- */
-static char *read_line(int fd, char *buf, size_t size, const char *want,
-		       const char *or, double timeout)
-{
-	double end = now() + timeout;
-	size_t len = 0;
-
-	while (now() < end) {
-		struct pollfd p = { .fd = fd, .events = POLLIN };
-
-		if (poll(&p, 1, 100) <= 0)
-			continue;
-		if (read(fd, buf + len, 1) != 1)
-			return NULL;
-		if (buf[len] != '\n') {
-			if (len < size - 2)
-				len++;
-			continue;
-		}
-		buf[len] = '\0';
-		len = 0;
-		if (strstr(buf, want) || (or && strstr(buf, or)))
-			return buf;
-	}
-	return NULL;
 }
 
 /*
@@ -534,22 +501,6 @@ static bool put_back_page(struct vm *vm)
 	return answer && !strncmp(answer, "verify bad 1 of", 15);
 }
 
-static void make_disk(void)
-{
-	uint64_t page[PAGE_WORDS], n;
-	FILE *f = fopen(DISK_FILE, "w");
-
-	if (!f)
-		fatal(DISK_FILE);
-	for (n = 0; n < DISK_BLOCKS; n++) {
-		fill_page(page, DISK_ID, n, 0);
-		if (fwrite(page, PAGE, 1, f) != 1)
-			fatal(DISK_FILE);
-	}
-	if (fclose(f))
-		fatal(DISK_FILE);
-}
-
 static void table(void)
 {
 	size_t i;
@@ -603,7 +554,8 @@ int main(int argc, char **argv)
 	initrd = argv[4];
 	started = now();
 	signal(SIGPIPE, SIG_IGN);
-	make_disk();
+	if (!make_disk(DISK_FILE))
+		fatal(DISK_FILE);
 
 	for (i = 0; i < NR_MECHANISMS; i++) {
 		const struct mechanism *m = &mechanisms[i];

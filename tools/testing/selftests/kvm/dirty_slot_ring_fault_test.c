@@ -31,6 +31,7 @@
 #include "ucall_common.h"
 
 #include "dirty_slot_ring.h"
+#include "dirty_slot_ring_check.h"
 
 #undef TEST_TIMEOUT_DEFAULT
 #define TEST_TIMEOUT_DEFAULT	600
@@ -45,32 +46,6 @@
 #define GVA		0xc0000000ul
 
 #define DEBUGFS		"/sys/kernel/debug/"
-
-static void __noreturn __printf(4, 5)
-check_failed(int line, const char *what, int err, const char *fmt, ...)
-{
-	va_list ap;
-
-	fprintf(stderr, "# %s:%d: %s\n#   ", __FILE__, line, what);
-	va_start(ap, fmt);
-	vfprintf(stderr, fmt, ap);
-	va_end(ap);
-	fprintf(stderr, "\n#   errno %d (%s)\n", err, strerror(err));
-	_exit(KSFT_FAIL);
-}
-
-#define CHECK(cond, fmt, ...)							\
-do {										\
-	if (!(cond))								\
-		check_failed(__LINE__, #cond, errno, fmt, ##__VA_ARGS__);	\
-} while (0)
-
-#define CHECK_EQ(a, b)								\
-do {										\
-	uint64_t __a = (a), __b = (b);						\
-										\
-	CHECK(__a == __b, "%s is %#lx, %s is %#lx", #a, __a, #b, __b);		\
-} while (0)
 
 /* -- failing -------------------------------------------------------------- */
 
@@ -176,7 +151,7 @@ static bool sweep_judge(struct sweep *s, int line)
 	if (s->ret >= 0)
 		return true;
 	if (!s->injected || (s->err != ENOMEM && s->err != EFAULT))
-		check_failed(line, "the call", s->err, "place %u, %sinjected, gave %d",
+		check_failed(__FILE__, line, "the call", s->err, "place %u, %sinjected, gave %d",
 			     s->n, s->injected ? "" : "not ", s->ret);
 	s->failed++;
 	return false;
@@ -345,7 +320,7 @@ static void __expect(struct machine *m, int line)
 		bad += got[i] != want[i];
 	for (i = 0; bad && i < NPAGES; i++)
 		if (got[i] != want[i])
-			check_failed(line, "pages in the log", 0,
+			check_failed(__FILE__, line, "pages in the log", 0,
 				     "%u wrong, the first is %u, %u times and not %u",
 				     bad, i, got[i], want[i]);
 	memset(got, 0, sizeof(got));

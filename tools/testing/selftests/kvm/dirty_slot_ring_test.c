@@ -42,6 +42,7 @@
 #include "vmx.h"
 
 #include "dirty_slot_ring.h"
+#include "dirty_slot_ring_check.h"
 
 /* An emulator is slow; what hangs, hangs for good. */
 #undef TEST_TIMEOUT_DEFAULT
@@ -82,54 +83,6 @@ static int rounds(int n)
 {
 	return quick ? (n + 9) / 10 : n;
 }
-
-/*
- * Failing.  TEST_ASSERT() turns a failure into a skip when errno happens to be
- * EACCES, which some tests here expect, so tests proper have their own.
- */
-static void __noreturn __printf(4, 5)
-check_failed(int line, const char *what, int err, const char *fmt, ...)
-{
-	va_list ap;
-
-	fprintf(stderr, "# %s:%d: %s\n#   ", __FILE__, line, what);
-	va_start(ap, fmt);
-	vfprintf(stderr, fmt, ap);
-	va_end(ap);
-	fprintf(stderr, "\n#   errno %d (%s)\n", err, strerror(err));
-	_exit(KSFT_FAIL);
-}
-
-#define CHECK(cond, fmt, ...)							\
-do {										\
-	if (!(cond))								\
-		check_failed(__LINE__, #cond, errno, fmt, ##__VA_ARGS__);	\
-} while (0)
-
-#define CHECK_EQ(a, b)								\
-do {										\
-	uint64_t __a = (a), __b = (b);						\
-										\
-	CHECK(__a == __b, "%s is %#lx, %s is %#lx", #a, __a, #b, __b);		\
-} while (0)
-
-/* @call must fail, with this errno. */
-#define CHECK_ERR(call, err)							\
-do {										\
-	long __ret, __err = (err);						\
-										\
-	errno = 0;								\
-	__ret = (long)(call);							\
-	CHECK(__ret == -1 && errno == __err, "%s gave %ld, not -1 and %s",	\
-	      #call, __ret, strerror(__err));					\
-} while (0)
-
-#define CHECK_OK(call)								\
-do {										\
-	long __ret = (long)(call);						\
-										\
-	CHECK(!__ret, "%s gave %ld", #call, __ret);				\
-} while (0)
 
 /* -- the guest ------------------------------------------------------------ */
 
@@ -443,7 +396,7 @@ static void __set_check(struct dsr *v, const uint8_t *got, const uint8_t *want, 
 					i, got[i], want[i]);
 	}
 	if (bad)
-		check_failed(line, "pages in the log", 0,
+		check_failed(__FILE__, line, "pages in the log", 0,
 			     "%u of %u pages wrong, %u reported in all (page:times/expected)%s",
 			     bad, v->npages, nr, where);
 }
@@ -506,7 +459,8 @@ static void __expect_set(struct dsr *v, const uint8_t *want, int line)
 	__set_check(v, got, want, line);
 	again = harvest(v, got);
 	if (again)
-		check_failed(line, "second harvest", 0, "%lu pages in an empty log", again);
+		check_failed(__FILE__, line, "second harvest", 0, "%lu pages in an empty log",
+			     again);
 	free(got);
 }
 
