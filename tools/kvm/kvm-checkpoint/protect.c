@@ -86,10 +86,18 @@ enum where { OK, GUEST, SINK, STOPPED };
 
 static atomic_bool stop_requested;
 
+/*
+ * A directory's epochs are all read when it is opened, which may take minutes.  Nothing is begun by
+ * then, and there is nobody to say goodbye to.
+ */
+static volatile sig_atomic_t may_exit;
+
 static void on_signal(int sig)
 {
 	(void)sig;
 	stop_requested = true;
+	if (may_exit)
+		_exit(0);
 }
 
 static char *on_command(void *ctx, const char *line, bool *ok)
@@ -524,9 +532,14 @@ static enum where open_sink(struct protect *p, int *rc, struct kc_err *err)
 	while (!p->sink) {
 		uint64_t until;
 
-		p->sink = kc_sink_open(p->to, &p->opts, &p->guest.id, err);
+		may_exit = strncmp(p->to, "tcp:", 4);
+		p->sink = stop_requested ? NULL :
+			  kc_sink_open(p->to, &p->opts, &p->guest.id, err);
+		may_exit = 0;
 		if (p->sink)
 			break;
+		if (stop_requested)
+			return STOPPED;
 		*rc = -errno;
 		if (!kc_sink_is_temporary(errno))
 			return SINK;

@@ -62,7 +62,7 @@ struct standby {
 	unsigned int nr_sessions;
 	/* By whom failing over was asked for, if it was. */
 	const char *promote;
-	/* Not to be forgotten when failing over fails: nothing but a new epoch disproves it. */
+	/* Not to be forgotten when failing over fails, but when a primary comes again. */
 	bool guest_died;
 	/* When an active session that is gone was heard last. */
 	uint64_t heard_us;
@@ -220,6 +220,9 @@ static int greet(struct session *s, const struct kc_hello *hello, struct kc_err 
 	w.timeout_ms = sb->timeout_ms;
 	w.last_epoch = kc_ram_epoch(sb->ram);
 	kc_put_welcome(rec, &w);
+	pthread_mutex_lock(&sb->lock);
+	sb->guest_died = false;
+	pthread_mutex_unlock(&sb->lock);
 	rc = kc_io_write(s->io, rec, sizeof(rec), err);
 	return rc ? rc : kc_io_flush(s->io, err);
 }
@@ -257,9 +260,6 @@ static int acknowledge(struct session *s, const struct kc_rx *rx, uint64_t start
 	uint8_t rec[KC_REC_HDR + 16];
 	int rc;
 
-	pthread_mutex_lock(&sb->lock);
-	sb->guest_died = false;
-	pthread_mutex_unlock(&sb->lock);
 	kc_put_nr(rec, KC_ACK, nr, now - started);
 	rc = kc_io_write(s->io, rec, sizeof(rec), err);
 	if (!rc)
