@@ -10,7 +10,7 @@
 #include "qmp.h"
 
 #define IDLE_MS		50
-#define MAX_LINE	(64u << 20)
+#define MAX_LINE	(16u << 20)
 
 /* Waits for the socket; 0, -ETIMEDOUT */
 static int wait_for(struct qmp *q, short events, uint64_t until_us)
@@ -62,6 +62,10 @@ static struct json_object *next(struct qmp *q, uint64_t until_us, int *rc)
 			o = json_tokener_parse_ex(q->tok, q->buf, end - q->buf);
 			q->len -= end + 1 - q->buf;
 			memmove(q->buf, end + 1, q->len);
+			if (!json_object_is_type(o, json_type_object)) {
+				json_object_put(o);
+				o = NULL;
+			}
 			*rc = o ? 0 : -EPROTO;
 			return o;
 		}
