@@ -109,6 +109,19 @@ static int explain(int rc, const char *command, struct kc_err *err)
 	}
 }
 
+/* Those that have come; 0, or why there are no more */
+static int take_events(struct qmp *q)
+{
+	struct json_object *o;
+	int rc;
+
+	while ((o = next(q, 0, &rc))) {
+		event(q, o);
+		json_object_put(o);
+	}
+	return rc == -EAGAIN ? 0 : rc;
+}
+
 int qmp_send(struct qmp *q, const char *command, struct json_object *args, int fd,
 	     struct kc_err *err)
 {
@@ -152,6 +165,9 @@ int qmp_send(struct qmp *q, const char *command, struct json_object *args, int f
 			rc = -EPIPE;
 	}
 	json_object_put(o);
+	/* What it said before it went, such as that the guest was shut down */
+	if (rc == -EPIPE)
+		take_events(q);
 	return rc ? explain(rc, command, err) : 0;
 }
 
@@ -192,14 +208,9 @@ int qmp_call(struct qmp *q, const char *command, struct json_object *args,
 
 int qmp_poll(struct qmp *q, struct kc_err *err)
 {
-	struct json_object *o;
-	int rc;
+	int rc = take_events(q);
 
-	while ((o = next(q, 0, &rc))) {
-		event(q, o);
-		json_object_put(o);
-	}
-	return rc == -EAGAIN ? 0 : explain(rc, "nothing", err);
+	return rc ? explain(rc, "nothing", err) : 0;
 }
 
 int qmp_open(struct qmp *q, const char *path, unsigned int timeout_ms, struct kc_err *err)
