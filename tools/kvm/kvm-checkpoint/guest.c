@@ -509,6 +509,8 @@ static int begin_logging(struct guest *g, struct kc_err *err)
 		/* One that was killed a moment ago may still be known to QEMU */
 		if (strstr(why.text, "attached already") && kc_now_us() < until) {
 			usleep(50000);
+			if (g->qmp.idle)
+				g->qmp.idle(g->qmp.idle_ctx);
 			continue;
 		}
 		if (strstr(why.text, "has not been found"))
@@ -525,7 +527,8 @@ static int begin_logging(struct guest *g, struct kc_err *err)
 	return rc;
 }
 
-int guest_open(struct guest *g, const char *path, bool external_disks, struct kc_err *err)
+int guest_open(struct guest *g, const char *path, bool external_disks, void (*idle)(void *ctx),
+	       void *idle_ctx, struct kc_err *err)
 {
 	int rc;
 
@@ -535,7 +538,7 @@ int guest_open(struct guest *g, const char *path, bool external_disks, struct kc
 	g->id.page_size = KC_PAGE_SIZE;
 	g->id.blocks = g->block_ids;
 
-	rc = qmp_open(&g->qmp, path, QMP_TIMEOUT_MS, err);
+	rc = qmp_open(&g->qmp, path, QMP_TIMEOUT_MS, idle, idle_ctx, err);
 	if (!rc)
 		rc = check_disks(g, external_disks, err);
 	if (!rc)
@@ -821,9 +824,10 @@ int guest_take(struct guest *g, struct guest_epoch *e, struct kc_err *err)
 
 bool guest_died(struct guest *g)
 {
-	struct pollfd p = { .fd = g->sock, .events = POLLIN | POLLRDHUP };
+	uint64_t until = kc_now_us() + 2000000;
 	char byte;
 
 	/* Only the end of QEMU's process closes its end of this one */
-	return g->sock >= 0 && poll(&p, 1, 2000) > 0 && recv(g->sock, &byte, 1, MSG_DONTWAIT) == 0;
+	return g->sock >= 0 && !qmp_wait(&g->qmp, g->sock, POLLIN | POLLRDHUP, until) &&
+	       recv(g->sock, &byte, 1, MSG_DONTWAIT) == 0;
 }

@@ -600,7 +600,7 @@ static int protect(struct protect *p)
 	struct kc_err err;
 	int rc;
 
-	rc = guest_open(&p->guest, p->qmp, p->external, &err);
+	rc = guest_open(&p->guest, p->qmp, p->external, while_qemu_works, p, &err);
 	if (rc) {
 		kc_log(KC_LOG_ERROR, "%s", err.text);
 		return 1;
@@ -609,8 +609,6 @@ static int protect(struct protect *p)
 	for (;;) {
 		uint64_t began = kc_now_us();
 
-		p->guest.qmp.idle = while_qemu_works;
-		p->guest.qmp.idle_ctx = p;
 		kc_status_guest(p->status, p->guest.id.name);
 		rc = 0;
 		switch (run(p, &rc, &err)) {
@@ -660,7 +658,8 @@ static int protect(struct protect *p)
 			struct kc_err again;
 
 			kc_log(KC_LOG_WARN, "%s; connecting to QEMU again", err.text);
-			rc = guest_open(&p->guest, p->qmp, p->external, &again);
+			rc = guest_open(&p->guest, p->qmp, p->external, while_qemu_works, p,
+					&again);
 			if (!rc) {
 				close_sink(p);
 				continue;

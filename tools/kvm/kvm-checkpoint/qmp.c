@@ -12,11 +12,10 @@
 #define IDLE_MS		50
 #define MAX_LINE	(16u << 20)
 
-/* Waits for the socket; 0, -ETIMEDOUT */
-static int wait_for(struct qmp *q, short events, uint64_t until_us)
+int qmp_wait(struct qmp *q, int fd, short events, uint64_t until_us)
 {
 	for (;;) {
-		struct pollfd p = { .fd = q->fd, .events = events };
+		struct pollfd p = { .fd = fd, .events = events };
 		uint64_t now = kc_now_us();
 		int ms;
 
@@ -87,7 +86,7 @@ static struct json_object *next(struct qmp *q, uint64_t until_us, int *rc)
 		} else if (n < 0 && errno == EINTR) {
 			continue;
 		} else if (n < 0 && errno == EAGAIN) {
-			*rc = until_us ? wait_for(q, POLLIN, until_us) : -EAGAIN;
+			*rc = until_us ? qmp_wait(q, q->fd, POLLIN, until_us) : -EAGAIN;
 			if (*rc)
 				return NULL;
 		} else {
@@ -160,7 +159,7 @@ int qmp_send(struct qmp *q, const char *command, struct json_object *args, int f
 		if (n >= 0)
 			sent += n;
 		else if (errno == EAGAIN)
-			rc = wait_for(q, POLLOUT, until);
+			rc = qmp_wait(q, q->fd, POLLOUT, until);
 		else if (errno != EINTR)
 			rc = -EPIPE;
 	}
@@ -213,14 +212,18 @@ int qmp_poll(struct qmp *q, struct kc_err *err)
 	return rc ? explain(rc, "nothing", err) : 0;
 }
 
-int qmp_open(struct qmp *q, const char *path, unsigned int timeout_ms, struct kc_err *err)
+int qmp_open(struct qmp *q, const char *path, unsigned int timeout_ms, void (*idle)(void *ctx),
+	     void *idle_ctx, struct kc_err *err)
 {
 	struct sockaddr_un sun = { .sun_family = AF_UNIX };
 	struct json_object *o = NULL;
 	int rc;
 
 	memset(q, 0, sizeof(*q));
+	q->fd = -1;
 	q->timeout_ms = timeout_ms;
+	q->idle = idle;
+	q->idle_ctx = idle_ctx;
 	if (!strncmp(path, "unix:", 5))
 		path += 5;
 	if (strlen(path) >= sizeof(sun.sun_path))
