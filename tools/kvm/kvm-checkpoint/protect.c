@@ -597,6 +597,7 @@ static void end(struct protect *p, enum kc_end why)
 static int protect(struct protect *p)
 {
 	unsigned int reopened = 0;
+	bool may_be_dead;
 	struct kc_err err;
 	int rc;
 
@@ -652,6 +653,7 @@ static int protect(struct protect *p)
 			return 1;
 		}
 		guest_close(&p->guest);
+		may_be_dead = false;
 		if (kc_now_us() - began > 60000000)
 			reopened = 0;
 		if (rc != -ESTALE && reopened++ < 3) {
@@ -665,10 +667,12 @@ static int protect(struct protect *p)
 				continue;
 			}
 			err = again;
+			may_be_dead = rc == -ECONNREFUSED || rc == -ENOENT || rc == -EPIPE ||
+				      rc == -ETIMEDOUT;
 		}
 		kc_log(KC_LOG_ERROR, "%s; the guest is without protection", err.text);
-		/* Where nobody listens any more, QEMU may be dead: that is for the standby. */
-		if (rc == -ECONNREFUSED || rc == -ENOENT)
+		/* Where nobody listens or answers any more: that is for the standby. */
+		if (may_be_dead)
 			close_sink(p);
 		else
 			end(p, KC_END_DETACH);
