@@ -588,6 +588,12 @@ static enum where run(struct protect *p, int *rc, struct kc_err *err)
 
 static void end(struct protect *p, enum kc_end why)
 {
+	/*
+	 * Silence would be taken for death, and this host be fenced: if the link is lost, one more
+	 * attempt, unless nobody has ever heard of this guest.
+	 */
+	if (!p->sink && p->nr)
+		p->sink = kc_sink_open(p->to, &p->opts, &p->guest.id, NULL);
 	if (p->sink)
 		kc_sink_end(p->sink, why);
 	close_sink(p);
@@ -621,8 +627,6 @@ static int protect(struct protect *p)
 			if (!kc_sink_is_temporary(-rc)) {
 				kc_log(KC_LOG_ERROR, "%s; the guest runs on, without protection",
 				       err.text);
-				/* Silence would be taken for death, and this host be fenced. */
-				p->sink = kc_sink_open(p->to, &p->opts, &p->guest.id, NULL);
 				end(p, KC_END_DETACH);
 				return 1;
 			}
