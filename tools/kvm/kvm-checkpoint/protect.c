@@ -73,6 +73,8 @@ struct protect {
 	struct guest guest;
 	struct guest_epoch epoch;
 	struct kc_sink *sink;
+	int lost;		/* what while_qemu_works() found out of it, and why */
+	struct kc_err lost_err;
 	struct kc_status *status;
 	uint64_t nr;		/* of the newest epoch that was begun */
 	uint64_t acked, epochs;
@@ -215,13 +217,13 @@ static int poll_sink(struct protect *p, struct kc_err *err)
 	return rc;
 }
 
-/* Heartbeats while QEMU works; an error shows at the next use of the sink */
+/* Heartbeats while QEMU works; an error is of interest when the sink is used next */
 static void while_qemu_works(void *ctx)
 {
 	struct protect *p = ctx;
 
-	if (p->sink)
-		poll_sink(p, NULL);
+	if (p->sink && !p->lost)
+		p->lost = poll_sink(p, &p->lost_err);
 }
 
 /*
@@ -554,6 +556,7 @@ static void close_sink(struct protect *p)
 		kc_status_sink(p->status, NULL);
 	kc_sink_close(p->sink);
 	p->sink = NULL;
+	p->lost = 0;
 }
 
 /* Until something fails or ends it */
@@ -623,6 +626,10 @@ static int protect(struct protect *p)
 			end(p, KC_END_DETACH);
 			return 0;
 		case SINK:
+			if (p->lost) {
+				rc = p->lost;
+				err = p->lost_err;
+			}
 			close_sink(p);
 			if (!kc_sink_is_temporary(-rc)) {
 				kc_log(KC_LOG_ERROR, "%s; the guest runs on, without protection",
