@@ -12,7 +12,10 @@
 
 #include "guest.h"
 
+/* The tests have no such patience */
+#ifndef QMP_TIMEOUT_MS
 #define QMP_TIMEOUT_MS	10000
+#endif
 
 /* RAM that is not shared is part of the state, each time */
 #define MAX_UNSHARED	(4u << 20)
