@@ -12,7 +12,10 @@
 
 #include "guest.h"
 
+/* The tests have no such patience */
+#ifndef QMP_TIMEOUT_MS
 #define QMP_TIMEOUT_MS	10000
+#endif
 
 /* RAM that is not shared is part of the state, each time */
 #define MAX_UNSHARED	(4u << 20)
@@ -138,7 +141,8 @@ static int compare_pages(const void *a, const void *b)
 
 static void copy_sort(struct copy *c)
 {
-	qsort(c->pages, c->nr, sizeof(*c->pages), compare_pages);
+	if (c->nr)
+		qsort(c->pages, c->nr, sizeof(*c->pages), compare_pages);
 }
 
 /*
@@ -206,19 +210,21 @@ static int receive_fds(int sock, int *fds, unsigned int n, struct kc_err *err)
 static int map_block(struct guest *g, unsigned int nr, int fd, struct kc_err *err)
 {
 	struct kc_block *id = &g->block_ids[nr];
-	uint64_t size = id->npages * KC_PAGE_SIZE;
 	struct stat st;
 	void *map;
 
-	if (fstat(fd, &st) || (uint64_t)st.st_size < size)
+	/* Before they are bytes, of which there may be too many for 64 bits */
+	if (fstat(fd, &st) || (uint64_t)st.st_size / KC_PAGE_SIZE < id->npages)
 		return kc_fail(err, EPROTO, "the file of %s is smaller than the block", id->name);
-	map = mmap(NULL, size, PROT_READ, MAP_SHARED, fd, 0);
+	g->dirty.bits[nr] = calloc(id->npages / 64 + 1, sizeof(uint64_t));
+	if (!g->dirty.bits[nr])
+		return kc_fail(err, ENOMEM, "no memory for the list of dirty pages");
+	map = mmap(NULL, id->npages * KC_PAGE_SIZE, PROT_READ, MAP_SHARED, fd, 0);
 	if (map == MAP_FAILED)
 		return kc_fail(err, errno, "cannot map %s: %s", id->name, strerror(errno));
 	g->blocks[nr].map = map;
 	g->blocks[nr].fd = fd;
-	g->dirty.bits[nr] = calloc(id->npages / 64 + 1, sizeof(uint64_t));
-	return g->dirty.bits[nr] ? 0 : kc_fail(err, ENOMEM, "no memory");
+	return 0;
 }
 
 /* Ours for QEMU's block, or -1 if it is not shared */
@@ -240,7 +246,7 @@ static int block_of(const struct guest *g, uint64_t qemu_nr)
 static int take_layout(struct guest *g, struct json_object *layout, struct kc_err *err)
 {
 	struct json_object *blocks = NULL, *slots = NULL, *o;
-	size_t i, nr_blocks, nr_slots, nr_shared = 0;
+	size_t i, nr_blocks, nr_slots, nr_fds, nr_shared = 0;
 	uint64_t unshared = 0;
 	bool first = !g->id.nr_blocks;
 	int *fds = NULL, rc;
@@ -263,10 +269,11 @@ static int take_layout(struct guest *g, struct json_object *layout, struct kc_er
 		else
 			unshared += qmp_u64(o, "pages") * KC_PAGE_SIZE;
 	}
-	fds = calloc(nr_shared + nr_slots + 1, sizeof(int));
+	nr_fds = nr_shared + nr_slots;
+	fds = calloc(nr_fds + 1, sizeof(int));
 	if (!fds)
 		return kc_fail(err, ENOMEM, "no memory");
-	rc = receive_fds(g->sock, fds, nr_shared + nr_slots, err);
+	rc = receive_fds(g->sock, fds, nr_fds, err);
 	if (rc) {
 		free(fds);
 		return rc;
@@ -345,7 +352,7 @@ changed:
 		     "the guest's memory has been changed (plugged?): protect it anew, with another standby or directory");
 fail:
 out:
-	for (i = 0; i < nr_shared + nr_slots; i++) {
+	for (i = 0; i < nr_fds; i++) {
 		if (fds[i] > 0)
 			close(fds[i]);
 	}
@@ -357,6 +364,18 @@ out:
  * Opening
  */
 
+/* An answer that has to be a list, which json-c does not ask twice */
+static int call_list(struct guest *g, const char *command, struct json_object **list,
+		     struct kc_err *err)
+{
+	int rc = qmp_call(&g->qmp, command, NULL, list, err);
+
+	if (rc || json_object_is_type(*list, json_type_array))
+		return rc;
+	json_object_put(*list);
+	return kc_fail(err, EPROTO, "QEMU's answer to %s makes no sense", command);
+}
+
 static int check_disks(struct guest *g, bool external, struct kc_err *err)
 {
 	struct json_object *disks = NULL, *inserted;
@@ -365,7 +384,7 @@ static int check_disks(struct guest *g, bool external, struct kc_err *err)
 
 	if (external)
 		return 0;
-	rc = qmp_call(&g->qmp, "query-block", NULL, &disks, err);
+	rc = call_list(g, "query-block", &disks, err);
 	if (rc)
 		return rc;
 	for (i = 0; !rc && i < json_object_array_length(disks); i++) {
@@ -438,7 +457,7 @@ static int identify(struct guest *g, struct kc_err *err)
 	json_object_put(o);
 
 	o = NULL;
-	rc = qmp_call(&g->qmp, "query-cpus-fast", NULL, &o, err);
+	rc = call_list(g, "query-cpus-fast", &o, err);
 	if (rc)
 		return rc;
 	n += snprintf(text + n, sizeof(text) - n, "cpus %zu\n", json_object_array_length(o));
@@ -493,6 +512,8 @@ static int begin_logging(struct guest *g, struct kc_err *err)
 		/* One that was killed a moment ago may still be known to QEMU */
 		if (strstr(why.text, "attached already") && kc_now_us() < until) {
 			usleep(50000);
+			if (g->qmp.idle)
+				g->qmp.idle(g->qmp.idle_ctx);
 			continue;
 		}
 		if (strstr(why.text, "has not been found"))
@@ -509,7 +530,8 @@ static int begin_logging(struct guest *g, struct kc_err *err)
 	return rc;
 }
 
-int guest_open(struct guest *g, const char *path, bool external_disks, struct kc_err *err)
+int guest_open(struct guest *g, const char *path, bool external_disks, void (*idle)(void *ctx),
+	       void *idle_ctx, struct kc_err *err)
 {
 	int rc;
 
@@ -519,7 +541,7 @@ int guest_open(struct guest *g, const char *path, bool external_disks, struct kc
 	g->id.page_size = KC_PAGE_SIZE;
 	g->id.blocks = g->block_ids;
 
-	rc = qmp_open(&g->qmp, path, QMP_TIMEOUT_MS, err);
+	rc = qmp_open(&g->qmp, path, QMP_TIMEOUT_MS, idle, idle_ctx, err);
 	if (!rc)
 		rc = check_disks(g, external_disks, err);
 	if (!rc)
@@ -805,9 +827,10 @@ int guest_take(struct guest *g, struct guest_epoch *e, struct kc_err *err)
 
 bool guest_died(struct guest *g)
 {
-	struct pollfd p = { .fd = g->sock, .events = POLLIN | POLLRDHUP };
+	uint64_t until = kc_now_us() + 2000000;
 	char byte;
 
 	/* Only the end of QEMU's process closes its end of this one */
-	return g->sock >= 0 && poll(&p, 1, 2000) > 0 && recv(g->sock, &byte, 1, MSG_DONTWAIT) == 0;
+	return g->sock >= 0 && !qmp_wait(&g->qmp, g->sock, POLLIN | POLLRDHUP, until) &&
+	       recv(g->sock, &byte, 1, MSG_DONTWAIT) == 0;
 }

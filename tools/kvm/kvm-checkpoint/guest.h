@@ -88,11 +88,14 @@ struct guest_epoch {
  * @g: filled in, to be closed by guest_close() in any case.
  * @path: of the QMP socket.
  * @external_disks: writable disks are taken care of.
+ * @idle: called now and then while QEMU works, from here on; or NULL.
+ * @idle_ctx: for @idle.
  * @err: why not.
  *
  * Return: 0 or a negative errno: what the user can do about it is in @err.
  */
-int guest_open(struct guest *g, const char *path, bool external_disks, struct kc_err *err);
+int guest_open(struct guest *g, const char *path, bool external_disks, void (*idle)(void *ctx),
+	       void *idle_ctx, struct kc_err *err);
 
 /** guest_close() - end logging; QEMU resumes the guest if it was stopped for us */
 void guest_close(struct guest *g);

@@ -73,6 +73,8 @@ struct protect {
 	struct guest guest;
 	struct guest_epoch epoch;
 	struct kc_sink *sink;
+	int lost;		/* what while_qemu_works() found out of it, and why */
+	struct kc_err lost_err;
 	struct kc_status *status;
 	uint64_t nr;		/* of the newest epoch that was begun */
 	uint64_t acked, epochs;
@@ -223,13 +225,13 @@ static int poll_sink(struct protect *p, struct kc_err *err)
 	return rc;
 }
 
-/* Heartbeats while QEMU works; an error shows at the next use of the sink */
+/* Heartbeats while QEMU works; an error is of interest when the sink is used next */
 static void while_qemu_works(void *ctx)
 {
 	struct protect *p = ctx;
 
-	if (p->sink)
-		poll_sink(p, NULL);
+	if (p->sink && !p->lost)
+		p->lost = poll_sink(p, &p->lost_err);
 }
 
 /*
@@ -567,6 +569,7 @@ static void close_sink(struct protect *p)
 		kc_status_sink(p->status, NULL);
 	kc_sink_close(p->sink);
 	p->sink = NULL;
+	p->lost = 0;
 }
 
 /* Until something fails or ends it */
@@ -601,6 +604,12 @@ static enum where run(struct protect *p, int *rc, struct kc_err *err)
 
 static void end(struct protect *p, enum kc_end why)
 {
+	/*
+	 * Silence would be taken for death, and this host be fenced: if the link is lost, one more
+	 * attempt, unless nobody has ever heard of this guest.
+	 */
+	if (!p->sink && p->nr)
+		p->sink = kc_sink_open(p->to, &p->opts, &p->guest.id, NULL);
 	if (p->sink)
 		kc_sink_end(p->sink, why);
 	close_sink(p);
@@ -610,10 +619,11 @@ static void end(struct protect *p, enum kc_end why)
 static int protect(struct protect *p)
 {
 	unsigned int reopened = 0;
+	bool may_be_dead;
 	struct kc_err err;
 	int rc;
 
-	rc = guest_open(&p->guest, p->qmp, p->external, &err);
+	rc = guest_open(&p->guest, p->qmp, p->external, while_qemu_works, p, &err);
 	if (rc) {
 		kc_log(KC_LOG_ERROR, "%s", err.text);
 		return 1;
@@ -622,8 +632,6 @@ static int protect(struct protect *p)
 	for (;;) {
 		uint64_t began = kc_now_us();
 
-		p->guest.qmp.idle = while_qemu_works;
-		p->guest.qmp.idle_ctx = p;
 		kc_status_guest(p->status, p->guest.id.name);
 		rc = 0;
 		switch (run(p, &rc, &err)) {
@@ -631,12 +639,14 @@ static int protect(struct protect *p)
 			end(p, KC_END_DETACH);
 			return 0;
 		case SINK:
+			if (p->lost) {
+				rc = p->lost;
+				err = p->lost_err;
+			}
 			close_sink(p);
 			if (!kc_sink_is_temporary(-rc)) {
 				kc_log(KC_LOG_ERROR, "%s; the guest runs on, without protection",
 				       err.text);
-				/* Silence would be taken for death, and this host be fenced. */
-				p->sink = kc_sink_open(p->to, &p->opts, &p->guest.id, NULL);
 				end(p, KC_END_DETACH);
 				return 1;
 			}
@@ -667,22 +677,26 @@ static int protect(struct protect *p)
 			return 1;
 		}
 		guest_close(&p->guest);
+		may_be_dead = false;
 		if (kc_now_us() - began > 60000000)
 			reopened = 0;
 		if (rc != -ESTALE && reopened++ < 3) {
 			struct kc_err again;
 
 			kc_log(KC_LOG_WARN, "%s; connecting to QEMU again", err.text);
-			rc = guest_open(&p->guest, p->qmp, p->external, &again);
+			rc = guest_open(&p->guest, p->qmp, p->external, while_qemu_works, p,
+					&again);
 			if (!rc) {
 				close_sink(p);
 				continue;
 			}
 			err = again;
+			may_be_dead = rc == -ECONNREFUSED || rc == -ENOENT || rc == -EPIPE ||
+				      rc == -ETIMEDOUT;
 		}
 		kc_log(KC_LOG_ERROR, "%s; the guest is without protection", err.text);
-		/* Where nobody listens any more, QEMU may be dead: that is for the standby. */
-		if (rc == -ECONNREFUSED || rc == -ENOENT)
+		/* Where nobody listens or answers any more: that is for the standby. */
+		if (may_be_dead)
 			close_sink(p);
 		else
 			end(p, KC_END_DETACH);

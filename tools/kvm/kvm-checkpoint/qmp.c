@@ -10,13 +10,12 @@
 #include "qmp.h"
 
 #define IDLE_MS		50
-#define MAX_LINE	(64u << 20)
+#define MAX_LINE	(16u << 20)
 
-/* Waits for the socket; 0, -ETIMEDOUT */
-static int wait_for(struct qmp *q, short events, uint64_t until_us)
+int qmp_wait(struct qmp *q, int fd, short events, uint64_t until_us)
 {
 	for (;;) {
-		struct pollfd p = { .fd = q->fd, .events = events };
+		struct pollfd p = { .fd = fd, .events = events };
 		uint64_t now = kc_now_us();
 		int ms;
 
@@ -62,6 +61,10 @@ static struct json_object *next(struct qmp *q, uint64_t until_us, int *rc)
 			o = json_tokener_parse_ex(q->tok, q->buf, end - q->buf);
 			q->len -= end + 1 - q->buf;
 			memmove(q->buf, end + 1, q->len);
+			if (!json_object_is_type(o, json_type_object)) {
+				json_object_put(o);
+				o = NULL;
+			}
 			*rc = o ? 0 : -EPROTO;
 			return o;
 		}
@@ -83,7 +86,7 @@ static struct json_object *next(struct qmp *q, uint64_t until_us, int *rc)
 		} else if (n < 0 && errno == EINTR) {
 			continue;
 		} else if (n < 0 && errno == EAGAIN) {
-			*rc = until_us ? wait_for(q, POLLIN, until_us) : -EAGAIN;
+			*rc = until_us ? qmp_wait(q, q->fd, POLLIN, until_us) : -EAGAIN;
 			if (*rc)
 				return NULL;
 		} else {
@@ -103,6 +106,19 @@ static int explain(int rc, const char *command, struct kc_err *err)
 	default:
 		return kc_fail(err, EPROTO, "what QEMU answers to %s is no QMP", command);
 	}
+}
+
+/* Those that have come; 0, or why there are no more */
+static int take_events(struct qmp *q)
+{
+	struct json_object *o;
+	int rc;
+
+	while ((o = next(q, 0, &rc))) {
+		event(q, o);
+		json_object_put(o);
+	}
+	return rc == -EAGAIN ? 0 : rc;
 }
 
 int qmp_send(struct qmp *q, const char *command, struct json_object *args, int fd,
@@ -143,11 +159,14 @@ int qmp_send(struct qmp *q, const char *command, struct json_object *args, int f
 		if (n >= 0)
 			sent += n;
 		else if (errno == EAGAIN)
-			rc = wait_for(q, POLLOUT, until);
+			rc = qmp_wait(q, q->fd, POLLOUT, until);
 		else if (errno != EINTR)
 			rc = -EPIPE;
 	}
 	json_object_put(o);
+	/* What it said before it went, such as that the guest was shut down */
+	if (rc == -EPIPE)
+		take_events(q);
 	return rc ? explain(rc, command, err) : 0;
 }
 
@@ -188,24 +207,23 @@ int qmp_call(struct qmp *q, const char *command, struct json_object *args,
 
 int qmp_poll(struct qmp *q, struct kc_err *err)
 {
-	struct json_object *o;
-	int rc;
+	int rc = take_events(q);
 
-	while ((o = next(q, 0, &rc))) {
-		event(q, o);
-		json_object_put(o);
-	}
-	return rc == -EAGAIN ? 0 : explain(rc, "nothing", err);
+	return rc ? explain(rc, "nothing", err) : 0;
 }
 
-int qmp_open(struct qmp *q, const char *path, unsigned int timeout_ms, struct kc_err *err)
+int qmp_open(struct qmp *q, const char *path, unsigned int timeout_ms, void (*idle)(void *ctx),
+	     void *idle_ctx, struct kc_err *err)
 {
 	struct sockaddr_un sun = { .sun_family = AF_UNIX };
 	struct json_object *o = NULL;
 	int rc;
 
 	memset(q, 0, sizeof(*q));
+	q->fd = -1;
 	q->timeout_ms = timeout_ms;
+	q->idle = idle;
+	q->idle_ctx = idle_ctx;
 	if (!strncmp(path, "unix:", 5))
 		path += 5;
 	if (strlen(path) >= sizeof(sun.sun_path))

@@ -16,7 +16,7 @@ struct qmp {
 	int fd;
 	unsigned int timeout_ms;
 	bool shutdown;		/* the event came: the guest or its owner ended it */
-	void (*idle)(void *ctx);	/* called now and then while an answer is awaited */
+	void (*idle)(void *ctx);
 	void *idle_ctx;
 	char *buf;
 	size_t len, size;
@@ -28,12 +28,15 @@ struct qmp {
  * @q: filled in; needs qmp_close() only if this succeeds.
  * @path: of QEMU's socket.
  * @timeout_ms: how long any answer may take.
+ * @idle: called now and then while an answer is awaited, from here on; or NULL.
+ * @idle_ctx: for @idle.
  * @err: why not.
  *
  * Return: 0; -ENOENT or -ECONNREFUSED if nobody listens, -EPROTO if it is not QMP, -ETIMEDOUT if
  * nothing comes: QEMU serves one client of a socket at a time.
  */
-int qmp_open(struct qmp *q, const char *path, unsigned int timeout_ms, struct kc_err *err);
+int qmp_open(struct qmp *q, const char *path, unsigned int timeout_ms, void (*idle)(void *ctx),
+	     void *idle_ctx, struct kc_err *err);
 void qmp_close(struct qmp *q);
 
 /**
@@ -70,6 +73,17 @@ int qmp_call(struct qmp *q, const char *command, struct json_object *args,
  * Return: 0, or -EPIPE if QEMU is gone.
  */
 int qmp_poll(struct qmp *q, struct kc_err *err);
+
+/**
+ * qmp_wait() - wait for a file descriptor as for an answer
+ * @q: the connection, whose idle() is called.
+ * @fd: any.
+ * @events: as for poll().
+ * @until_us: of kc_now_us().
+ *
+ * Return: 0, or -ETIMEDOUT.
+ */
+int qmp_wait(struct qmp *q, int fd, short events, uint64_t until_us);
 
 /* Members of an answer; a missing one is 0, false, "" */
 uint64_t qmp_u64(struct json_object *o, const char *name);

@@ -11,20 +11,15 @@
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
-#include <inttypes.h>
 #include <poll.h>
 #include <sched.h>
-#include <setjmp.h>
 #include <signal.h>
-#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/mount.h>
 #include <sys/prctl.h>
-#include <sys/random.h>
-#include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
@@ -37,52 +32,7 @@
 #include "ram.h"
 #include "status.h"
 #include "store.h"
-
-/* --- Failing and skipping ------------------------------------------------- */
-
-static jmp_buf out;
-static char reason[1024];
-static const char *program, *dir;
-static uint64_t seed;
-
-__attribute__((format(printf, 2, 3), noreturn))
-static void leave(int how, const char *fmt, ...)
-{
-	va_list ap;
-
-	va_start(ap, fmt);
-	vsnprintf(reason, sizeof(reason), fmt, ap);
-	va_end(ap);
-	longjmp(out, how);
-}
-
-#define FAIL(...) leave(1, __VA_ARGS__)
-#define SKIP(...) leave(2, __VA_ARGS__)
-#define CHECK(c, ...) do { if (!(c)) FAIL(__VA_ARGS__); } while (0)
-/* A call that returns 0 or a negative errno with the reason in err. */
-#define OK(call) do { \
-	int rc_ = (call); \
-	CHECK(!rc_, "%s:%d: %s: %d: %s", __func__, __LINE__, #call, rc_, err.text); \
-} while (0)
-
-static struct kc_err err;
-
-static uint64_t rng_state;
-
-/* splitmix64 */
-static uint64_t rnd(uint64_t *state)
-{
-	uint64_t z = *state += 0x9e3779b97f4a7c15ull;
-
-	z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9ull;
-	z = (z ^ z >> 27) * 0x94d049bb133111ebull;
-	return z ^ z >> 31;
-}
-
-static unsigned int below(unsigned int n)
-{
-	return rnd(&rng_state) % n;
-}
+#include "harness.h"
 
 /* --- A guest -------------------------------------------------------------- */
 
@@ -222,18 +172,6 @@ static int sim_send(struct sim *g, struct kc_sink *s, unsigned int flags)
 	return rc ? rc : kc_epoch_commit(s, &err);
 }
 
-static void read_all(const char *path, uint8_t **buf, size_t *len)
-{
-	int fd = open(path, O_RDONLY | O_CLOEXEC);
-	struct stat st;
-
-	CHECK(fd >= 0 && !fstat(fd, &st), "%s: %s", path, strerror(errno));
-	*len = st.st_size;
-	*buf = malloc(*len + 1);
-	CHECK(read(fd, *buf, *len) == (ssize_t)*len, "cannot read %s", path);
-	close(fd);
-}
-
 /* The files hold the guest as it is in @g. */
 static void compare(struct sim *g, const char *where, const char *state_name)
 {
@@ -269,181 +207,10 @@ static void compare_standby(struct sim *g, const char *ram_dir)
 	compare(g, ram_dir, name);
 }
 
-/* --- Processes ------------------------------------------------------------ */
+/* --- Sinks ---------------------------------------------------------------- */
 
-static char psk[PATH_MAX], other_psk[PATH_MAX];
+static char other_psk[PATH_MAX];
 static struct kc_sink_opts opts;
-static pid_t standby;
-static int port;
-
-static char *path_of(const char *name)
-{
-	static char buf[8][PATH_MAX];
-	static unsigned int n;
-	char *p = buf[n++ % 8];
-
-	snprintf(p, PATH_MAX, "%s/%s", dir, name);
-	return p;
-}
-
-static void remove_tree(const char *path)
-{
-	pid_t pid = fork();
-
-	if (!pid) {
-		execlp("rm", "rm", "-rf", "--", path, NULL);
-		_exit(127);
-	}
-	waitpid(pid, NULL, 0);
-}
-
-static void write_text(const char *path, mode_t mode, const char *text)
-{
-	int fd = open(path, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, mode);
-
-	CHECK(fd >= 0 && write(fd, text, strlen(text)) == (ssize_t)strlen(text), "cannot write %s",
-	      path);
-	close(fd);
-}
-
-static bool exists(const char *path)
-{
-	return !access(path, F_OK);
-}
-
-static bool wait_for(const char *path, unsigned int ms)
-{
-	uint64_t end = kc_now_us() + ms * 1000ull;
-
-	while (!exists(path) && kc_now_us() < end)
-		poll(NULL, 0, 5);
-	return exists(path);
-}
-
-static int free_port(void)
-{
-	struct sockaddr_in sa = { .sin_family = AF_INET,
-				  .sin_addr.s_addr = htonl(INADDR_LOOPBACK) };
-	int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
-	socklen_t len = sizeof(sa);
-
-	CHECK(!bind(fd, (struct sockaddr *)&sa, len) &&
-		      !getsockname(fd, (struct sockaddr *)&sa, &len),
-	      "no port is free");
-	close(fd);
-	return ntohs(sa.sin_port);
-}
-
-static const char *spec(void)
-{
-	static char s[64];
-
-	snprintf(s, sizeof(s), "tcp:127.0.0.1:%d", port);
-	return s;
-}
-
-/* Output goes to the log in the directory of the tests. */
-static pid_t spawn(const char *const *argv, rlim_t fsize)
-{
-	pid_t pid = fork();
-	int fd;
-
-	if (pid)
-		return pid;
-	prctl(PR_SET_PDEATHSIG, SIGKILL);
-	fd = open(path_of("log"), O_WRONLY | O_CREAT | O_APPEND, 0600);
-	dup2(fd, 1);
-	dup2(fd, 2);
-	if (fsize) {
-		struct rlimit rl = { fsize, fsize };
-
-		signal(SIGXFSZ, SIG_IGN);
-		setrlimit(RLIMIT_FSIZE, &rl);
-	}
-	execv(argv[0], (char *const *)argv);
-	_exit(127);
-}
-
-static bool log_has(const char *text)
-{
-	char *buf;
-	size_t len;
-	bool has;
-
-	if (!exists(path_of("log")))
-		return false;
-	read_all(path_of("log"), (uint8_t **)&buf, &len);
-	buf[len] = '\0';
-	has = strstr(buf, text);
-	free(buf);
-	return has;
-}
-
-static void wait_log(const char *text)
-{
-	uint64_t end = kc_now_us() + 20000000;
-
-	while (!log_has(text)) {
-		CHECK(kc_now_us() < end, "\"%s\" never appeared in the log", text);
-		poll(NULL, 0, 5);
-	}
-}
-
-static void start_standby_fsize(const char *ram_dir, rlim_t fsize, ...)
-{
-	char listen[64];
-	const char *argv[40] = { program, "standby", "--listen", listen, "--ram-dir", ram_dir,
-				 "--psk-file", psk, "--control", path_of("ctl") };
-	int n = 10;
-	va_list ap;
-
-	va_start(ap, fsize);
-	while ((argv[n] = va_arg(ap, const char *)))
-		n++;
-	va_end(ap);
-	if (!port)
-		port = free_port();
-	snprintf(listen, sizeof(listen), "127.0.0.1:%d", port);
-	unlink(path_of("log"));
-	standby = spawn(argv, fsize);
-	wait_log("listening on");
-}
-
-#define start_standby(ram_dir, ...) start_standby_fsize(ram_dir, 0, ##__VA_ARGS__, NULL)
-
-/* Its exit status, or minus the signal. */
-static int reap(pid_t *pid)
-{
-	int status = 0;
-
-	if (*pid > 0)
-		waitpid(*pid, &status, 0);
-	*pid = 0;
-	return WIFEXITED(status) ? WEXITSTATUS(status) : -WTERMSIG(status);
-}
-
-static void stop_standby(int sig)
-{
-	if (standby > 0)
-		kill(standby, sig);
-	reap(&standby);
-}
-
-/* The exit status of the program with these arguments. */
-static int run(const char *first, ...)
-{
-	const char *argv[20] = { program, first };
-	va_list ap;
-	pid_t pid;
-	int n = 2;
-
-	va_start(ap, first);
-	while ((argv[n] = va_arg(ap, const char *)))
-		n++;
-	va_end(ap);
-	pid = spawn(argv, 0);
-	return reap(&pid);
-}
 
 /* Until a standby has noticed that a primary before is gone, it may say that it is busy. */
 static struct kc_sink *must_open(const char *to)
@@ -958,18 +725,6 @@ static void let_run(unsigned int round, volatile uint64_t *n, unsigned int ms)
 		poll(NULL, 0, 1);
 	}
 	poll(NULL, 0, 1 + below(ms));
-}
-
-static uint64_t ram_epoch(const char *path)
-{
-	struct kc_ram *ram;
-	uint64_t nr;
-
-	/* In this process, after the other is dead: this is what a new one would find. */
-	OK(kc_ram_open(path, false, &ram, &err));
-	nr = kc_ram_epoch(ram);
-	kc_ram_close(ram);
-	return nr;
 }
 
 static void test_kill_standby(void)
@@ -1637,15 +1392,6 @@ static struct kc_sink *protected_guest(struct sim *g)
 	return s;
 }
 
-/* A script as fence or QEMU. */
-static const char *script(const char *name, const char *text)
-{
-	const char *path = path_of(name);
-
-	write_text(path, 0700, text);
-	return path;
-}
-
 static void test_failover(void)
 {
 	char fence[PATH_MAX], fence_text[2 * PATH_MAX], qemu[PATH_MAX], text[4 * PATH_MAX],
@@ -2170,7 +1916,7 @@ static void test_status(void)
 
 /* --- Running them --------------------------------------------------------- */
 
-static const struct { const char *name; void (*run)(void); } tests[] = {
+static const struct test tests[] = {
 	{ "records", test_records },
 	{ "pages", test_pages },
 	{ "commands", test_commands },
@@ -2200,101 +1946,12 @@ static const struct { const char *name; void (*run)(void); } tests[] = {
 	{ "kill_directory", test_kill_directory },
 };
 
-#define NR_TESTS (sizeof(tests) / sizeof(tests[0]))
-
-static void print_log(void)
+static void setup(void)
 {
-	char line[512];
-	FILE *f = fopen(path_of("log"), "r");
-
-	while (f && fgets(line, sizeof(line), f))
-		printf("#   log: %s", line);
-	if (f)
-		fclose(f);
-}
-
-/* In a process of its own: 0 passed, 1 failed, 2 skipped. */
-static int run_test(size_t i)
-{
-	int how = setjmp(out);
-
-	if (!how) {
-		tests[i].run();
-	} else if (how == 1) {
-		printf("# %s\n", reason);
-		print_log();
-	}
-	if (how == 2)
-		printf("SKIP %s\n", reason);
-	fflush(stdout);
-	if (standby > 0) {
-		kill(standby, SIGCONT);
-		kill(standby, SIGKILL);
-	}
-	return how;
-}
-
-static int one(size_t i, unsigned int limit_s)
-{
-	char template[PATH_MAX], *text = NULL, *skip;
-	int status, p[2];
-	size_t len, n;
-	char buf[4096];
-	pid_t pid;
-	FILE *f;
-
-	/*
-	 * In memory if it can be: here processes are killed, not hosts, and fsync() takes its time.
-	 */
-	snprintf(template, sizeof(template), "%s/stream_test.XXXXXX",
-		 getenv("TMPDIR")	  ? getenv("TMPDIR") :
-		 access("/dev/shm", W_OK) ? "/tmp" :
-					    "/dev/shm");
-	dir = mkdtemp(template);
-	if (!dir || pipe(p))
-		return 1;
-	rng_state = seed ^ i;
-	snprintf(psk, sizeof(psk), "%s/psk", dir);
 	snprintf(other_psk, sizeof(other_psk), "%s/other.psk", dir);
+	write_text(other_psk, 0600, "kvm:100102030405060708090a0b0c0d0e0f\n");
 	kc_sink_defaults(&opts);
 	opts.psk_file = psk;
-	fflush(stdout);
-	pid = fork();
-	if (!pid) {
-		/* A group, so that nothing is left of a test that hangs. */
-		setpgid(0, 0);
-		dup2(p[1], 1);
-		close(p[0]);
-		close(p[1]);
-		signal(SIGPIPE, SIG_IGN);
-		write_text(psk, 0600, "kvm:000102030405060708090a0b0c0d0e0f\n");
-		write_text(other_psk, 0600, "kvm:100102030405060708090a0b0c0d0e0f\n");
-		alarm(limit_s);
-		_exit(run_test(i));
-	}
-	close(p[1]);
-	f = open_memstream(&text, &len);
-	while ((n = read(p[0], buf, sizeof(buf))) > 0 && n <= sizeof(buf))
-		fwrite(buf, 1, n, f);
-	fclose(f);
-	close(p[0]);
-	waitpid(pid, &status, 0);
-	kill(-pid, SIGKILL);
-	skip = strstr(text, "SKIP ");
-	if (WIFEXITED(status) && WEXITSTATUS(status) == 2 && skip) {
-		skip[strcspn(skip, "\n")] = '\0';
-		printf("ok %zu %s # %s\n", i + 1, tests[i].name, skip);
-	} else {
-		fputs(text, stdout);
-		if (WIFSIGNALED(status))
-			printf("# it died of signal %d%s\n", WTERMSIG(status),
-			       WTERMSIG(status) == SIGALRM ? ": it hung" : "");
-		printf("%sok %zu %s\n", status ? "not " : "", i + 1, tests[i].name);
-	}
-	fflush(stdout);
-	free(text);
-	remove_tree(dir);
-	return WIFEXITED(status) && WEXITSTATUS(status) != 1 ? 0 : 1;
 }
 
 /* What the fuzzer starts from: streams and files of a tiny guest, for each of its ways in. */
@@ -2337,38 +1994,12 @@ static int make_corpus(const char *to)
 
 int main(int argc, char **argv)
 {
-	const char *only[32];
-	size_t nr_only = 0, i, j, failed = 0;
-	int o;
+	static const struct suite suite = {
+		.tests = tests, .nr_tests = sizeof(tests) / sizeof(tests[0]), .setup = setup,
+		.usage = "KVM-CHECKPOINT", .nr_programs = 1, .jobs = 1,
+	};
 
-	if (getrandom(&seed, sizeof(seed), 0) != sizeof(seed))
-		return 1;
-	seed %= 1000000000;
-	while ((o = getopt(argc, argv, "c:s:t:")) != -1) {
-		if (o == 'c')
-			return make_corpus(optarg);
-		if (o == 's')
-			seed = strtoull(optarg, NULL, 0);
-		else if (o == 't' && nr_only < 32)
-			only[nr_only++] = optarg;
-		else
-			return 2;
-	}
-	if (argc - optind != 1) {
-		fprintf(stderr, "usage: stream_test [-s SEED] [-t NAME]... KVM-CHECKPOINT\n");
-		return 2;
-	}
-	program = realpath(argv[optind], NULL);
-	if (!program) {
-		perror(argv[optind]);
-		return 2;
-	}
-	printf("TAP version 13\n1..%zu\n# seed %" PRIu64 "\n", nr_only ? nr_only : NR_TESTS, seed);
-	for (i = 0; i < NR_TESTS; i++) {
-		for (j = 0; j < nr_only && strcmp(only[j], tests[i].name); j++)
-			;
-		if (!nr_only || j < nr_only)
-			failed += one(i, 300);
-	}
-	return failed ? 1 : 0;
+	if (argc == 3 && !strcmp(argv[1], "-c"))
+		return make_corpus(argv[2]);
+	return run_tests(&suite, argc, argv);
 }
