@@ -560,7 +560,7 @@ static int seal(struct kc_ram *ram, uint64_t nr, unsigned int flags, struct kc_e
 static int ram_commit(void *ctx, uint64_t nr, const struct kc_devices *state, struct kc_err *err)
 {
 	unsigned int flags = state->stopped ? KC_RAM_STOPPED : 0;
-	struct kc_devices copy = { NULL };
+	struct kc_devices copy = { .data = NULL };
 	struct kc_ram *ram = ctx;
 	char name[32];
 	int rc;
