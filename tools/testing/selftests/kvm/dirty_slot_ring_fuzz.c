@@ -18,6 +18,7 @@
  * that it repeats whatever the steps before it did.  A storm's actors repeat,
  * their timing does not.
  */
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <getopt.h>
@@ -35,6 +36,7 @@
 #include <sys/random.h>
 #include <sys/resource.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/time.h>
 #include <sys/wait.h>
@@ -62,7 +64,7 @@
 #define SLOT_GVA(s, place)	(0xc0000000ul + ((s) * 2 + (place)) * WINDOW)
 
 #define DONE_PORT		0x1001
-#define HANG_SECONDS		240
+#define HANG_SECONDS		240u
 
 #define KERNEL_ADDRESS		0xffff888000000000ul
 
@@ -141,7 +143,7 @@ static uint8_t *arena, *arena_ro;
 
 /* -- command line and luck ------------------------------------------------ */
 
-enum { BREAK_NOT, BREAK_LOSE, BREAK_TWICE, BREAK_ERRNO };
+enum { BREAK_NOT, BREAK_LOSE, BREAK_TWICE, BREAK_ERRNO, BREAK_HANG };
 
 static struct {
 	uint64_t seed, ops, first_round;
@@ -258,18 +260,6 @@ static void on_term(int sig)
 
 static void on_usr1(int sig)
 {
-}
-
-static void on_alarm(int sig)
-{
-	static uint64_t seen;
-
-	if (sh->progress == seen) {
-		fprintf(stderr, "# nothing has happened for %d s: a hang\n", HANG_SECONDS);
-		on_term(sig);
-	}
-	seen = sh->progress;
-	alarm(HANG_SECONDS);
 }
 
 static struct op_note *note(const char *what, uint64_t a, uint64_t b, uint64_t c, uint64_t d)
@@ -442,6 +432,9 @@ static void guest_do(struct mailbox *mb)
 		break;
 	case OP_RANDOM:
 		guest_random(mb);
+		/* Only for the self-test. */
+		while (READ_ONCE(mb->count))
+			;
 		break;
 	}
 }
@@ -490,6 +483,10 @@ static struct {
 	struct kvm_vcpu *vcpu[MAX_VCPUS];
 	struct mailbox *mb[MAX_VCPUS];
 	pthread_t thread[MAX_VCPUS];
+	int stats[MAX_VCPUS];		/* opened early: a vCPU that runs answers no calls */
+	pthread_t runner[MAX_VCPUS];	/* in KVM_RUN, if... */
+	bool runs[MAX_VCPUS];
+	uint64_t returns[MAX_VCPUS];	/* from KVM_RUN */
 	int nr_vcpus;
 	uint32_t entries;
 	bool exit_on_full;
@@ -510,6 +507,216 @@ static void print_guests(void)
 			mb->op, mb->done, mb->count, mb->stop, m.vcpu[v]->run->exit_reason);
 	}
 }
+
+/* -- hangs ---------------------------------------------------------------- */
+
+/* Set when all is lost: vCPUs that come back after all say from where. */
+static bool hang_found;
+
+static void print_file(const char *dir, const char *name, const char *only)
+{
+	char path[300], line[300];
+	FILE *f;
+
+	snprintf(path, sizeof(path), "%s/%s", dir, name);
+	f = fopen(path, "r");
+	if (!f) {
+		fprintf(stderr, "#     %s: %s\n", name, strerror(errno));
+		return;
+	}
+	while (fgets(line, sizeof(line), f)) {
+		line[strcspn(line, "\n")] = 0;
+		if (!only || strstr(line, only))
+			fprintf(stderr, "#     %s: %s\n", name, line);
+	}
+	fclose(f);
+}
+
+/* Calls @show for each entry of a directory of /proc that is a number. */
+static void each_number(const char *dir, void (*show)(const char *path, int n))
+{
+	struct dirent *d;
+	char path[300];
+	DIR *all = opendir(dir);
+
+	while (all && (d = readdir(all))) {
+		if (d->d_name[0] < '1' || d->d_name[0] > '9')
+			continue;
+		snprintf(path, sizeof(path), "%.200s/%.20s", dir, d->d_name);
+		show(path, atoi(d->d_name));
+	}
+	if (all)
+		closedir(all);
+}
+
+static void print_thread(const char *path, int tid)
+{
+	fprintf(stderr, "#   thread %d of %s\n", tid, path);
+	print_file(path, "comm", NULL);
+	print_file(path, "status", "State");
+	print_file(path, "status", "ctxt_switches");
+	print_file(path, "stat", NULL);		/* 14, 15, 43: user, system, guest */
+	print_file(path, "wchan", NULL);
+	print_file(path, "stack", NULL);
+}
+
+static void print_process(const char *path, int pid)
+{
+	char task[300];
+
+	if (getpgid(pid) != getpgrp())
+		return;
+	snprintf(task, sizeof(task), "%.280s/task", path);
+	each_number(task, print_thread);
+}
+
+/* Counters that are not 0, and by how much they grew. */
+static void print_stats(unsigned int seconds)
+{
+	uint64_t before[MAX_VCPUS + 1][256] = { 0 }, now;
+	struct kvm_stats_header header;
+	struct kvm_stats_desc *all, *desc;
+	int fds[MAX_VCPUS + 1], n = m.nr_vcpus + 1, i, k, pass;
+
+	fds[0] = vm_get_stats_fd(m.vm);
+	memcpy(fds + 1, m.stats, sizeof(m.stats));
+	for (pass = 0; pass < 2; pass++) {
+		for (k = 0; k < n; k++) {
+			read_stats_header(fds[k], &header);
+			all = read_stats_descriptors(fds[k], &header);
+			if (pass)
+				fprintf(stderr, "#   counters of %s %d, +growth in %u s:",
+					k ? "vCPU" : "VM", k ? k - 1 : 0, seconds);
+			for (i = 0; i < header.num_desc && i < 256; i++) {
+				desc = get_stats_descriptor(all, i, &header);
+				if (desc->size != 1)
+					continue;
+				read_stat_data(fds[k], &header, desc, &now, 1);
+				if (!pass)
+					before[k][i] = now;
+				else if (now)
+					fprintf(stderr, " %s %lu+%ld", desc->name, now,
+						(long)(now - before[k][i]));
+			}
+			if (pass)
+				fprintf(stderr, "\n");
+			free(all);
+		}
+		if (!pass)
+			sleep(seconds);
+	}
+	close(fds[0]);
+}
+
+#define TRACE		"/sys/kernel/tracing/instances/dirty_slot_ring_fuzz"
+#define TRACE_LINES	80
+
+static bool set_trace(const char *name, const char *value)
+{
+	char path[200];
+	FILE *f;
+
+	snprintf(path, sizeof(path), "%s/%s", TRACE, name);
+	f = fopen(path, "w");
+	return f && fputs(value, f) >= 0 && !fclose(f);
+}
+
+/* What KVM does.  In a buffer of its own, so that nobody else's is disturbed. */
+static void print_trace(void)
+{
+	static char lines[TRACE_LINES][200];
+	unsigned int n = 0, i;
+	FILE *f;
+
+	fprintf(stderr, "# what KVM does:\n");
+	if (mkdir(TRACE, 0700) || !set_trace("events/kvm/enable", "1")) {
+		fprintf(stderr, "#   cannot trace it: %s\n", strerror(errno));
+		rmdir(TRACE);
+		return;
+	}
+	sleep(1);
+	set_trace("tracing_on", "0");
+	f = fopen(TRACE "/trace", "r");
+	while (f && fgets(lines[n % TRACE_LINES], sizeof(lines[0]), f))
+		n++;
+	for (i = n < TRACE_LINES ? 0 : n - TRACE_LINES; i < n; i++)
+		fprintf(stderr, "#   %.150s\n", strtok(lines[i % TRACE_LINES], "\n") ?: "");
+	if (f)
+		fclose(f);
+	rmdir(TRACE);
+}
+
+/* May a signal help?  Then a kick was lost. */
+static void poke_vcpus(void)
+{
+	uint64_t returns[MAX_VCPUS], done[MAX_VCPUS];
+	bool runs[MAX_VCPUS];
+	int v;
+
+	for (v = 0; v < m.nr_vcpus; v++) {
+		runs[v] = READ_ONCE(m.runs[v]);
+		returns[v] = READ_ONCE(m.returns[v]);
+		done[v] = READ_ONCE(m.mb[v]->done);
+		if (runs[v])
+			pthread_kill(m.runner[v], SIGUSR1);
+	}
+	sleep(5);
+	for (v = 0; v < m.nr_vcpus; v++) {
+		if (!runs[v])
+			fprintf(stderr, "#   vCPU %d was not in KVM_RUN\n", v);
+		else
+			fprintf(stderr,
+				"#   vCPU %d, 5 s after a signal: KVM_RUN returned %lu times, is %s, the guest did %lu more\n",
+				v, READ_ONCE(m.returns[v]) - returns[v],
+				READ_ONCE(m.runs[v]) ? "under way" : "not under way",
+				READ_ONCE(m.mb[v]->done) - done[v]);
+	}
+}
+
+/*
+ * What tells apart a guest that faults for ever (its exits grow, its work does
+ * not), one that the emulator does not get on with (neither grows, and it has
+ * the CPU), a thread that nobody wakes (its stack) and a lost kick (a signal
+ * helps).
+ */
+static void __noreturn report_hang(unsigned int seconds)
+{
+	fprintf(stderr, "# nothing has happened for %u s\n", seconds);
+	print_notes();
+	fprintf(stderr, "# all threads:\n");
+	each_number("/proc", print_process);
+	/* What follows may get stuck itself. */
+	print_replay();
+	if (m.nr_vcpus)
+		print_stats(5);
+	print_trace();
+	fprintf(stderr, "# all threads, later:\n");
+	each_number("/proc", print_process);
+	WRITE_ONCE(hang_found, true);
+	poke_vcpus();
+	printf("not ok - nothing happens any more\n");
+	fflush(stdout);
+	_exit(KSFT_FAIL);
+}
+
+/* A thread, as it shall not matter what the others are stuck in. */
+static void *watch(void *unused)
+{
+	unsigned int limit = opt.how == BREAK_HANG ? 20 : HANG_SECONDS, idle = 0;
+	uint64_t seen = 0, now;
+
+	for (;;) {
+		sleep(2);
+		now = __atomic_load_n(&sh->progress, __ATOMIC_RELAXED);
+		idle = now == seen ? idle + 2 : 0;
+		seen = now;
+		if (idle >= limit)
+			report_hang(idle);
+	}
+	return NULL;
+}
+
+/* -- rings as the checker sees them --------------------------------------- */
 
 static uint64_t ring_consumer(const struct mring *r)
 {
@@ -1470,6 +1677,28 @@ static void step_fds(struct mlog *l)
 
 /* -- steps: the VM -------------------------------------------------------- */
 
+static int enter_guest(int v)
+{
+	static int said;
+	struct kvm_regs regs;
+	int ret, err;
+
+	m.runner[v] = pthread_self();
+	WRITE_ONCE(m.runs[v], true);
+	ret = __vcpu_run(m.vcpu[v]);
+	err = errno;
+	WRITE_ONCE(m.runs[v], false);
+	WRITE_ONCE(m.returns[v], m.returns[v] + 1);
+	if (unlikely(READ_ONCE(hang_found)) && said++ < 2 * MAX_VCPUS) {
+		vcpu_regs_get(m.vcpu[v], &regs);
+		fprintf(stderr, "#   vCPU %d came back: %d (%s), exit %u, rip %#llx, flags %#llx\n",
+			v, ret, ret ? strerror(err) : "-", m.vcpu[v]->run->exit_reason, regs.rip,
+			regs.rflags);
+	}
+	errno = err;
+	return ret;
+}
+
 /* KVM_RUN until the guest is done (true) or a ring is full (false). */
 static bool run_vcpu(int v)
 {
@@ -1479,7 +1708,7 @@ static bool run_vcpu(int v)
 
 	for (;;) {
 		do
-			ret = __vcpu_run(m.vcpu[v]);
+			ret = enter_guest(v);
 		while (ret == -1 && errno == EINTR);
 		CHECK(!ret, "KVM_RUN gave %d", ret);
 
@@ -1495,6 +1724,8 @@ static bool run_vcpu(int v)
 				return true;
 		}
 		get_ucall(m.vcpu[v], &uc);
+		/* Did KVM inject anything (pf_guest)?  Else the CPU did. */
+		print_stats(0);
 		CHECK(false, "guest failed: exit %s, %s", exit_reason_str(run->exit_reason),
 		      uc.buffer);
 	}
@@ -1810,6 +2041,7 @@ static void add_vcpu(void)
 
 	m.vcpu[v] = vm_vcpu_add(m.vm, v, guest_main);
 	vcpu_args_set(m.vcpu[v], 1, v);
+	m.stats[v] = vcpu_get_stats_fd(m.vcpu[v]);
 	m.mb[v] = &((struct mailbox *)addr_gva2hva(m.vm, (vm_vaddr_t)mailboxes))[v];
 	m.nr_vcpus++;
 }
@@ -2315,6 +2547,7 @@ static void start_vcpu(int v)
 {
 	struct mailbox mb = {
 		.op = OP_RANDOM, .npages = sh->npages[0], .first = rnd(),
+		.count = opt.how == BREAK_HANG && !v,
 	};
 	int i;
 
@@ -2355,10 +2588,8 @@ static uint64_t marks_left(void)
 	n = stat_of(fd, "dirty_slot_log_marked_pages") - stat_of(fd, "dirty_slot_log_reset_pages");
 	close(fd);
 	for (v = 0; v < m.nr_vcpus; v++) {
-		fd = vcpu_get_stats_fd(m.vcpu[v]);
-		n += stat_of(fd, "dirty_slot_ring_pushed");
-		n += stat_of(fd, "dirty_slot_ring_overflowed");
-		close(fd);
+		n += stat_of(m.stats[v], "dirty_slot_ring_pushed");
+		n += stat_of(m.stats[v], "dirty_slot_ring_overflowed");
 	}
 	return n;
 }
@@ -2808,6 +3039,8 @@ static void run_round(void)
 		step(true);
 
 	/* The VM goes, its logs stay. */
+	for (v = 0; v < m.nr_vcpus; v++)
+		close(m.stats[v]);
 	kvm_vm_free(m.vm);
 	for (l = m.log; l < m.log + NR_LOGS; l++)
 		l->dead = true;
@@ -2837,7 +3070,8 @@ static void *share(size_t size)
 
 static void set_up(void)
 {
-	struct sigaction sa = { .sa_handler = on_alarm, .sa_flags = SA_RESTART };
+	struct sigaction sa = { .sa_handler = on_term, .sa_flags = SA_RESTART };
+	sigset_t all, before;
 	pthread_t thread;
 	int i, fd;
 
@@ -2855,13 +3089,15 @@ static void set_up(void)
 	TEST_ASSERT(arena != MAP_FAILED && arena_ro != MAP_FAILED, "no memory");
 	close(fd);
 
-	sigaction(SIGALRM, &sa, NULL);
-	sa.sa_handler = on_term;
 	sigaction(SIGTERM, &sa, NULL);
 	/* Without SA_RESTART: it is there to interrupt system calls. */
 	sa = (struct sigaction){ .sa_handler = on_usr1 };
 	sigaction(SIGUSR1, &sa, NULL);
-	alarm(HANG_SECONDS);
+
+	sigfillset(&all);
+	CHECK_OK(pthread_sigmask(SIG_SETMASK, &all, &before));
+	CHECK_OK(pthread_create(&thread, NULL, watch, NULL));
+	CHECK_OK(pthread_sigmask(SIG_SETMASK, &before, NULL));
 
 	CHECK_OK(sem_init(&sh->rpc[EX_THREAD].call, 1, 0));
 	CHECK_OK(sem_init(&sh->rpc[EX_THREAD].answer, 1, 0));
@@ -2883,7 +3119,8 @@ static void help(FILE *to)
 		"-B HOW      self-test: pretend a kernel that errs, and be sure to fail.\n"
 		"            lose: HARVEST withholds a page; twice: it reports one again;\n"
 		"            errno: EINVAL becomes success; lose-storm, twice-storm: only\n"
-		"            where many work at once\n");
+		"            where many work at once; hang: a vCPU never comes back, and 20 s\n"
+		"            are enough to say so\n");
 }
 
 static uint64_t parse_u64(const char *s, char opt_char)
@@ -2905,6 +3142,7 @@ static void set_broken(char *how)
 {
 	static const char * const names[] = {
 		[BREAK_LOSE] = "lose", [BREAK_TWICE] = "twice", [BREAK_ERRNO] = "errno",
+		[BREAK_HANG] = "hang",
 	};
 	char *dash = strchr(how, '-');
 	int i;

@@ -25,6 +25,7 @@
 #include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
+#include <sys/sysinfo.h>
 #include <sys/time.h>
 #include <sys/wait.h>
 #include <time.h>
@@ -4302,37 +4303,125 @@ TEST_F(contents, copy_equals_memory)
  *
  * Two vCPUs write the same few pages, so that there is always one that is about
  * to make a page writable, and another that writes it as soon as it is.
+ *
+ * They run while the host harvests, or they would like to: a real-time thread,
+ * the harvester or another, took their CPU when they were in the guest, and what
+ * hardware holds of their writes stays there until they get it back.
  */
-TEST(sync_is_exact)
+struct hog {
+	bool has_cpu, stop;
+};
+
+FIXTURE(sync) {
+	struct dsr *v;
+	struct hog hog;
+};
+
+FIXTURE_VARIANT(sync) {
+	bool preempt, hog;
+};
+
+FIXTURE_VARIANT_ADD(sync, running) {};
+FIXTURE_VARIANT_ADD(sync, preempted_by_harvester) { .preempt = true };
+FIXTURE_VARIANT_ADD(sync, preempted_by_hog) { .preempt = true, .hog = true };
+
+FIXTURE_SETUP(sync)
+{
+	memset(self, 0, sizeof(*self));
+	self->v = dsr_new(.entries = 64, .nr_vcpus = 2);
+}
+
+FIXTURE_TEARDOWN(sync)
+{
+	dsr_free(self->v);
+}
+
+/* Takes the vCPUs' CPU again and again, but not for ever: SYNC waits for them. */
+static void *hog_thread(void *arg)
+{
+	struct hog *hog = arg;
+	uint64_t end;
+
+	while (!READ_ONCE(hog->stop)) {
+		usleep(100 + random() % 1000);
+		__atomic_store_n(&hog->has_cpu, true, __ATOMIC_RELEASE);
+		for (end = now_ms() + 20; READ_ONCE(hog->has_cpu) && now_ms() < end;)
+			guest_relax();
+		WRITE_ONCE(hog->has_cpu, false);
+	}
+	return NULL;
+}
+
+TEST_F(sync, is_exact)
 {
 	enum { NR = 6 };
-	struct dsr *v = dsr_new(.entries = 64, .nr_vcpus = 2);
+	struct sched_param rt = { .sched_priority = 1 };
+	bool pml = host_cpu_is_intel && get_kvm_intel_param_bool("pml");
+	struct hog *hog = &self->hog;
+	struct dsr *v = self->v;
 	uint64_t *mem = addr_gpa2hva(v->vm, TEST_GPA), copy[NR], seen[NR];
-	uint64_t end = now_ms() + (quick ? 500 : 6000), calls = 0, writes = 0, pages = 0;
+	uint64_t calls = 0, writes = 0, late = 0, pages = 0, end;
 	uint8_t *got = set_new(v);
+	pthread_t thread;
 	bool changed;
 	int i;
 
+	if (variant->hog && get_nprocs() < 2)
+		SKIP(return, "a hog beside the harvester needs two CPUs");
+	if (variant->preempt && sched_setscheduler(0, SCHED_FIFO, &rt))
+		SKIP(return, "may not be real-time: run it as root");
+
 	for (i = 0; i < NR; i++)
 		copy[i] = READ_ONCE(mem[i * PG / 8]);
+	/* Threads inherit both. */
+	if (variant->preempt)
+		kvm_pin_this_task_to_pcpu(variant->hog);
+	if (variant->hog)
+		CHECK_OK(pthread_create(&thread, NULL, hog_thread, hog));
+	rt.sched_priority = 0;
+	CHECK_OK(sched_setscheduler(0, SCHED_OTHER, &rt));
 	for (i = 0; i < 2; i++)
 		guest_start(v, i, (struct mailbox){
 			.op = OP_RANDOM, .npages = NR, .value = (i + 1ull) << 40,
 		});
-	for (; now_ms() < end; calls++) {
+	if (variant->hog)
+		kvm_pin_this_task_to_pcpu(0);
+	rt.sched_priority = 1;
+	if (variant->preempt)
+		CHECK_OK(sched_setscheduler(0, SCHED_FIFO, &rt));
+
+	/* With PML until it was seen that there was something to wait for. */
+	end = now_ms() + (quick ? 500 : 4000);
+	for (; now_ms() < end || (variant->preempt && pml && !late); calls++) {
 		/* At once when the first write shows, or some time later. */
 		if (calls % 4 == 3)
 			dither(1000);
 		do {
+			if (variant->hog) {
+				while (!__atomic_load_n(&hog->has_cpu, __ATOMIC_ACQUIRE))
+					usleep(10);
+			} else if (variant->preempt) {
+				usleep(1 + random() % 2000);
+			} else {
+				sched_yield();
+			}
 			changed = false;
 			for (i = 0; i < NR; i++) {
 				seen[i] = READ_ONCE(mem[i * PG / 8]);
 				changed |= seen[i] != copy[i];
 			}
-		} while (!changed && !sched_yield());
+			if (!changed)
+				WRITE_ONCE(hog->has_cpu, false);
+		} while (!changed);
 
 		memset(got, 0, v->npages);
+		if (calls & 1) {
+			pages += harvest_cap(v->fd, got, v->npages, 0, 64);
+			for (i = 0; i < NR; i++)
+				late += !got[i] && seen[i] != copy[i];
+		}
 		pages += harvest_cap(v->fd, got, v->npages, KVM_DIRTY_HARVEST_SYNC, 64);
+		WRITE_ONCE(hog->has_cpu, false);
 		for (i = 0; i < NR; i++) {
 			CHECK(got[i] || seen[i] == copy[i],
 			      "harvest %lu lacks page %d: %#lx when last reported, then %#lx, now %#lx",
@@ -4344,12 +4433,16 @@ TEST(sync_is_exact)
 		for (i = NR; i < v->npages; i++)
 			CHECK(!got[i], "nobody wrote page %d", i);
 	}
+	if (variant->hog) {
+		WRITE_ONCE(hog->stop, true);
+		CHECK_OK(pthread_join(thread, NULL));
+	}
 	for (i = 0; i < 2; i++)
 		guest_join(v, i);
 	CHECK(writes, "no write seen");
-	TH_LOG("%lu harvests of %lu pages, %lu seen to be written", calls, pages, writes);
+	TH_LOG("%lu harvests of %lu pages, %lu seen to be written, %lu only with SYNC", calls,
+	       pages, writes, late);
 	free(got);
-	dsr_free(v);
 }
 
 int main(int argc, char *argv[])
