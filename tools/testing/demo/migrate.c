@@ -5,7 +5,10 @@
  * dirty pages.  Ends with a table, and with a control: a page of the guest is
  * put back to what it was a while ago, which the guest has to notice.
  *
- * usage: migrate QEMU FIRMWARE-DIR KERNEL INITRD [MECHANISM]...
+ * usage: migrate [--slow N] QEMU FIRMWARE-DIR KERNEL INITRD [MECHANISM]...
+ *
+ * On a kernel that takes N times as long, everything may take N times as long,
+ * and the guest writes an Nth.
  *
  * Costs come from QEMU's own trace events, the same for all mechanisms.  Times
  * are wall-clock times of the machine that runs QEMU.
@@ -39,12 +42,15 @@
 
 /* Slow enough for a guest that writes 8 MB a second to need several passes */
 #define MAX_BANDWIDTH		(20 << 20)	/* bytes in a second */
-#define DOWNTIME_LIMIT		60		/* ms */
+#define DOWNTIME_LIMIT		(60 * slow)	/* ms */
 
-#define BOOT_TIMEOUT		60	/* seconds */
-#define MIGRATION_TIMEOUT	60
-#define ANSWER_TIMEOUT		20
+#define BOOT_TIMEOUT		(60 * slow)	/* seconds */
+#define MIGRATION_TIMEOUT	(60 * slow)
+#define ANSWER_TIMEOUT		(20 * slow)
 
+#define GUEST_RATE		(1000 / slow)	/* pages in a second, each thread */
+
+static int slow = 1;
 static const char *qemu, *firmware, *kernel, *initrd;
 
 static const struct mechanism {
@@ -188,7 +194,7 @@ static void stop_vm(struct vm *vm)
 static bool start_vm(struct vm *vm, const struct mechanism *m, const char *role)
 {
 	bool incoming = !strcmp(role, "destination");
-	char qmp_arg[64], ctl_arg[64], console[96], ram[128], err[96], append[160];
+	char qmp_arg[64], ctl_arg[64], console[96], ram[128], err[96], append[192];
 	int qmp_fd[2], ctl_fd[2];
 	pid_t parent = getpid();
 
@@ -204,7 +210,8 @@ static bool start_vm(struct vm *vm, const struct mechanism *m, const char *role)
 	else
 		snprintf(ram, sizeof(ram), "memory-backend-ram,id=pc.ram,size=%dM", GUEST_MB);
 	snprintf(append, sizeof(append),
-		 "console=ttyS0 quiet panic=-1 tsc=reliable no_timer_check rcupdate.rcu_expedited=1 demo.work=24 demo.still=32 demo.rate=1000");
+		 "console=ttyS0 quiet panic=-1 tsc=reliable no_timer_check rcupdate.rcu_expedited=1 demo.work=24 demo.still=32 demo.rate=%d",
+		 GUEST_RATE);
 
 	if (socketpair(AF_UNIX, SOCK_STREAM, 0, qmp_fd) ||
 	    socketpair(AF_UNIX, SOCK_STREAM, 0, ctl_fd))
@@ -483,7 +490,7 @@ static bool put_back_page(struct vm *vm)
 		return false;
 
 	/* ... is put back after it was written again */
-	for (i = 0; i < 300; i++) {
+	for (i = 0; i < 300 * slow; i++) {
 		usleep(100000);
 		if (page_step(page) != old[1])
 			break;
@@ -544,8 +551,14 @@ int main(int argc, char **argv)
 	size_t i;
 	int j;
 
-	if (argc < 5) {
-		fprintf(stderr, "usage: migrate QEMU FIRMWARE-DIR KERNEL INITRD [MECHANISM]...\n");
+	if (argc > 2 && !strcmp(argv[1], "--slow")) {
+		slow = atoi(argv[2]);
+		argc -= 2;
+		argv += 2;
+	}
+	if (argc < 5 || slow < 1 || slow > 100) {
+		fprintf(stderr,
+			"usage: migrate [--slow N] QEMU FIRMWARE-DIR KERNEL INITRD [MECHANISM]...\n");
 		return 2;
 	}
 	qemu = argv[1];
