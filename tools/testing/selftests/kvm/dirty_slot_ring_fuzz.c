@@ -571,13 +571,15 @@ static void print_process(const char *path, int pid)
 }
 
 /* Counters that are not 0, and by how much they grew. */
-static void print_stats(int n, const int *fds, unsigned int seconds)
+static void print_stats(unsigned int seconds)
 {
 	uint64_t before[MAX_VCPUS + 1][256] = { 0 }, now;
 	struct kvm_stats_header header;
 	struct kvm_stats_desc *all, *desc;
-	int i, k, pass;
+	int fds[MAX_VCPUS + 1], n = m.nr_vcpus + 1, i, k, pass;
 
+	fds[0] = vm_get_stats_fd(m.vm);
+	memcpy(fds + 1, m.stats, sizeof(m.stats));
 	for (pass = 0; pass < 2; pass++) {
 		for (k = 0; k < n; k++) {
 			read_stats_header(fds[k], &header);
@@ -603,6 +605,7 @@ static void print_stats(int n, const int *fds, unsigned int seconds)
 		if (!pass)
 			sleep(seconds);
 	}
+	close(fds[0]);
 }
 
 #define TRACE		"/sys/kernel/tracing/instances/dirty_slot_ring_fuzz"
@@ -678,20 +681,14 @@ static void poke_vcpus(void)
  */
 static void __noreturn report_hang(unsigned int seconds)
 {
-	int fds[MAX_VCPUS + 1], v;
-
 	fprintf(stderr, "# nothing has happened for %u s\n", seconds);
 	print_notes();
 	fprintf(stderr, "# all threads:\n");
 	each_number("/proc", print_process);
 	/* What follows may get stuck itself. */
 	print_replay();
-	if (m.nr_vcpus) {
-		fds[0] = vm_get_stats_fd(m.vm);
-		for (v = 0; v < m.nr_vcpus; v++)
-			fds[v + 1] = m.stats[v];
-		print_stats(m.nr_vcpus + 1, fds, 5);
-	}
+	if (m.nr_vcpus)
+		print_stats(5);
 	print_trace();
 	fprintf(stderr, "# all threads, later:\n");
 	each_number("/proc", print_process);
@@ -1727,6 +1724,8 @@ static bool run_vcpu(int v)
 				return true;
 		}
 		get_ucall(m.vcpu[v], &uc);
+		/* Did KVM inject anything (pf_guest)?  Else the CPU did. */
+		print_stats(0);
 		CHECK(false, "guest failed: exit %s, %s", exit_reason_str(run->exit_reason),
 		      uc.buffer);
 	}
