@@ -83,12 +83,13 @@ race && /(read|write)( \(.*\))? to 0x[0-9a-f]+ of [0-9]+ bytes by / {
 }
 race && depth < 2 && /\+0x[0-9a-f]+\/0x[0-9a-f]+/ {
 	# It counts without a lock how often it is called, whoever calls it.
-	if (!depth++ && / kvm_flush_remote_tlbs[.+]/)
+	if (!depth++ && / kvm_flush_remote_tlbs[.+]/) {
 		depth = 2
-	else if (is_ours($0)) {
+	} else if (is_ours($0)) {
 		ours = 1
 		plain = plain || !marked
-	} else if (!marked && $0 ~ / (kvm_vm_ioctl|kvm_vm_ioctl_get_dirty_log|kvm_get_dirty_log_protect)[.+]/) {
+	} else if (!marked &&
+		   $0 ~ / (kvm_vm_ioctl(_get_dirty_log)?|kvm_get_dirty_log_protect)[.+]/) {
 		excused = 1
 	}
 	next
