@@ -1099,7 +1099,7 @@ static void test_monitor_lost(void)
 static const char *hangs_up_for_long(struct qemu *q, const char *command)
 {
 	if (!strcmp(command, "greeting") && q->stops == 4)
-		poll(NULL, 0, 4000);
+		poll(NULL, 0, 8000);
 	return hangs_up(q, command);
 }
 
@@ -1111,7 +1111,7 @@ static void test_monitor_lost_for_long(void)
 	snprintf(fence, sizeof(fence), "#!/bin/sh\n>%s/fenced\n", dir);
 	qemu.hook = hangs_up_for_long;
 	start_qemu(&qemu);
-	start_standby(path_of("ram"), "--fence", script("fence", fence), "--timeout", "3s",
+	start_standby(path_of("ram"), "--fence", script("fence", fence), "--timeout", "6s",
 		      "--insecure");
 	CHECK(protect(CHECKED, spec(), "--epochs", "8", "--interval", "1ms") == 0, "protect fails");
 	CHECK(!exists(path_of("fenced")) && !log_has("failing over"),
@@ -1133,7 +1133,7 @@ static void test_dies_attached_again(void)
 {
 	qemu.hook = dies_attached_again;
 	start_qemu(&qemu);
-	start_standby(path_of("ram"), "--no-fence", "--timeout", "3s", "--insecure");
+	start_standby(path_of("ram"), "--no-fence", "--timeout", "6s", "--insecure");
 	must_fail(protect(CHECKED, spec(), "--interval", "1ms"),
 		  "QEMU is gone; the guest is without protection");
 	wait_log("taken over at epoch 3");
@@ -1274,11 +1274,11 @@ static void test_full_standby(void)
 	qemu.hook = writes_everything;
 	start_qemu(&qemu);
 	start_standby_fsize(path_of("ram"), qemu.blocks[0].npages * KC_PAGE_SIZE, "--fence",
-			    script("fence", fence), "--timeout", "2s", "--insecure", NULL);
+			    script("fence", fence), "--timeout", "6s", "--insecure", NULL);
 	must_fail(protect(CHECKED, spec(), "--interval", "1ms"), "cannot write redo.tmp");
 	CHECK(log_has("; the guest runs on, without protection"), "it does not say what that means");
 	wait_log("ends the protection: detached");
-	poll(NULL, 0, 2500);
+	poll(NULL, 0, 7000);
 	CHECK(!exists(path_of("fenced")) && !log_has("failing over"),
 	      "the host of a guest that runs is fenced");
 	stop_standby(SIGTERM);
