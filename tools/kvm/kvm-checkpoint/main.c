@@ -171,7 +171,7 @@ static int verify(const struct kc_store *st)
 			continue;
 		n = kc_store_chain(st, st->files[i].nr, &chain, &err);
 		sound = 0;
-		if (n < 0 || kc_store_replay(st, chain, n, NULL, NULL, &sound, &err)) {
+		if (n < 0 || kc_store_replay(st, chain, n, NULL, NULL, NULL, &sound, &err)) {
 			kc_log(KC_LOG_ERROR, "epoch %" PRIu64 " is lost: %s", st->files[i].nr, err.text);
 			bad++;
 		}

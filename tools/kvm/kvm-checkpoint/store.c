@@ -286,7 +286,7 @@ static int replay_commit(void *ctx, uint64_t nr, const struct kc_devices *state,
 	if (rc)
 		return rc;
 	r->base = nr;
-	return r->ops && r->ops->epoch ? r->ops->epoch(r->ctx, nr, state, err) : 0;
+	return 0;
 }
 
 static void replay_abort(void *ctx)
@@ -394,7 +394,8 @@ static int replay_file(struct replay *r, const struct kc_store *st, const struct
 }
 
 int kc_store_replay(const struct kc_store *st, const size_t *chain, size_t n,
-		    const struct kc_store_ops *ops, void *ctx, size_t *sound, struct kc_err *err)
+		    const struct kc_store_ops *ops, void *ctx, struct kc_devices *state,
+		    size_t *sound, struct kc_err *err)
 {
 	struct replay r = { .ops = ops, .ctx = ctx };
 	struct kc_err why = { "" };
@@ -416,7 +417,12 @@ int kc_store_replay(const struct kc_store *st, const size_t *chain, size_t n,
 		}
 	}
 	show_progress(&r, true);
-	free(r.state.data);
+	if (!rc && state) {
+		free(state->data);
+		*state = r.state;
+	} else {
+		free(r.state.data);
+	}
 	return rc;
 }
 
@@ -462,19 +468,9 @@ static int restore_zero(void *ctx, uint16_t block, uint64_t page, uint64_t n, st
 	return rc;
 }
 
-static int restore_epoch(void *ctx, uint64_t nr, const struct kc_devices *state,
-			 struct kc_err *err)
-{
-	struct restore *r = ctx;
-
-	(void)nr;
-	return kc_devices_keep(&r->state, state, err);
-}
-
 static const struct kc_store_ops restore_ops = {
 	.page = restore_page,
 	.zero = restore_zero,
-	.epoch = restore_epoch,
 };
 
 static int new_file(struct restore *r, const char *name, uint64_t size, struct kc_err *err)
@@ -508,7 +504,7 @@ static int restore_to(struct restore *r, const struct kc_store *st, const size_t
 		if (r->fd[i] < 0)
 			return r->fd[i];
 	}
-	rc = kc_store_replay(st, chain, n, &restore_ops, r, NULL, err);
+	rc = kc_store_replay(st, chain, n, &restore_ops, r, &r->state, NULL, err);
 	if (rc)
 		return rc;
 	fd = new_file(r, "state", 0, err);
@@ -544,7 +540,7 @@ static uint64_t last_sound(const struct kc_store *st, struct kc_err *err)
 		n = kc_store_chain(st, st->files[i].nr, &chain, &why);
 		if (n > 0) {
 			sound = 0;
-			if (!kc_store_replay(st, chain, n, NULL, NULL, &sound, &why))
+			if (!kc_store_replay(st, chain, n, NULL, NULL, NULL, &sound, &why))
 				nr = st->files[i].nr;
 			else if (sound)
 				nr = st->files[chain[sound - 1]].nr;
@@ -683,18 +679,9 @@ static int place_zero(void *ctx, uint16_t block, uint64_t page, uint64_t n, stru
 	return 0;
 }
 
-static int place_epoch(void *ctx, uint64_t nr, const struct kc_devices *state, struct kc_err *err)
-{
-	struct place *pl = ctx;
-
-	(void)nr;
-	return kc_devices_keep(&pl->state, state, err);
-}
-
 static const struct kc_store_ops place_ops = {
 	.page = place_page,
 	.zero = place_zero,
-	.epoch = place_epoch,
 };
 
 /* Read the PAGE record at a place into @buf. */
@@ -1006,7 +993,7 @@ static int merge(const char *path, uint64_t nr, uint64_t *bytes, struct kc_err *
 	n = kc_store_chain(&st, nr, &chain, err);
 	rc = n < 0 ? n : place_init(&pl, &st.guest, n, err);
 	if (!rc)
-		rc = kc_store_replay(&st, chain, n, &place_ops, &pl, NULL, err);
+		rc = kc_store_replay(&st, chain, n, &place_ops, &pl, &pl.state, NULL, err);
 	if (!rc) {
 		fd = openat(st.dir, MERGE_TMP,
 			    O_RDWR | O_CREAT | O_TRUNC | O_CLOEXEC | O_NOFOLLOW, 0600);
@@ -1202,7 +1189,7 @@ static int store_digests(struct kc_sink *s, uint32_t block, uint64_t first, uint
 		rc = place_init(&ss->place, &s->guest, nr + 1, err);
 		if (!rc)
 			rc = kc_store_replay(&ss->store, ss->chain, nr, &place_ops, &ss->place,
-					     NULL, err);
+					     &ss->place.state, NULL, err);
 	}
 	if (!rc && ss->fd >= 0) {
 		ss->place.fds[ss->nr_chain] = ss->fd;

@@ -61,18 +61,18 @@ struct kc_store_ops {
 	int (*page)(void *ctx, size_t file, uint64_t offset, uint16_t block, uint64_t page,
 		    const void *data, struct kc_err *err);
 	int (*zero)(void *ctx, uint16_t block, uint64_t page, uint64_t n, struct kc_err *err);
-	/* After each file. */
-	int (*epoch)(void *ctx, uint64_t nr, const struct kc_devices *state, struct kc_err *err);
 };
 
 /**
  * kc_store_replay() - read a chain from its beginning, and verify all of it
+ * @state: the device state of the last epoch, in place of what it has; may be NULL.
  * @sound: how many files were sound, may be NULL.
  *
  * Return: 0, or -EPROTO and what is wrong with which file, or another negative errno.
  */
 int kc_store_replay(const struct kc_store *store, const size_t *chain, size_t n,
-		    const struct kc_store_ops *ops, void *ctx, size_t *sound, struct kc_err *err);
+		    const struct kc_store_ops *ops, void *ctx, struct kc_devices *state,
+		    size_t *sound, struct kc_err *err);
 
 /* Show on stderr how far reading is; for who is on a terminal. */
 extern bool kc_store_progress;

@@ -258,7 +258,7 @@ static void directory(const uint8_t *data, size_t size)
 		if (n < 0)
 			continue;
 		if (kc_guest_pages(&st.guest) <= MAX_PAGES) {
-			kc_store_replay(&st, chain, n, NULL, NULL, NULL, &err);
+			kc_store_replay(&st, chain, n, NULL, NULL, NULL, NULL, &err);
 			snprintf(file, sizeof(file), "%s/out%zu", dir, i);
 			kc_store_restore(&st, st.files[i].nr, file, &got, &stopped, &err);
 		}
