@@ -603,10 +603,11 @@ static int harvest_log(struct guest *g, struct guest_log *log, struct kc_err *er
 	uint64_t budget = 2 * log->npages;
 	int rc;
 
+	/* The library takes a budget of 0 for none */
 	do {
 		rc = kvmdirty_harvest_each(log->slot, add_run, &h, budget - h.pages, 0, NULL);
-	} while ((rc > 0 && h.pages < budget) || rc == -EINTR);
-	if (rc > 0)
+	} while (h.pages < budget && (rc > 0 || rc == -EINTR));
+	if (rc > 0 || rc == -EINTR)
 		rc = 0;
 	/* The slot is gone.  The next layout is without it. */
 	if (rc == -ENODEV)

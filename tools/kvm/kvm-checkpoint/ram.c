@@ -166,8 +166,9 @@ static void boot_id(char id[40])
 
 /* --- meta ----------------------------------------------------------------- */
 
-static int write_meta(struct kc_ram *ram, const char *name, uint64_t epoch, unsigned int flags,
-		      bool on_disk, struct kc_err *err)
+/* It counts once it is called "meta". */
+static int write_meta_tmp(struct kc_ram *ram, uint64_t epoch, unsigned int flags, bool on_disk,
+			  struct kc_err *err)
 {
 	static const uint8_t nobody[16];
 	struct meta m = { .flags = flags, .epoch = epoch, .durable = on_disk };
@@ -182,9 +183,20 @@ static int write_meta(struct kc_ram *ram, const char *name, uint64_t epoch, unsi
 	m.hello_len = kc_put_hello(buf + sizeof(m), &ram->guest, nobody);
 	memcpy(buf, &m, sizeof(m));
 	xxh = XXH3_64bits(buf, sizeof(m) + m.hello_len);
-	rc = write_file(ram, name, buf, sizeof(m) + m.hello_len, &xxh, sizeof(xxh), err);
+	rc = write_file(ram, "meta.tmp", buf, sizeof(m) + m.hello_len, &xxh, sizeof(xxh), err);
 	free(buf);
 	return rc;
+}
+
+/* At once, and nothing else is new. */
+static int replace_meta(struct kc_ram *ram, uint64_t epoch, unsigned int flags, bool on_disk,
+			struct kc_err *err)
+{
+	int rc = write_meta_tmp(ram, epoch, flags, on_disk, err);
+
+	if (!rc && renameat(ram->dir, "meta.tmp", ram->dir, "meta"))
+		rc = fail_errno(err, ram, "rename meta.tmp");
+	return rc ? rc : sync_dir(ram, err);
 }
 
 static int read_meta(struct kc_ram *ram, struct kc_err *err)
@@ -319,7 +331,7 @@ int kc_ram_create(struct kc_ram *ram, const struct kc_guest *guest, void (*progr
 		return kc_fail(err, ENOMEM, "out of memory");
 	rc = map_blocks(ram, true, progress, ctx, err);
 	if (!rc)
-		rc = write_meta(ram, "meta.tmp", 0, 0, false, err);
+		rc = write_meta_tmp(ram, 0, 0, false, err);
 	if (!rc && renameat(ram->dir, "meta.tmp", ram->dir, "meta"))
 		rc = fail_errno(err, ram, "rename a file");
 	if (rc) {
@@ -571,7 +583,7 @@ static int ram_commit(void *ctx, uint64_t nr, const struct kc_devices *state, st
 	if (!rc)
 		rc = write_file(ram, name, state->data, state->len, NULL, 0, err);
 	if (!rc)
-		rc = write_meta(ram, "meta.tmp", nr, flags, ram->durable, err);
+		rc = write_meta_tmp(ram, nr, flags, ram->durable, err);
 	if (!rc && !ram->direct)
 		rc = seal(ram, nr, flags, err);
 	if (rc) {
@@ -680,7 +692,7 @@ static int redo_again(struct kc_ram *ram, struct kc_err *err)
 	kc_log(KC_LOG_INFO, "finishing epoch %" PRIu64 ", which was complete", t.epoch);
 	rc = apply(ram, fd, entries, t.nr_entries, t.nr_slots, err);
 	if (!rc)
-		rc = write_meta(ram, "meta.tmp", t.epoch, t.flags, ram->durable, err);
+		rc = write_meta_tmp(ram, t.epoch, t.flags, ram->durable, err);
 	if (!rc)
 		rc = arrived(ram, t.epoch, t.flags, err);
 	goto out;
@@ -754,11 +766,7 @@ static int no_longer_durable(struct kc_ram *ram, struct kc_err *err)
 	int rc;
 
 	ram->durable = true;
-	rc = write_meta(ram, "meta.tmp", ram->epoch, ram->flags, false, err);
-	if (!rc && renameat(ram->dir, "meta.tmp", ram->dir, "meta"))
-		rc = fail_errno(err, ram, "rename meta.tmp");
-	if (!rc)
-		rc = sync_dir(ram, err);
+	rc = replace_meta(ram, ram->epoch, ram->flags, false, err);
 	ram->durable = false;
 	ram->on_disk = false;
 	return rc;
@@ -863,11 +871,7 @@ int kc_ram_set_flags(struct kc_ram *ram, unsigned int flags, struct kc_err *err)
 
 	if (flags == ram->flags || !ram->has_guest)
 		return 0;
-	rc = write_meta(ram, "meta.tmp", ram->epoch, flags, ram->on_disk, err);
-	if (!rc && renameat(ram->dir, "meta.tmp", ram->dir, "meta"))
-		rc = fail_errno(err, ram, "rename meta.tmp");
-	if (!rc)
-		rc = sync_dir(ram, err);
+	rc = replace_meta(ram, ram->epoch, flags, ram->on_disk, err);
 	if (!rc)
 		ram->flags = flags;
 	return rc;

@@ -660,6 +660,12 @@ static int serve(void)
 /* protect in one go: its exit status */
 #define protect(which, to, ...) (start_protect(which, to, ##__VA_ARGS__, NULL), serve())
 
+/* That many epochs, as fast as they come, without a failure */
+static void protect_epochs(const char *to, const char *epochs)
+{
+	CHECK(protect(CHECKED, to, "--epochs", epochs, "--interval", "1ms") == 0, "protect fails");
+}
+
 static void must_fail(int status, const char *text)
 {
 	CHECK(status == 1, "it ends with %d, and should say \"%s\"", status, text);
@@ -747,14 +753,12 @@ static void test_directory(void)
 	unsigned int last;
 
 	start_qemu(&qemu);
-	CHECK(protect(CHECKED, path_of("store"), "--epochs", "20", "--interval", "1ms") == 0,
-	      "protect fails");
+	protect_epochs(path_of("store"), "20");
 	/* The first copy is one more. */
 	CHECK(qemu.nr_snaps == 21 && qemu.conts == 21, "%u epochs were taken", qemu.nr_snaps);
 	CHECK(check_store(&last) == 21 && last == 20, "epochs are missing");
 	/* What was written since is found by comparing. */
-	CHECK(protect(CHECKED, path_of("store"), "--epochs", "3", "--interval", "1ms") == 0,
-	      "protect fails");
+	protect_epochs(path_of("store"), "3");
 	CHECK(log_has("pages differed"), "everything was copied once more");
 	CHECK(check_store(&last) == 25 && last == 24, "epochs are missing");
 }
@@ -766,8 +770,7 @@ static void test_standby(void)
 	start_qemu(&qemu);
 	start_standby(path_of("ram"), "--no-fence", "--timeout", "0", "--insecure");
 	for (i = 1; i < 4; i++) {
-		CHECK(protect(CHECKED, spec(), "--epochs", "20", "--interval", "1ms") == 0,
-		      "protect fails");
+		protect_epochs(spec(), "20");
 		wait_log("ends the protection: detached");
 		stop_standby(SIGTERM);
 		CHECK(snap_of_standby(path_of("ram")) == 21 * i - 1, "the last epoch is missing");
@@ -795,8 +798,7 @@ static void test_passes(void)
 	qemu.blocks[0].npages = 4096;
 	qemu.hook = writes_much;
 	start_qemu(&qemu);
-	CHECK(protect(CHECKED, path_of("store"), "--epochs", "2", "--interval", "1ms") == 0,
-	      "protect fails");
+	protect_epochs(path_of("store"), "2");
 	CHECK(qemu.looks == 5, "it copied the running guest %u times", qemu.looks);
 	CHECK(check_store(&last) == 3 && last == 2, "epochs are missing");
 }
@@ -817,8 +819,7 @@ static void test_paused(void)
 
 	qemu.hook = owner_stops;
 	start_qemu(&qemu);
-	CHECK(protect(CHECKED, path_of("store"), "--epochs", "10", "--interval", "1ms") == 0,
-	      "protect fails");
+	protect_epochs(path_of("store"), "10");
 	/* One of them says that it is stopped; those after it would say nothing. */
 	CHECK(check_store(&last) == 11, "idle epochs are kept");
 	CHECK(qemu.nr_snaps == 15 && last == 14, "%u epochs were taken", qemu.nr_snaps);
@@ -838,8 +839,7 @@ static void test_generation(void)
 
 	qemu.hook = layout_again;
 	start_qemu(&qemu);
-	CHECK(protect(CHECKED, path_of("store"), "--epochs", "8", "--interval", "1ms") == 0,
-	      "protect fails");
+	protect_epochs(path_of("store"), "8");
 	CHECK(qemu.layouts >= 2, "it did not ask for the new layout");
 	CHECK(check_store(&last) == 9 && last == 8, "epochs are missing");
 }
@@ -874,8 +874,7 @@ static void test_torn(void)
 
 	qemu.hook = meddles;
 	start_qemu(&qemu);
-	CHECK(protect(CHECKED, path_of("store"), "--epochs", "20", "--interval", "1ms") == 0,
-	      "protect fails");
+	protect_epochs(path_of("store"), "20");
 	CHECK(qemu.stops == 32, "%u epochs were taken", qemu.stops);
 	CHECK(times_in_log("taking another") == 11, "a torn epoch is taken for a whole one");
 	CHECK(check_store(&last) == 21 && last == qemu.nr_snaps - 1,
@@ -1089,8 +1088,7 @@ static void test_monitor_lost(void)
 
 	qemu.hook = hangs_up;
 	start_qemu(&qemu);
-	CHECK(protect(CHECKED, path_of("store"), "--epochs", "8", "--interval", "1ms") == 0,
-	      "protect fails");
+	protect_epochs(path_of("store"), "8");
 	CHECK(times_in_log("connecting to QEMU again") == 1 && qemu.attaches == 2,
 	      "it does not connect again");
 	CHECK(check_store(&last) == 10 && last == 9, "epochs are missing");
@@ -1113,7 +1111,7 @@ static void test_monitor_lost_for_long(void)
 	start_qemu(&qemu);
 	start_standby(path_of("ram"), "--fence", script("fence", fence), "--timeout", "6s",
 		      "--insecure");
-	CHECK(protect(CHECKED, spec(), "--epochs", "8", "--interval", "1ms") == 0, "protect fails");
+	protect_epochs(spec(), "8");
 	CHECK(!exists(path_of("fenced")) && !log_has("failing over"),
 	      "the host of a guest that runs is fenced");
 	wait_log("ends the protection: detached");
@@ -1227,8 +1225,7 @@ static void test_refused(void)
 	/* The one before was killed a moment ago. */
 	qemu.attaches = 0;
 	qemu.hook = attached_twice;
-	CHECK(protect(CHECKED, path_of("store"), "--epochs", "1", "--interval", "1ms") == 0,
-	      "protect fails");
+	protect_epochs(path_of("store"), "1");
 	CHECK(qemu.attaches == 3, "it attached %u times", qemu.attaches);
 }
 

@@ -361,6 +361,9 @@ static void test_records(void)
 	CHECK(kc_get_rec(buf, sizeof(buf), &rec, &err) == -EPROTO, "an overlong record is taken");
 	kc_put_rec(buf, KC_PAGE, 2, 0);
 	CHECK(kc_get_rec(buf, sizeof(buf), &rec, &err) == -EPROTO, "unknown flags are taken");
+	len = kc_put_state(buf, &(struct kc_state){ 12, KC_STATE_STOPPED << 1, 13 });
+	CHECK(kc_get_rec(buf, len, &rec, &err) == (ssize_t)len && get_any(&rec) == -EPROTO,
+	      "unknown flags of a device state are taken");
 }
 
 static void test_pages(void)
