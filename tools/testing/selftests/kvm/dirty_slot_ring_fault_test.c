@@ -658,30 +658,38 @@ TEST_F(fault, reset)
 	machine_free(&m);
 }
 
-/* MARK and DISCARD may have done part of it: then they can be repeated. */
-TEST_F(fault, mark)
+#define NR_SOME 100
+#define SOME_STEP 5
+
+/*
+ * MARK and DISCARD of two pages of every SOME_STEP, with a failure.  They may
+ * have done part of it: then they can be repeated.
+ */
+static void check_some(struct sweep *s, struct machine *m, unsigned long cmd)
 {
-	struct sweep s = { 0 };
-	struct kvm_dirty_run some[100];
-	struct machine m = machine_new(0);
-	struct kvm_dirty_slot_runs args;
+	struct kvm_dirty_run some[NR_SOME];
+	struct kvm_dirty_slot_runs args = { .runs = (uintptr_t)some, .nr_runs = NR_SOME };
 	int i;
 
-	for (i = 0; i < ARRAY_SIZE(some); i++)
-		some[i] = (struct kvm_dirty_run){ .offset = 5 * i, .npages = 2 };
+	for (i = 0; i < NR_SOME; i++)
+		some[i] = (struct kvm_dirty_run){ .offset = SOME_STEP * i, .npages = 2 };
+	if (inject(s, ioctl(m->fd, cmd, &args)))
+		CHECK_EQ(args.nr_pages, 2 * NR_SOME);
+	else
+		CHECK_OK(__dsr_runs(m->fd, cmd, some, NR_SOME, 0, &args));
+}
+
+TEST_F(fault, mark)
+{
+	struct machine m = machine_new(0);
+	struct sweep s = { 0 };
+
 	while (sweep_next(&s)) {
 		guest_write(&m, 700, 20, 3);
 		want_step(700, 20, 3);
-		args = (struct kvm_dirty_slot_runs) {
-			.runs = (uintptr_t)some, .nr_runs = ARRAY_SIZE(some),
-		};
-		if (inject(&s, ioctl(m.fd, KVM_DIRTY_SLOT_LOG_MARK, &args)))
-			CHECK_EQ(args.nr_pages, 2 * ARRAY_SIZE(some));
-		else
-			CHECK(!__dsr_runs(m.fd, KVM_DIRTY_SLOT_LOG_MARK, some,
-					  ARRAY_SIZE(some), 0, &args), "MARK");
-		want_step(0, ARRAY_SIZE(some), 5);
-		want_step(1, ARRAY_SIZE(some), 5);
+		check_some(&s, &m, KVM_DIRTY_SLOT_LOG_MARK);
+		want_step(0, NR_SOME, SOME_STEP);
+		want_step(1, NR_SOME, SOME_STEP);
 		expect(&m);
 	}
 	expect_armed(&m);
@@ -690,27 +698,16 @@ TEST_F(fault, mark)
 
 TEST_F(fault, discard)
 {
-	struct sweep s = { 0 };
-	struct kvm_dirty_run some[100];
 	struct machine m = machine_new(0);
-	struct kvm_dirty_slot_runs args;
+	struct sweep s = { 0 };
 	int i;
 
-	for (i = 0; i < ARRAY_SIZE(some); i++)
-		some[i] = (struct kvm_dirty_run){ .offset = 5 * i, .npages = 2 };
 	while (sweep_next(&s)) {
 		guest_write(&m, 0, NPAGES, 1);
 		want_step(0, NPAGES, 1);
-		args = (struct kvm_dirty_slot_runs) {
-			.runs = (uintptr_t)some, .nr_runs = ARRAY_SIZE(some),
-		};
-		if (inject(&s, ioctl(m.fd, KVM_DIRTY_SLOT_LOG_DISCARD, &args)))
-			CHECK_EQ(args.nr_pages, 2 * ARRAY_SIZE(some));
-		else
-			CHECK(!__dsr_runs(m.fd, KVM_DIRTY_SLOT_LOG_DISCARD, some,
-					  ARRAY_SIZE(some), 0, &args), "DISCARD");
-		for (i = 0; i < ARRAY_SIZE(some); i++)
-			memset(&want[5 * i], 0, 2);
+		check_some(&s, &m, KVM_DIRTY_SLOT_LOG_DISCARD);
+		for (i = 0; i < NR_SOME; i++)
+			memset(&want[SOME_STEP * i], 0, 2);
 		expect(&m);
 		expect_armed(&m);
 	}

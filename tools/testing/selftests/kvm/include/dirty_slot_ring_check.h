@@ -18,6 +18,9 @@
 
 #include "test_util.h"
 
+/* What else a test says of a failure, and does, before it ends; NULL for nothing. */
+static void (*check_report)(const char *what) __maybe_unused;
+
 static inline void __noreturn __printf(5, 6)
 check_failed(const char *file, int line, const char *what, int err, const char *fmt, ...)
 {
@@ -28,6 +31,8 @@ check_failed(const char *file, int line, const char *what, int err, const char *
 	vfprintf(stderr, fmt, ap);
 	va_end(ap);
 	fprintf(stderr, "\n#   errno %d (%s)\n", err, strerror(err));
+	if (check_report)
+		check_report(what);
 	_exit(KSFT_FAIL);
 }
 
