@@ -67,8 +67,6 @@
 #define FAILOVER_TIMEOUT 120
 #define ANSWER_TIMEOUT	60
 
-#define MAX_SILENT	2	/* guests that may fall silent, for each test */
-#define PASSES_AFTER	3	/* after one that did, nobody knows why */
 
 #define MAX_EPOCHS	65536
 #define MAX_SAMPLES	4096
@@ -221,15 +219,6 @@ static bool fail(const char *fmt, ...)
 	return false;
 }
 
-/* A failure, but maybe not of what is tested, see emulator_broke_guest() */
-static bool guest_silent;
-
-static bool fail_silent(const char *what)
-{
-	guest_silent = true;
-	return fail("%s", what);
-}
-
 /*
  * The guest
  */
@@ -321,59 +310,6 @@ static void interrogate(struct vm *vm)
 			printf("        | %s\n", p);
 		}
 	}
-}
-
-static void write_file(const char *path, const char *text)
-{
-	FILE *f = fopen(path, "w");
-
-	if (f) {
-		fputs(text, f);
-		fclose(f);
-	}
-}
-
-#define TRACING "/sys/kernel/tracing/"
-
-/*
- * About once in ten million faults the emulator that this runs in (QEMU 7.2) breaks an SVM guest,
- * whatever kernel runs in the rig: it reads garbage from the guest's page tables, or gives it the
- * CR3 of its caller.  The guest hangs, or ends with a triple fault.  The latter can be told from
- * other ends of a guest by page faults between the guest's memory and its devices, where no page
- * table of the guest has ever been.
- */
-static void watch_emulator(void)
-{
-	char filter[128];
-
-	snprintf(filter, sizeof(filter), "fault_address >= %#x && fault_address < 0x80000000",
-		 GUEST_MB << 20);
-	write_file(TRACING "events/kvm/kvm_page_fault/filter", filter);
-	write_file(TRACING "events/kvm/kvm_page_fault/enable", "1");
-}
-
-/* Once for each guest that is broken */
-static bool emulator_broke_guest(void)
-{
-	FILE *f = fopen(TRACING "trace", "r");
-	uint64_t address = 0, code = 0;
-	char line[512], *p;
-
-	while (f && !address && fgets(line, sizeof(line), f)) {
-		p = strstr(line, "kvm_page_fault: ");
-		p = p ? strstr(p, "address ") : NULL;
-		/* Bit 33: on the guest's walk of its page tables */
-		if (p && sscanf(p, "address %lx error_code %lx", &address, &code) == 2 &&
-		    !(code & 1ull << 33))
-			address = 0;
-	}
-	if (f)
-		fclose(f);
-	write_file(TRACING "trace", "");
-	if (address)
-		note("the emulator broke this guest: its page tables are at %#lx, beyond its memory",
-		     address & ~0xffful);
-	return address;
 }
 
 /* All that is known of a guest and of who has to do with it */
@@ -539,7 +475,7 @@ static bool wait_boot(struct vm *vm)
 	if (!read_line(vm->ctl, vm->buf, sizeof(vm->buf), "ready", NULL, BOOT_TIMEOUT)) {
 		snprintf(path, sizeof(path), "/tmp/%u.console", vm->gen);
 		show_file(path);
-		return fail_silent("the guest did not boot");
+		return fail("the guest did not boot");
 	}
 	note("the guest is up, %s", accel);
 	return true;
@@ -698,7 +634,7 @@ static bool wait_synced(struct protect *p, struct vm *vm, uint64_t times)
 	} while (now_us() < until && waitpid(p->pid, NULL, WNOHANG) == 0);
 	snprintf(path, sizeof(path), "/tmp/protect-%u.err", vm->gen);
 	show_file(path);
-	return fail_silent("the guest is not protected");
+	return fail("the guest is not protected");
 }
 
 static void reset_log(void)
@@ -720,7 +656,7 @@ static bool watch_guest(struct vm *vm, unsigned int ms)
 		struct sample *s = &samples[nr_samples % MAX_SAMPLES];
 
 		if (!get_steps(vm, s->steps))
-			return fail_silent("no word from the guest");
+			return fail("no word from the guest");
 		s->us = now_us();
 		nr_samples++;
 		usleep(20000);
@@ -752,7 +688,7 @@ static bool check_guest(struct vm *vm, const struct sample *least)
 	int i;
 
 	if (!get_steps(vm, steps))
-		return fail_silent("no word from the guest");
+		return fail("no word from the guest");
 	for (i = 0; least && i < 3; i++) {
 		if (steps[i] < least->steps[i])
 			return fail("writer %d is at step %lu, an acknowledged epoch had %lu", i,
@@ -760,7 +696,7 @@ static bool check_guest(struct vm *vm, const struct sample *least)
 	}
 	answer = ask(vm, "verify", ANSWER_TIMEOUT);
 	if (!answer)
-		return fail_silent("no word from the guest, asked to verify its memory");
+		return fail("no word from the guest, asked to verify its memory");
 	if (strncmp(answer, "verify ok", 9))
 		return fail("the guest says: %s", answer);
 	return true;
@@ -846,7 +782,7 @@ static bool stop_guest(void)
 	snprintf(path, sizeof(path), "/tmp/protect-%u.err", vm.gen);
 	show_file(path);
 	note("epoch %lu was acknowledged, %lu was taken", log_.acked, log_.newest);
-	return fail_silent("the stopped guest's epoch was not acknowledged");
+	return fail("the stopped guest's epoch was not acknowledged");
 }
 
 /* It has to be told to go on, and it must not be told too early */
@@ -909,7 +845,7 @@ static bool kill_once(enum victim victim)
 	vm = next;
 	if (!ok) {
 		show_all(&next);
-		return fail_silent("the standby did not take over");
+		return fail("the standby did not take over");
 	}
 	failovers++;
 	sum_failover += ms;
@@ -1074,12 +1010,12 @@ static bool guest_goes_on(void)
 
 	for (i = 0; i < 50; i++) {
 		if (!get_steps(&vm, i ? after : before))
-			return fail_silent("no word from the guest");
+			return fail("no word from the guest");
 		if (i && after[0] > before[0] + 10 && after[1] > before[1] + 10)
 			return true;
 		usleep(100000);
 	}
-	return fail_silent("the guest stands still");
+	return fail("the guest stands still");
 }
 
 static bool test_daemons(unsigned int times)
@@ -1538,33 +1474,14 @@ static bool new_guest(void)
 	return boot(&vm);
 }
 
-/*
- * A guest that has fallen silent may be the emulator's fault or that of what is tested: then the
- * test has to pass several times.
- */
 static bool run_test(const struct test *t, unsigned int n)
 {
-	unsigned int silent = 0, passes = 1;
-	bool ok;
+	bool ok = t->own_guests || booted == accel || new_guest();
 
-	while (passes) {
-		guest_silent = false;
-		write_file(TRACING "trace", "");
-		ok = t->own_guests || booted == accel || new_guest();
-		ok = ok && t->run(n);
-		if (t->own_guests)
-			booted = NULL;
-		if (ok) {
-			passes--;
-			continue;
-		}
-		if (!guest_silent || silent++ == MAX_SILENT)
-			return false;
+	ok = ok && t->run(n);
+	if (t->own_guests)
 		booted = NULL;
-		passes = emulator_broke_guest() ? 1 : PASSES_AFTER;
-		note("%s has to pass %u times more, with a new guest", t->name, passes);
-	}
-	return true;
+	return ok;
 }
 
 int main(int argc, char **argv)
@@ -1588,7 +1505,6 @@ int main(int argc, char **argv)
 	vm.ctl = -1;
 	vm.mon = -1;
 	make_files();
-	watch_emulator();
 
 	for (i = 6; i < argc && ok; i++) {
 		char *value = strchr(argv[i], '=');
