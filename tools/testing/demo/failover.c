@@ -16,6 +16,8 @@
  *			acknowledged: it must not run at the standby before it is told to
  *	meddles=N	N times somebody else resumes the guest and asks for its dirty rate in the
  *			midst of epochs; they are torn and must not count: memory is compared
+ *	resets=N	N times the guest is reset, and until one reset came in the midst of an
+ *			epoch: that one is torn, too; memory is compared
  *	equal=N		N times the guest is stopped, and the memory of both sides compared
  *	daemons=N	the daemons are killed N times, each in turn, and started again
  *	chains=N	N epochs go to a directory; the guest is killed and started again from one
@@ -67,7 +69,7 @@
 #define FAILOVER_TIMEOUT 120
 #define ANSWER_TIMEOUT	60
 
-
+#define MAX_RESETS	1000
 #define MAX_EPOCHS	65536
 #define MAX_SAMPLES	4096
 
@@ -1003,6 +1005,30 @@ static bool test_meddles(unsigned int times)
 	return ok;
 }
 
+/* So does a reset: it may come when the guest is stopped for an epoch, and stop being that */
+static bool test_resets(unsigned int times)
+{
+	unsigned int n, torn = 0;
+	struct pair x;
+	bool ok;
+
+	ok = begin(&x, false) && qmp_args(&vm, "set-action", "'reboot': 'reset'");
+	for (n = 0; ok && n < MAX_RESETS && (n < times || !torn); n++) {
+		usleep(random_ms(0, 60) * 1000);
+		ok = qmp(&vm, "system_reset");
+		torn = count_torn(vm.gen);
+	}
+	ok = ok && compare_once(x.theirs);
+	end(&x);
+	/* It boots sooner when nobody looks */
+	ok = ok && wait_boot(&vm) && qmp_args(&vm, "set-action", "'reboot': 'shutdown'");
+	if (ok && !torn)
+		return fail("none of %u resets came in the midst of an epoch", n);
+	if (ok)
+		note("%u times reset, %u epochs torn and taken again: all equal", n, torn);
+	return ok;
+}
+
 static bool guest_goes_on(void)
 {
 	uint64_t before[3], after[3];
@@ -1454,6 +1480,7 @@ static const struct test {
 	{ "paused", test_paused, false },
 	{ "equal", test_equal, false },
 	{ "meddles", test_meddles, false },
+	{ "resets", test_resets, false },
 	{ "daemons", test_daemons, false },
 	{ "chains", test_chains, false },
 	{ "early", test_early, false },
