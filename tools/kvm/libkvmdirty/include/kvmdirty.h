@@ -236,6 +236,8 @@ KVMDIRTY_API int kvmdirty_open(int vm_fd, struct kvmdirty_options *options,
  * Frees all slots that are still tracked, with what they have pending.
  * Memslots that log go on logging.  With the dirty ring nobody empties it
  * afterwards, and it cannot be opened again: close it when the VM ends.
+ *
+ * Must not be called from a callback of kvmdirty_harvest_each() of such a slot.
  */
 KVMDIRTY_API void kvmdirty_close(struct kvmdirty *kd);
 
@@ -330,8 +332,9 @@ KVMDIRTY_API int kvmdirty_attach(int log_fd, struct kvmdirty_slot **slotp);
  * matters.
  *
  * Return: 0, also if it was stopped before; -EOPNOTSUPP if the slot is attached
- * (the VMM decides when it stops); -EINTR: call again; or what KVM says, and then
- * the slot is still tracked and nothing is lost.
+ * (the VMM decides when it stops); -EINTR: call again; -EDEADLK: called from a
+ * callback of the same slot; or what KVM says, and then the slot is still tracked and
+ * nothing is lost.
  */
 KVMDIRTY_API int kvmdirty_stop(struct kvmdirty_slot *slot,
 			       struct kvm_userspace_memory_region *region);
@@ -351,8 +354,9 @@ KVMDIRTY_API int kvmdirty_stop(struct kvmdirty_slot *slot,
  * -EBUSY only means that some could not be given back.
  *
  * Return: 0: it is freed; -EBUSY: pages are left, it is not; -EINVAL: unknown
- * flag; or an error of kvmdirty_stop(), and it is not freed.  With
- * KVMDIRTY_UNTRACK_DROP it only fails with -EINVAL.
+ * flag; -EDEADLK: called from a callback of the same slot; or an error of
+ * kvmdirty_stop(), and it is not freed.  With KVMDIRTY_UNTRACK_DROP it only fails
+ * with -EINVAL or -EDEADLK.
  */
 KVMDIRTY_API int kvmdirty_untrack(struct kvmdirty_slot *slot, unsigned int flags);
 
@@ -401,8 +405,8 @@ KVMDIRTY_API int kvmdirty_harvest(struct kvmdirty_slot *slot, struct kvmdirty_ru
  * @arg: from the caller of kvmdirty_harvest_each()
  *
  * It must not call the library with the same slot, except for kvmdirty_mark(),
- * kvmdirty_info(), kvmdirty_stats() and kvmdirty_fd(), and must not leave by
- * longjmp() or a C++ exception.
+ * kvmdirty_info(), kvmdirty_stats() and kvmdirty_fd(); nor kvmdirty_close(), which
+ * would free it; and must not leave by longjmp() or a C++ exception.
  *
  * Return: 0: taken, go on; > 0: taken, stop; a negative errno: not taken, keep
  * it in the log and stop.

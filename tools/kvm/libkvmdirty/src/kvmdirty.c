@@ -534,6 +534,11 @@ int kvmdirty_untrack(struct kvmdirty_slot *slot, unsigned int flags)
 		return 0;
 	if (flags & ~KVMDIRTY_UNTRACK_DROP)
 		return -EINVAL;
+	/* The harvest whose callback calls this goes on with the slot, whatever the flags. */
+	r = pthread_mutex_lock(&slot->harvest_lock);
+	if (r)
+		return -r;
+	pthread_mutex_unlock(&slot->harvest_lock);
 	r = untrack_keep(slot);
 	if (r && !(flags & KVMDIRTY_UNTRACK_DROP))
 		return r;
