@@ -45,6 +45,23 @@ static bool parse_epoch(const char *s, uint64_t *nr)
 	return *s >= '1' && *s <= '9' && !*end && !errno;
 }
 
+/* So often is a directory looked at anew if files vanish that it had. */
+#define MAX_LOOKS 30
+
+/* What was done with a directory returned @rc: is it to be looked at and done again? */
+static bool look_again(int rc, unsigned int *looks, struct kc_err *err)
+{
+	if (rc != -ESTALE)
+		return false;
+	if (++*looks < MAX_LOOKS) {
+		kc_log(KC_LOG_INFO, "%s: looking again", err->text);
+		return true;
+	}
+	kc_fail(err, EBUSY, "%s: looked %u times, but the directory changes too quickly; try later",
+		err->text, *looks);
+	return false;
+}
+
 /* --- list ----------------------------------------------------------------- */
 
 static const char *kind(const struct kc_store_file *f)
@@ -153,14 +170,14 @@ int cmd_list(int argc, char **argv)
 
 /*
  * Each file once: a chain that only goes on from one that was seen is not read again from its
- * start.
+ * start.  The exit status, or -ESTALE.
  */
-static int verify(const struct kc_store *st)
+static int verify(const struct kc_store *st, struct kc_err *err)
 {
-	struct kc_err err;
 	uint64_t last = 0;
 	size_t *chain, i, sound, bad = 0;
 	ssize_t n;
+	int rc;
 	/* What the last verified chain held. */
 	bool *seen = calloc(st->nr_files + 1, sizeof(*seen));
 
@@ -169,10 +186,18 @@ static int verify(const struct kc_store *st)
 	for (i = st->nr_files; i-- > 0;) {
 		if (seen[i])
 			continue;
-		n = kc_store_chain(st, st->files[i].nr, &chain, &err);
+		n = kc_store_chain(st, st->files[i].nr, &chain, err);
 		sound = 0;
-		if (n < 0 || kc_store_replay(st, chain, n, NULL, NULL, NULL, &sound, &err)) {
-			kc_log(KC_LOG_ERROR, "epoch %" PRIu64 " is lost: %s", st->files[i].nr, err.text);
+		rc = n < 0 ? n : kc_store_replay(st, chain, n, NULL, NULL, NULL, &sound, err);
+		if (rc == -ESTALE) {
+			if (n >= 0)
+				free(chain);
+			free(seen);
+			return rc;
+		}
+		if (rc) {
+			kc_log(KC_LOG_ERROR, "epoch %" PRIu64 " is lost: %s", st->files[i].nr,
+			       err->text);
 			bad++;
 		}
 		for (; n > 0 && sound > 0; sound--) {
@@ -193,6 +218,7 @@ int cmd_verify(int argc, char **argv)
 	static const struct option options[] = {
 		{ "help", 0, NULL, 'h' }, { NULL, 0, NULL, 0 }
 	};
+	unsigned int looks = 0;
 	struct kc_store st;
 	struct kc_err err;
 	int o, rc;
@@ -205,11 +231,13 @@ int cmd_verify(int argc, char **argv)
 	}
 	if (argc - optind != 1)
 		return bad_usage("verify");
-	if (kc_store_read(argv[optind], &st, &err))
-		return fail(&err);
-	rc = verify(&st);
-	kc_store_free(&st);
-	return rc;
+	do {
+		if (kc_store_read(argv[optind], &st, &err))
+			return fail(&err);
+		rc = verify(&st, &err);
+		kc_store_free(&st);
+	} while (look_again(rc, &looks, &err));
+	return rc < 0 ? fail(&err) : rc;
 }
 
 /* --- restore -------------------------------------------------------------- */
@@ -269,17 +297,17 @@ int cmd_restore(int argc, char **argv)
 	char *ram[KC_MAX_BLOCKS + 1] = { NULL }, *caps[8] = { NULL }, *state = NULL, *real;
 	struct kc_launch l = { .capabilities = caps, .ram = ram, .timeout_ms = 30000 };
 	const char *out = "/dev/shm/kvm-restore";
-	unsigned int nr_caps = 0;
+	unsigned int nr_caps = 0, looks = 0;
 	struct kc_store st;
 	struct kc_err err;
-	uint64_t nr = 0;
+	uint64_t want = 0, nr;
 	uint32_t i;
 	int o, rc;
 
 	while ((o = getopt_long(argc, argv, "+h", options, NULL)) != -1) {
 		switch (o) {
 		case 'e':
-			if (parse_epoch(optarg, &nr))
+			if (parse_epoch(optarg, &want))
 				break;
 			kc_log(KC_LOG_ERROR, "--epoch does not take %s", optarg);
 			return 2;
@@ -315,9 +343,13 @@ int cmd_restore(int argc, char **argv)
 		fail(&err);
 		return 2;
 	}
-	if (kc_store_read(argv[optind], &st, &err))
-		return fail(&err);
-	rc = kc_store_restore(&st, nr, out, &nr, &l.stopped, &err);
+	do {
+		if (kc_store_read(argv[optind], &st, &err))
+			return fail(&err);
+		rc = kc_store_restore(&st, want, out, &nr, &l.stopped, &err);
+		if (rc == -ESTALE)
+			kc_store_free(&st);
+	} while (look_again(rc, &looks, &err));
 	real = rc ? NULL : realpath(out, NULL);
 	if (!rc && !real)
 		rc = kc_fail(&err, errno, "cannot find %s: %s", out, strerror(errno));

@@ -167,7 +167,8 @@ int kc_store_read(const char *path, struct kc_store *st, struct kc_err *err)
 		}
 	}
 	for (i = n = 0; i < st->nr_files; i++) {
-		if (st->files[i].nr)
+		/* One that was replaced while the directory was read may be in it twice. */
+		if (st->files[i].nr && (!n || st->files[n - 1].nr != st->files[i].nr))
 			st->files[n++] = st->files[i];
 	}
 	st->nr_files = n;
@@ -195,6 +196,23 @@ static ssize_t find_file(const struct kc_store *st, uint64_t nr)
 	return f ? f - st->files : -1;
 }
 
+/*
+ * Whether a file that the list lacks is missing, and was not merged away or added since the list
+ * was made: whatever needs a file is replaced or removed before that file is.
+ */
+static bool is_missing(const struct kc_store *st, uint64_t nr, const struct kc_store_file *needs_it)
+{
+	struct kc_store now = *st;
+	struct kc_store_file f;
+	char name[40];
+
+	file_name(name, nr);
+	if (!faccessat(st->dir, name, F_OK, AT_SYMLINK_NOFOLLOW))
+		return false;
+	return !needs_it || (!look_at(&now, needs_it->nr, &f) && !f.damaged &&
+			     f.flags == needs_it->flags && f.base == needs_it->base);
+}
+
 ssize_t kc_store_chain(const struct kc_store *st, uint64_t nr, size_t **out, struct kc_err *err)
 {
 	size_t *chain, n = 0, i, t;
@@ -207,7 +225,13 @@ ssize_t kc_store_chain(const struct kc_store *st, uint64_t nr, size_t **out, str
 	for (;;) {
 		f = find_file(st, want);
 		if (f < 0 || st->files[f].damaged) {
+			bool stale = f < 0 &&
+				     !is_missing(st, want, n ? &st->files[chain[n - 1]] : NULL);
+
 			free(chain);
+			if (stale)
+				return kc_fail(err, ESTALE, "%s was changed while it was read",
+					       st->path);
 			if (f < 0 && want == nr)
 				return kc_fail(err, ENOENT, "%s has no epoch %" PRIu64, st->path,
 					       nr);
@@ -353,19 +377,21 @@ static int replay_records(struct replay *r, struct kc_io *io, struct kc_rx *rx, 
 	}
 }
 
+/* @fd: of the file, which this closes; or -1. */
 static int replay_file(struct replay *r, const struct kc_store *st, const struct kc_store_file *f,
-		       struct kc_err *err)
+		       int fd, struct kc_err *err)
 {
 	struct kc_rx *rx = NULL;
 	struct kc_hello hello;
 	struct kc_rec rec;
 	struct kc_io *io;
 	bool done = false;
-	int fd, rc;
+	int rc;
 
-	fd = open_file(st, f->nr);
 	if (fd < 0)
-		return kc_fail(err, errno, "%s", strerror(errno));
+		fd = open_file(st, f->nr);
+	if (fd < 0)
+		return kc_fail(err, errno == ENOENT ? ESTALE : errno, "%s", strerror(errno));
 	posix_fadvise(fd, 0, 0, POSIX_FADV_SEQUENTIAL);
 	io = kc_io_file(fd, NULL, 0);
 	if (!io) {
@@ -398,16 +424,30 @@ int kc_store_replay(const struct kc_store *st, const size_t *chain, size_t n,
 		    size_t *sound, struct kc_err *err)
 {
 	struct replay r = { .ops = ops, .ctx = ctx };
+	int *fds = malloc((n + 1) * sizeof(*fds));
 	struct kc_err why = { "" };
+	size_t i, nr_fds;
 	char name[40];
-	size_t i;
 	int rc = 0;
 
+	if (!fds)
+		return kc_fail(err, ENOMEM, "out of memory");
 	for (i = 0; i < n; i++)
 		r.total += st->files[chain[i]].bytes;
+	/* All of them first: reading takes long, and what is open cannot be merged away. */
+	for (nr_fds = 0; nr_fds < n; nr_fds++) {
+		fds[nr_fds] = open_file(st, st->files[chain[nr_fds]].nr);
+		if (fds[nr_fds] < 0)
+			break;
+	}
+	if (nr_fds < n && errno == ENOENT) {
+		file_name(name, st->files[chain[nr_fds]].nr);
+		rc = kc_fail(err, ESTALE, "%s/%s was removed", st->path, name);
+	}
+	/* Another error is met again when it is the file's turn, if it is still there. */
 	for (i = 0; i < n && !rc; i++) {
 		r.file = i;
-		rc = replay_file(&r, st, &st->files[chain[i]], &why);
+		rc = replay_file(&r, st, &st->files[chain[i]], i < nr_fds ? fds[i] : -1, &why);
 		r.done += st->files[chain[i]].bytes;
 		if (rc) {
 			file_name(name, st->files[chain[i]].nr);
@@ -416,6 +456,9 @@ int kc_store_replay(const struct kc_store *st, const size_t *chain, size_t n,
 			*sound = i + 1;
 		}
 	}
+	while (nr_fds > i)
+		close(fds[--nr_fds]);
+	free(fds);
 	show_progress(&r, true);
 	if (!rc && state) {
 		free(state->data);
@@ -528,31 +571,33 @@ static int restore_to(struct restore *r, const struct kc_store *st, const size_t
 	return rc;
 }
 
-/* The last epoch whose chain is sound: its number, 0 if there is none. */
-static uint64_t last_sound(const struct kc_store *st, struct kc_err *err)
+/* *nr: the last epoch whose chain is sound, 0 if there is none.  0 or -ESTALE. */
+static int last_sound(const struct kc_store *st, uint64_t *nr, struct kc_err *err)
 {
 	struct kc_err why;
 	size_t *chain, sound, i;
-	uint64_t nr = 0;
 	ssize_t n;
+	int rc;
 
-	for (i = st->nr_files; i-- > 0 && !nr;) {
+	*nr = 0;
+	for (i = st->nr_files; i-- > 0 && !*nr;) {
 		n = kc_store_chain(st, st->files[i].nr, &chain, &why);
+		rc = n;
 		if (n > 0) {
 			sound = 0;
-			if (!kc_store_replay(st, chain, n, NULL, NULL, NULL, &sound, &why))
-				nr = st->files[i].nr;
+			rc = kc_store_replay(st, chain, n, NULL, NULL, NULL, &sound, &why);
+			if (!rc)
+				*nr = st->files[i].nr;
 			else if (sound)
-				nr = st->files[chain[sound - 1]].nr;
+				*nr = st->files[chain[sound - 1]].nr;
 			free(chain);
 		}
-		if (nr != st->files[i].nr) {
+		if (rc == -ESTALE)
+			return kc_fail(err, ESTALE, "%s", why.text);
+		if (*nr != st->files[i].nr)
 			kc_log(KC_LOG_WARN, "%s", why.text);
-			if (err)
-				*err = why;
-		}
 	}
-	return nr;
+	return 0;
 }
 
 int kc_store_restore(const struct kc_store *st, uint64_t nr, const char *out, uint64_t *got,
@@ -563,12 +608,14 @@ int kc_store_restore(const struct kc_store *st, uint64_t nr, const char *out, ui
 	size_t *chain;
 	ssize_t n;
 	uint32_t i;
-	int rc;
+	int rc = 0;
 
 	if (!st->nr_files)
 		return kc_fail(err, ENOENT, "%s holds no epochs", st->path);
 	if (!nr)
-		nr = last_sound(st, err);
+		rc = last_sound(st, &nr, err);
+	if (rc)
+		return rc;
 	if (!nr)
 		return kc_fail(err, EPROTO, "%s holds no sound epoch", st->path);
 	n = kc_store_chain(st, nr, &chain, err);
@@ -1292,7 +1339,9 @@ int kc_store_open(struct kc_sink *s, const char *path, struct kc_err *err)
 	if (kc_guest_same(&ss->store.guest, &s->guest, &why))
 		return kc_fail(err, EEXIST, "cannot write to %s: %s", path, why.text);
 	kc_log(KC_LOG_INFO, "checking the %zu epochs in %s", ss->store.nr_files, path);
-	s->last_epoch = last_sound(&ss->store, NULL);
+	rc = last_sound(&ss->store, &s->last_epoch, err);
+	if (rc)
+		return rc;
 	s->has_ram = s->last_epoch;
 	/* What comes after it is damaged and can only be in the way. */
 	for (i = n = 0; i < ss->store.nr_files; i++) {

@@ -46,7 +46,8 @@ void kc_store_free(struct kc_store *store);
  * @nr: number of the epoch.
  * @chain: indexes into store->files, from the full epoch to @nr; malloc()ed.
  *
- * Return: their number, or a negative errno.
+ * Return: their number; -ESTALE if what it lacks is not missing, but the directory was changed
+ * since it was looked at: look again; or another negative errno.
  */
 ssize_t kc_store_chain(const struct kc_store *store, uint64_t nr, size_t **chain,
 		       struct kc_err *err);
@@ -68,7 +69,8 @@ struct kc_store_ops {
  * @state: the device state of the last epoch, in place of what it has; may be NULL.
  * @sound: how many files were sound, may be NULL.
  *
- * Return: 0, or -EPROTO and what is wrong with which file, or another negative errno.
+ * Return: 0; -EPROTO and what is wrong with which file; -ESTALE if a file was removed since the
+ * directory was looked at, be it by merging: look again; or another negative errno.
  */
 int kc_store_replay(const struct kc_store *store, const size_t *chain, size_t n,
 		    const struct kc_store_ops *ops, void *ctx, struct kc_devices *state,
@@ -83,6 +85,9 @@ extern bool kc_store_progress;
  * @out: directory for ram0, ram1, ... and state; made if it is not there.
  * @got: the number.
  * @stopped: whether the guest was not running then.
+ *
+ * Return: 0, -ESTALE as of kc_store_replay(), and then nothing was restored; or another negative
+ * errno.
  */
 int kc_store_restore(const struct kc_store *store, uint64_t nr, const char *out, uint64_t *got,
 		     bool *stopped, struct kc_err *err);
