@@ -893,13 +893,18 @@ static bool log_ready(struct kvm_dirty_slot_log *log, u32 nr_rings, u32 level)
 	return READ_ONCE(*summary_top(log));
 }
 
-/* The VM, with a reference, or NULL if the slot has stopped logging. */
-static struct kvm *log_get_kvm(struct kvm_dirty_slot_log *log)
+/*
+ * The VM, with a reference.  NULL if the slot has stopped logging, *@dead is set
+ * then, or the VM is being destroyed, when vCPUs may still log.
+ */
+static struct kvm *log_get_kvm(struct kvm_dirty_slot_log *log, bool *dead)
 {
 	struct kvm *kvm;
 
 	spin_lock(&log->kvm_lock);
 	kvm = log->kvm;
+	if (dead)
+		*dead = !kvm;
 	/*
 	 * Not while it is being destroyed.  It cannot be gone: destruction has
 	 * to pass kvm_dirty_slot_log_release(), which clears log->kvm, first.
@@ -947,7 +952,7 @@ static int log_harvest(struct kvm_dirty_slot_log *log, void __user *argp)
 	struct kvm_dirty_slot_times *t = &log->batch->times;
 	u64 collected = 0, used;
 	struct kvm *kvm;
-	bool sync, done;
+	bool sync, done, dead;
 	int r;
 
 	if (copy_from_user(&args, argp, sizeof(args)))
@@ -956,18 +961,21 @@ static int log_harvest(struct kvm_dirty_slot_log *log, void __user *argp)
 	    !args.nr_runs || args.reserved[0] || args.reserved[1])
 		return -EINVAL;
 
+	/*
+	 * Learn now, with nothing taken, if it cannot be written; as it is, so
+	 * that who gets EINTR can make the same call again.
+	 */
+	if (copy_to_user(argp, &args, sizeof(args)))
+		return -EFAULT;
 	sync = args.flags & KVM_DIRTY_HARVEST_SYNC;
 	capacity = args.nr_runs;
 	args.nr_runs = 0;
 	args.nr_pages = 0;
 	args.flags = 0;
-	/* Learn now, with nothing taken, if it cannot be written. */
-	if (copy_to_user(argp, &args, sizeof(args)))
-		return -EFAULT;
 
 	if (log_lock(log, trace_kvm_dirty_slot_log_harvest_enabled()))
 		return -EINTR;
-	kvm = log_get_kvm(log);
+	kvm = log_get_kvm(log, &dead);
 
 	if (kvm && sync) {
 		r = kvm_dirty_slot_sync_hw(kvm, true);
@@ -997,7 +1005,7 @@ static int log_harvest(struct kvm_dirty_slot_log *log, void __user *argp)
 	/* What was stored and re-protected before the fault is the answer. */
 	if (r && args.nr_runs)
 		r = 0;
-	if (!r && !kvm && !args.nr_runs && !args.flags && !collected)
+	if (!r && dead && !args.nr_runs && !args.flags && !collected)
 		r = -ENODEV;
 publish:
 	log_publish(log, kvm, nr_rings);
@@ -1023,7 +1031,7 @@ static int log_reset(struct kvm_dirty_slot_log *log, void __user *argp)
 	struct kvm *kvm;
 	u32 nr_rings;
 	u64 used;
-	bool empty;
+	bool empty, dead;
 	int r;
 
 	if (copy_from_user(&args, argp, sizeof(args)))
@@ -1038,7 +1046,7 @@ static int log_reset(struct kvm_dirty_slot_log *log, void __user *argp)
 
 	if (log_lock(log, trace_kvm_dirty_slot_log_reset_enabled()))
 		return -EINTR;
-	kvm = log_get_kvm(log);
+	kvm = log_get_kvm(log, &dead);
 
 	r = log_snapshot(log, &nr_rings, &used);
 	if (r)
@@ -1050,7 +1058,7 @@ static int log_reset(struct kvm_dirty_slot_log *log, void __user *argp)
 
 	if (READ_ONCE(*summary_top(log)))
 		args.flags |= KVM_DIRTY_RESET_OVERFLOW;
-	if (!r && !kvm && empty)
+	if (!r && dead && empty)
 		r = -ENODEV;
 	trace_kvm_dirty_slot_log_reset(log->vm, log->slot, args.nr_pages, used,
 				       args.flags, r, t->wait, t->collect,
@@ -1146,7 +1154,7 @@ static int log_mark_or_discard(struct kvm_dirty_slot_log *log,
 	if (copy_to_user(argp, &args, sizeof(args)))
 		return -EFAULT;
 
-	kvm = log_get_kvm(log);
+	kvm = log_get_kvm(log, NULL);
 	if (!kvm)
 		return -ENODEV;
 
@@ -1193,7 +1201,7 @@ static int log_info(struct kvm_dirty_slot_log *log, void __user *argp)
 	struct kvm *kvm;
 	int idx;
 
-	kvm = log_get_kvm(log);
+	kvm = log_get_kvm(log, NULL);
 	if (kvm) {
 		idx = srcu_read_lock(&kvm->srcu);
 		memslot = log_memslot(log, kvm);

@@ -91,6 +91,7 @@ enum guest_op {
 	OP_NONE,
 	OP_WRITE,	/* write @npages pages from @first, @step apart, exit */
 	OP_BATCHES,	/* the same each time @go moves on, never exiting */
+	OP_TPR,		/* write the task priority register each time @go moves on */
 	OP_RANDOM,	/* write random ones of the first @npages, until @stop */
 	OP_INS,		/* have KVM's emulator store one byte in page @first */
 };
@@ -143,6 +144,7 @@ static void guest_do(struct mailbox *mb)
 		}
 		break;
 	case OP_BATCHES:
+	case OP_TPR:
 		while (!READ_ONCE(mb->stop)) {
 			x = __atomic_load_n(&mb->go, __ATOMIC_ACQUIRE);
 			if (x == mb->done) {
@@ -151,6 +153,8 @@ static void guest_do(struct mailbox *mb)
 			}
 			for (i = 0; i < mb->npages; i++)
 				guest_store(mb, mb->first + i * mb->step, mb->value + x);
+			if (mb->op == OP_TPR)
+				asm volatile("mov %0, %%cr8" : : "r"(x & 1) : "memory");
 			__atomic_store_n(&mb->done, x, __ATOMIC_RELEASE);
 		}
 		break;
@@ -1717,6 +1721,43 @@ TEST(logging_off_and_on)
 }
 
 /* A dead log keeps what the reader of the mapping has not confirmed. */
+static void *manual_thread(void *arg)
+{
+	uint64_t both = KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE | KVM_DIRTY_LOG_INITIALLY_SET;
+	struct taker *t = arg;
+	int i;
+
+	for (i = 0; !READ_ONCE(t->stop); i++)
+		vm_enable_cap(t->v->vm, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, i % 2 ? both : 0);
+	return NULL;
+}
+
+/* All pages start dirty, or all are protected; never neither. */
+TEST(logging_on_while_manual_protect_changes)
+{
+	struct dsr *v = dsr_new(.entries = 64, .nr_vcpus = 1);
+	struct taker t = { .v = v };
+	pthread_t thread;
+	uint8_t *got;
+	int i, p;
+
+	CHECK_OK(pthread_create(&thread, NULL, manual_thread, &t));
+	for (i = 0; i < rounds(200); i++) {
+		dsr_log(v, false);
+		dsr_log(v, true);
+		dsr_reopen(v);
+		guest_write(v, 0, 7, 90);
+		got = set_new(v);
+		harvest_cap(v->fd, got, v->npages, 0, MANY_RUNS);
+		for (p = 7; p < 97; p++)
+			CHECK(got[p], "page %d is lost, the %dth time", p, i + 1);
+		free(got);
+	}
+	WRITE_ONCE(t.stop, true);
+	CHECK_OK(pthread_join(thread, NULL));
+	dsr_free(v);
+}
+
 TEST(slot_deleted_mapped)
 {
 	struct dsr *v = dsr_new(.entries = 256, .nr_vcpus = 1);
@@ -2339,8 +2380,11 @@ TEST(map_hostile_consumer)
 		bad[8] = good + (1ull << 32);
 		for (i = 0; i < ARRAY_SIZE(bad); i++) {
 			dsr_set_consumer(&ring[k], bad[i]);
-			CHECK_ERR(__dsr_runs(v->fd, KVM_DIRTY_SLOT_LOG_HARVEST, runs, 8, 0, &args),
-				  EINVAL);
+			CHECK_ERR(__dsr_runs(v->fd, KVM_DIRTY_SLOT_LOG_HARVEST, runs, 8,
+					     KVM_DIRTY_HARVEST_SYNC, &args), EINVAL);
+			/* So that it can be made again, and means the same. */
+			CHECK_EQ(args.nr_runs, 8);
+			CHECK_EQ(args.flags, KVM_DIRTY_HARVEST_SYNC);
 			CHECK_ERR(__dsr_reset(v->fd, &reset), EINVAL);
 			CHECK_EQ(dsr_consumer(&ring[k]), bad[i]);
 			CHECK_EQ(dsr_producer(&ring[0]), p[0]);
@@ -3499,11 +3543,27 @@ static void l1_svm_main(struct svm_test_data *svm, uint64_t ncr3)
 	}
 }
 
+/* What else L1 gives L2. */
+static struct {
+	uint64_t apic_gpa;	/* a virtual-APIC page, for its TPR; 0 for none */
+	bool shadow_vmcs;
+} vmx_extras;
+
 static void l1_vmx_main(struct vmx_pages *vmx)
 {
 	GUEST_ASSERT(prepare_for_vmx_operation(vmx));
 	GUEST_ASSERT(load_vmcs(vmx));
 	prepare_vmcs(vmx, l2_vmx_main, &l2_stack[500]);
+	if (vmx_extras.apic_gpa) {
+		vmwrite(CPU_BASED_VM_EXEC_CONTROL,
+			vmreadz(CPU_BASED_VM_EXEC_CONTROL) | CPU_BASED_TPR_SHADOW);
+		vmwrite(VIRTUAL_APIC_PAGE_ADDR, vmx_extras.apic_gpa);
+	}
+	if (vmx_extras.shadow_vmcs) {
+		vmwrite(SECONDARY_VM_EXEC_CONTROL,
+			vmreadz(SECONDARY_VM_EXEC_CONTROL) | SECONDARY_EXEC_SHADOW_VMCS);
+		vmwrite(VMCS_LINK_POINTER, vmx->shadow_vmcs_gpa);
+	}
 	GUEST_ASSERT(!vmlaunch());
 	for (;;) {
 		GUEST_ASSERT_EQ(vmreadz(VM_EXIT_REASON), EXIT_REASON_VMCALL);
@@ -3532,11 +3592,11 @@ static uint64_t make_npt(struct kvm_vm *vm)
 	return pa[0];
 }
 
-/* What vCPU 0 is told to do, a guest of its own does. */
-static void run_nested(struct dsr *v, bool two_dimensional, uint64_t other_gpa)
+/* What vCPU 0 is told to do, a guest of its own does.  L1's pages for VMX, or NULL. */
+static struct vmx_pages *run_nested(struct dsr *v, bool two_dimensional, uint64_t other_gpa)
 {
+	struct vmx_pages *nested = NULL;
 	vm_vaddr_t gva;
-	void *nested;
 
 	if (kvm_cpu_has(X86_FEATURE_SVM)) {
 		vcpu_alloc_svm(v->vm, &gva);
@@ -3553,7 +3613,9 @@ static void run_nested(struct dsr *v, bool two_dimensional, uint64_t other_gpa)
 		}
 		vcpu_arch_set_entry_point(v->vcpu[0], l1_vmx_main);
 		vcpu_args_set(v->vcpu[0], 1, gva);
+		sync_global_to_guest(v->vm, vmx_extras);
 	}
+	return nested;
 }
 
 static void check_nested(bool two_dimensional)
@@ -3858,6 +3920,132 @@ TEST(userfaultfd_slot)
 		uffd_stop_demand_paging(uffd);
 	}
 	dsr_free(v);
+}
+
+static bool nested_vmx_supported(void)
+{
+	return nested_supported() && kvm_cpu_has(X86_FEATURE_VMX);
+}
+
+/*
+ * The CPU writes L2's TPR to a page of L1 by its physical address, which is
+ * marked when L2 exits.  SYNC includes it, and so does the end of logging: with
+ * one CPU in any case, as whoever harvests there has seen an exit before.
+ */
+TEST(nested_virtual_apic_page)
+{
+	uint8_t *want, *got;
+	struct dsr *v;
+	int i;
+
+	if (!nested_vmx_supported())
+		SKIP(return, "no nested VMX");
+	v = dsr_new(.entries = 64, .nr_vcpus = 1);
+	want = set_new(v);
+	set_add(want, 5, 1, 1);
+	vmx_extras.apic_gpa = TEST_GPA + 5 * PG;
+	run_nested(v, false, 0);
+	guest_start(v, 0, (struct mailbox){ .op = OP_TPR });
+	for (i = 0; i < rounds(100); i++) {
+		got = set_new(v);
+		guest_batch(v, 0);
+		harvest_cap(v->fd, got, v->npages, KVM_DIRTY_HARVEST_SYNC, MANY_RUNS);
+		set_check(v, got, want);
+		free(got);
+	}
+	for (i = 0; i < rounds(20); i++) {
+		guest_batch(v, 0);
+		dsr_log(v, false);
+		check_dead(v, 5, 1, MANY_RUNS);
+		dsr_log(v, true);
+		dsr_reopen(v);
+	}
+	guest_join(v, 0);
+	free(want);
+	dsr_free(v);
+}
+
+struct gated_harvest {
+	int fd, ret;
+	struct kvm_dirty_run *runs;
+	struct kvm_dirty_slot_runs args;
+};
+
+static void *gated_thread(void *arg)
+{
+	struct gated_harvest *h = arg;
+
+	h->ret = __dsr_runs(h->fd, KVM_DIRTY_SLOT_LOG_HARVEST, h->runs, 100, 0, &h->args);
+	return NULL;
+}
+
+/*
+ * Who is in a call of the log when the VMM is killed puts the last reference to
+ * the VM.  What KVM keeps of L1's memory for a vCPU in L2, a shadow VMCS, must
+ * not be written to where that is in the VMM, but to nowhere.
+ */
+TEST(vmm_killed_in_nested_guest)
+{
+	struct gated_harvest h;
+	struct vmx_pages *vmx;
+	struct uffd_desc *uffd;
+	uint8_t *canary;
+	struct dsr *v;
+	pthread_t t;
+	void *hva;
+	int sk[2];
+	pid_t pid;
+	int i;
+
+	if (!nested_vmx_supported())
+		SKIP(return, "no nested VMX");
+	i = syscall(__NR_userfaultfd, O_CLOEXEC);
+	if (i < 0)
+		SKIP(return, "no userfaultfd");
+	close(i);
+
+	CHECK_OK(socketpair(AF_UNIX, SOCK_STREAM, 0, sk));
+	pid = fork();
+	if (!pid) {
+		prctl(PR_SET_PDEATHSIG, SIGKILL);
+		v = dsr_new(.entries = 64, .nr_vcpus = 1);
+		vmx_extras.shadow_vmcs = true;
+		vmx = run_nested(v, false, 0);
+		guest_start(v, 0, (struct mailbox){ .op = OP_BATCHES, .npages = 3 });
+		guest_batch(v, 0);
+		send_fd(sk[1], v->fd);
+		CHECK_EQ(write(sk[1], &vmx->shadow_vmcs_hva, sizeof(hva)), sizeof(hva));
+		for (;;)
+			pause();
+	}
+	h.fd = recv_fd(sk[0]);
+	CHECK_EQ(read(sk[0], &hva, sizeof(hva)), sizeof(hva));
+	canary = mmap(hva, PG, PROT_READ | PROT_WRITE,
+		      MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE, -1, 0);
+	CHECK(canary == hva, "there is something at %p already", hva);
+	memset(canary, 0xa5, PG);
+
+	h.runs = mmap(NULL, PG, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	CHECK(h.runs != MAP_FAILED, "no memory");
+	WRITE_ONCE(gate.open, false);
+	WRITE_ONCE(gate.waiting, false);
+	uffd = uffd_setup_demand_paging(UFFDIO_REGISTER_MODE_MISSING, 0, h.runs, PG, 1,
+					fault_handler);
+	CHECK_OK(pthread_create(&t, NULL, gated_thread, &h));
+	while (!READ_ONCE(gate.waiting))
+		sched_yield();
+	kill(pid, SIGKILL);
+	CHECK_EQ(waitpid(pid, NULL, 0), pid);
+	CHECK_EQ(dsr_info(h.fd).flags, 0);	/* the VM is still there */
+	WRITE_ONCE(gate.open, true);
+	CHECK_OK(pthread_join(t, NULL));
+	CHECK_EQ(h.ret, 0);
+	CHECK_EQ(h.args.nr_pages, 3);
+	CHECK(poll_log(h.fd, 10000) & POLLHUP, "no POLLHUP");
+	for (i = 0; i < PG; i++)
+		CHECK(canary[i] == 0xa5, "byte %d of another process was written", i);
+	uffd_stop_demand_paging(uffd);
+	close(h.fd);
 }
 
 static void write_file(const char *name, const char *value)
