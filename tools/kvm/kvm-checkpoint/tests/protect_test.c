@@ -948,6 +948,43 @@ static void test_silent_greeting(void)
 	silent_at("greeting");
 }
 
+/* Clients that have given up are in the queue of its monitor, and nobody takes them out. */
+static void fill_queue(void)
+{
+	struct sockaddr_un sun = { .sun_family = AF_UNIX };
+	unsigned int i;
+	int fd;
+
+	snprintf(sun.sun_path, sizeof(sun.sun_path), "%s/qmp", dir);
+	for (i = 0; i < 100; i++) {
+		fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+		CHECK(fd >= 0, "no socket");
+		if (!connect(fd, (struct sockaddr *)&sun, sizeof(sun)))
+			continue;
+		CHECK(errno == EAGAIN, "cannot connect to %s: %s", sun.sun_path, strerror(errno));
+		close(fd);
+		return;
+	}
+	FAIL("its queue is never full");
+}
+
+static void test_full_queue(void)
+{
+	uint64_t end;
+	int status;
+
+	start_qemu(&qemu);
+	fill_queue();
+	start_protect(IMPATIENT, path_of("store"), NULL);
+	end = kc_now_us() + LIMIT_US;
+	while (waitpid(qemu.client, &status, WNOHANG) != qemu.client) {
+		CHECK(kc_now_us() < end, "protect hangs");
+		poll(NULL, 0, 10);
+	}
+	CHECK(WIFEXITED(status), "protect dies of signal %d", WTERMSIG(status));
+	must_fail(WEXITSTATUS(status), "does not answer: is another client connected?");
+}
+
 static void test_silent_attach(void)
 {
 	silent_at(ATTACH);
@@ -1573,6 +1610,7 @@ static const struct test tests[] = {
 	{ "protect_torn", test_torn },
 	{ "protect_torn_for_ever", test_torn_for_ever },
 	{ "protect_silent_greeting", test_silent_greeting },
+	{ "protect_full_queue", test_full_queue },
 	{ "protect_silent_attach", test_silent_attach },
 	{ "protect_silent_stop", test_silent_stop },
 	{ "protect_silent_collect", test_silent_collect },
