@@ -22,6 +22,7 @@
 #include <sys/prctl.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/un.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -1917,6 +1918,33 @@ static void test_status(void)
 	CHECK(run("status", path_of("ctl"), NULL) == 1, "a daemon that is gone has a status");
 }
 
+/* A daemon that does not get round to its clients: neither is it waited for, nor replaced. */
+static void test_full_queue(void)
+{
+	struct sockaddr_un sun = { .sun_family = AF_UNIX };
+	struct kc_status *st = kc_status_new("protect", "guest");
+	int listener = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0), fd = -1, rc = 0;
+	char *text;
+
+	snprintf(sun.sun_path, sizeof(sun.sun_path), "%s/ctl", dir);
+	CHECK(listener >= 0 && !bind(listener, (struct sockaddr *)&sun, sizeof(sun)) &&
+	      !listen(listener, 1), "cannot listen on %s: %s", sun.sun_path, strerror(errno));
+	while (!rc) {
+		fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+		CHECK(fd >= 0, "its queue is never full");
+		rc = connect(fd, (struct sockaddr *)&sun, sizeof(sun));
+	}
+	CHECK(errno == EAGAIN, "cannot fill its queue: %s", strerror(errno));
+	close(fd);
+	rc = kc_ctl_request(sun.sun_path, "status", &text, &err);
+	CHECK(rc == -ETIMEDOUT && strstr(err.text, "does not answer"), "%d: %s", rc, err.text);
+	CHECK(!kc_ctl_start(sun.sun_path, st, NULL, NULL, &err), "two daemons at one socket");
+	CHECK(strstr(err.text, "another daemon listens there"), "it says \"%s\"", err.text);
+	CHECK(exists(sun.sun_path), "it removed the other's socket");
+	kc_status_free(st);
+	close(listener);
+}
+
 /* --- Running them --------------------------------------------------------- */
 
 static const struct test tests[] = {
@@ -1924,6 +1952,7 @@ static const struct test tests[] = {
 	{ "pages", test_pages },
 	{ "commands", test_commands },
 	{ "status", test_status },
+	{ "full_queue", test_full_queue },
 	{ "tcp", test_tcp },
 	{ "epochs", test_epochs },
 	{ "resync", test_resync },
