@@ -1805,6 +1805,108 @@ static void test_qemu_stopped(void)
 	qemu_takes_over(true);
 }
 
+/* --- With something that speaks as QEMU does ------------------------------ */
+
+/*
+ * This program as the standby's QEMU: --be-qemu STATUS PID-FILE ...  Whatever it is told, it says
+ * that it did it, and that the guest's status is this one once it was told to run it; "silent":
+ * nothing any more.
+ */
+static int be_qemu(int argc, char **argv)
+{
+	const char *status = "paused", *prefix = "socket,id=kvm-checkpoint,fd=";
+	char *line = NULL, pid[20];
+	int fd = -1, i;
+	size_t room = 0;
+	FILE *f;
+
+	/* If the test forgets it. */
+	alarm(60);
+	for (i = 4; i < argc; i++) {
+		if (!strncmp(argv[i], prefix, strlen(prefix)))
+			fd = atoi(argv[i] + strlen(prefix));
+	}
+	f = fdopen(fd, "r");
+	if (!f)
+		return 1;
+	dprintf(fd, "{\"QMP\": {}}\n");
+	while (getline(&line, &room, f) > 0) {
+		if (strstr(line, "\"cont\"")) {
+			snprintf(pid, sizeof(pid), "%d", getpid());
+			write_text(argv[3], 0600, pid);
+			status = argv[2];
+		}
+		if (!strcmp(status, "silent"))
+			break;
+		if (strstr(line, "\"query-status\""))
+			dprintf(fd, "{\"return\": {\"status\": \"%s\"}}\n", status);
+		else
+			dprintf(fd, "{\"return\": {}}\n");
+	}
+	for (;;)
+		pause();
+}
+
+static void nothing(int sig)
+{
+	(void)sig;
+}
+
+/*
+ * The guest was given to QEMU, but does not run there: it is the only one by now.  It outlives the
+ * standby, too, and what ends that by the keyboard.
+ */
+static void taken_over_by(const char *status, const char *why)
+{
+	char self[PATH_MAX] = "", *pid_file = strdup(path_of("qemu.pid"));
+	struct kc_sink *s;
+	struct sim g;
+	uint8_t *buf;
+	size_t len;
+	pid_t pid;
+
+	CHECK(readlink("/proc/self/exe", self, sizeof(self) - 1) > 0, "where is this program?");
+	/* QEMU is to be found again when the standby is gone. */
+	CHECK(!prctl(PR_SET_CHILD_SUBREAPER, 1), "cannot adopt");
+	start_standby(path_of("ram"), "--no-fence", "--timeout", "0", "--load-timeout", "2s", "--",
+		      self, "--be-qemu", status, pid_file);
+	s = protected_guest(&g);
+	/* It runs in this one. */
+	sim_goto(&g, 6);
+	OK(sim_send(&g, s, KC_EPOCH_RESYNC));
+	OK(kc_sink_wait(s, 6, 10000, &err));
+	kc_sink_end(s, KC_END_GUEST_DIED);
+	kc_sink_close(s);
+	wait_log("but the guest does not run");
+	wait_log("taken over at epoch 6");
+	CHECK(log_has(why), "it does not say why");
+	read_all(pid_file, &buf, &len);
+	buf[len] = '\0';
+	pid = atoi((char *)buf);
+	CHECK(pid > 1 && !kill(pid, 0), "QEMU was killed");
+	CHECK(!waitpid(standby, NULL, WNOHANG), "the standby does not attend to QEMU");
+	/* Ctrl-C, for all of the group. */
+	signal(SIGINT, nothing);
+	kill(0, SIGINT);
+	CHECK(reap(&standby) == 0 && log_has("leaving QEMU"), "the standby does not end");
+	CHECK(!waitpid(pid, NULL, WNOHANG), "QEMU ends with the standby");
+	kill(pid, SIGKILL);
+	CHECK(waitpid(pid, NULL, 0) == pid, "whose child is QEMU?");
+	free(pid_file);
+	free(buf);
+	sim_free(&g);
+}
+
+static void test_io_error(void)
+{
+	taken_over_by("io-error", "its status is not");
+}
+
+static void test_silent_qemu(void)
+{
+	taken_over_by("silent", "does not answer in time");
+}
+
 /* --- The rest ------------------------------------------------------------- */
 
 static void test_merging(void)
@@ -1971,6 +2073,8 @@ static const struct test tests[] = {
 	{ "failover_again", test_failover_again },
 	{ "qemu", test_qemu },
 	{ "qemu_stopped", test_qemu_stopped },
+	{ "io_error", test_io_error },
+	{ "silent_qemu", test_silent_qemu },
 	{ "reboot", test_reboot },
 	{ "foreign_directory", test_foreign_directory },
 	{ "kill_standby", test_kill_standby },
@@ -2031,6 +2135,8 @@ int main(int argc, char **argv)
 		.usage = "KVM-CHECKPOINT", .nr_programs = 1, .jobs = 1,
 	};
 
+	if (argc > 4 && !strcmp(argv[1], "--be-qemu"))
+		return be_qemu(argc, argv);
 	if (argc == 3 && !strcmp(argv[1], "-c"))
 		return make_corpus(argv[2]);
 	return run_tests(&suite, argc, argv);
