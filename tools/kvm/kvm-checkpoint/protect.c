@@ -60,8 +60,9 @@ static const char usage_text[] =
 static const char usage_end[] =
 "\n"
 "Needs no privileges but access to QEMU's socket: run it as QEMU's user, not as root.\n"
-"Ends with 0 when it was told to (SIGTERM, detach, --epochs) or the guest was shut down, 1\n"
-"after a failure, 2 for a mistake in the command line.\n";
+"Ends with 0 when it was told to (SIGTERM, SIGINT, SIGHUP, detach, --epochs) or the guest\n"
+"was shut down, 1 after a failure, which it is too if the standby could not be told of\n"
+"that, 2 for a mistake in the command line.\n";
 
 struct protect {
 	const char *qmp, *to, *control;
@@ -602,17 +603,30 @@ static enum where run(struct protect *p, int *rc, struct kc_err *err)
 	return where;
 }
 
-static void end(struct protect *p, enum kc_end why)
+/* False if the standby has not been told, and may well take over from a guest that lives */
+static bool end(struct protect *p, enum kc_end why)
 {
+	bool told = p->sink && kc_sink_end(p->sink, why);
+
+	close_sink(p);
+	/* Nobody has ever heard of this guest, or nobody waits for it */
+	if (told || !p->nr || strncmp(p->to, "tcp:", 4))
+		return true;
 	/*
 	 * Silence would be taken for death, and this host be fenced: if the link is lost, one more
-	 * attempt, unless nobody has ever heard of this guest.
+	 * attempt.
 	 */
-	if (!p->sink && p->nr)
-		p->sink = kc_sink_open(p->to, &p->opts, &p->guest.id, NULL);
+	p->sink = kc_sink_open(p->to, &p->opts, &p->guest.id, NULL);
 	if (p->sink)
-		kc_sink_end(p->sink, why);
+		told = kc_sink_end(p->sink, why);
+	else	/* It has taken over, or is there for another guest by now */
+		told = errno == ESHUTDOWN || errno == EEXIST;
 	close_sink(p);
+	if (!told && why != KC_END_GUEST_DIED)
+		kc_log(KC_LOG_ERROR,
+		       "%s does not know that the protection has ended: stop it, or it takes over when its --timeout is up",
+		       p->to);
+	return told;
 }
 
 /* Returns the exit status */
@@ -636,8 +650,7 @@ static int protect(struct protect *p)
 		rc = 0;
 		switch (run(p, &rc, &err)) {
 		case STOPPED:
-			end(p, KC_END_DETACH);
-			return 0;
+			return end(p, KC_END_DETACH) ? 0 : 1;
 		case SINK:
 			if (p->lost) {
 				rc = p->lost;
@@ -660,8 +673,7 @@ static int protect(struct protect *p)
 		/* The guest's side */
 		if (rc == -EPIPE && p->guest.qmp.shutdown) {
 			kc_log(KC_LOG_INFO, "the guest was shut down");
-			end(p, KC_END_GUEST_SHUTDOWN);
-			return 0;
+			return end(p, KC_END_GUEST_SHUTDOWN) ? 0 : 1;
 		}
 		if (rc == -EPIPE && guest_died(&p->guest)) {
 			kc_log(KC_LOG_ERROR, "%s; the last epoch that counts is %lu", err.text,
@@ -742,7 +754,7 @@ int cmd_protect(int argc, char **argv)
 		{ NULL, 0, NULL, 0 }
 	};
 	static struct protect p;
-	struct sigaction sa = { .sa_handler = on_signal };
+	struct sigaction sa = { .sa_handler = on_signal }, old;
 	struct kc_ctl *ctl = NULL;
 	struct kc_err err;
 	int c, index, status;
@@ -809,6 +821,9 @@ int cmd_protect(int argc, char **argv)
 	p.tty = isatty(1) && !p.json;
 	sigaction(SIGTERM, &sa, NULL);
 	sigaction(SIGINT, &sa, NULL);
+	/* Its terminal was closed; under nohup that is nothing */
+	if (!sigaction(SIGHUP, NULL, &old) && old.sa_handler != SIG_IGN)
+		sigaction(SIGHUP, &sa, NULL);
 	signal(SIGPIPE, SIG_IGN);
 
 	p.status = kc_status_new("protect", "");

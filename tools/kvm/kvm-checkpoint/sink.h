@@ -155,8 +155,10 @@ enum kc_end { KC_END_DETACH = 1, KC_END_GUEST_SHUTDOWN = 2, KC_END_GUEST_DIED = 
  * kc_sink_end() - tell the receiver why no more epochs come, then kc_sink_close()
  *
  * Without it (SIGKILL, a lost link) a standby takes the primary for dead after its --timeout.
+ *
+ * Return: false if it could not be told, or does not react within the I/O timeout.
  */
-void kc_sink_end(struct kc_sink *sink, enum kc_end end);
+bool kc_sink_end(struct kc_sink *sink, enum kc_end end);
 
 /**
  * kc_sink_last_epoch() - the last complete epoch that the receiver holds, 0 for none

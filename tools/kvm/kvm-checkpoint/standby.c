@@ -880,6 +880,7 @@ int cmd_standby(int argc, char **argv)
 	const struct kc_guest *g;
 	pthread_condattr_t attr;
 	struct kc_ctl *ctl = NULL;
+	struct sigaction sa;
 	struct kc_err err = { "" };
 	int listener, signals, rc;
 	sigset_t set;
@@ -896,7 +897,9 @@ int cmd_standby(int argc, char **argv)
 	sigemptyset(&set);
 	sigaddset(&set, SIGTERM);
 	sigaddset(&set, SIGINT);
-	sigaddset(&set, SIGHUP);
+	/* Which signalfd would tell of under nohup, too. */
+	if (!sigaction(SIGHUP, NULL, &sa) && sa.sa_handler != SIG_IGN)
+		sigaddset(&set, SIGHUP);
 	sigaddset(&set, SIGCHLD);
 	pthread_sigmask(SIG_BLOCK, &set, NULL);
 	signals = signalfd(-1, &set, SFD_CLOEXEC);

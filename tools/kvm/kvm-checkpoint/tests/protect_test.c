@@ -1472,21 +1472,59 @@ static void must_detach(int status)
 	stop_standby(SIGTERM);
 }
 
+static int end_signal;
+
 static const char *terminates(struct qemu *q, const char *command)
 {
 	if (!strcmp(command, CONT) && q->conts == 5)
-		kill(q->client, SIGTERM);
+		kill(q->client, end_signal);
 	return NULL;
 }
 
 /* What was begun is brought to an end. */
-static void test_term_in_epoch(void)
+static void end_in_epoch(int sig)
 {
+	end_signal = sig;
 	qemu.hook = terminates;
 	start_qemu(&qemu);
 	start_standby(path_of("ram"), "--no-fence", "--timeout", "0", "--insecure");
 	must_detach(protect(CHECKED, spec(), "--interval", "1ms"));
 	CHECK(snap_of_standby(path_of("ram")) == 4, "the last epoch is missing");
+}
+
+static void test_term_in_epoch(void)
+{
+	end_in_epoch(SIGTERM);
+}
+
+/* The end of a terminal; the tests may be under nohup themselves. */
+static void test_hup_in_epoch(void)
+{
+	signal(SIGHUP, SIG_DFL);
+	end_in_epoch(SIGHUP);
+}
+
+/* Both of them are under nohup. */
+static void test_nohup(void)
+{
+	uint64_t end = kc_now_us() + LIMIT_US;
+	unsigned int conts;
+
+	signal(SIGHUP, SIG_IGN);
+	start_qemu(&qemu);
+	start_standby(path_of("ram"), "--no-fence", "--timeout", "0", "--insecure");
+	start_protect(CHECKED, spec(), "--interval", "1ms", NULL);
+	serve_until_log("protected since epoch 1");
+	kill(qemu.client, SIGHUP);
+	kill(standby, SIGHUP);
+	conts = qemu.conts;
+	while (qemu.conts < conts + 10) {
+		CHECK(kc_now_us() < end, "there are no more epochs");
+		step(&qemu, 1);
+	}
+	CHECK(!log_has("stopped; last complete epoch"), "the standby ends");
+	kill(qemu.client, SIGTERM);
+	must_detach(serve());
 }
 
 /* However long it is until the next one. */
@@ -1575,6 +1613,34 @@ static void test_term_lost(void)
 	end_while_lost(true, "ends the protection: detached");
 }
 
+/* Or nobody is there any more that could be told, which must not be taken for a good end. */
+static void end_untold(int sig, const char *said)
+{
+	start_qemu(&qemu);
+	start_standby(path_of("ram"), "--no-fence", "--timeout", "0", "--insecure");
+	start_protect(CHECKED, spec(), "--interval", "1ms", "--io-timeout", "2s", NULL);
+	while (qemu.conts < 3)
+		step(&qemu, 1);
+	kill(standby, sig);
+	if (said)
+		serve_until_log(said);
+	kill(qemu.client, SIGTERM);
+	must_fail(serve(), "does not know that the protection has ended");
+	kill(standby, SIGKILL);
+	reap(&standby);
+}
+
+static void test_term_untold(void)
+{
+	end_untold(SIGKILL, "the guest runs on, trying again");
+}
+
+/* The connection is there, but the standby hangs. */
+static void test_term_unheard(void)
+{
+	end_untold(SIGSTOP, NULL);
+}
+
 /* The standby ends while QEMU does something that takes long. */
 static const char *kills_standby(struct qemu *q, const char *command)
 {
@@ -1634,11 +1700,15 @@ static const struct test tests[] = {
 	{ "protect_garbage_runs", test_garbage_runs },
 	{ "protect_long_line", test_long_line },
 	{ "protect_term_in_epoch", test_term_in_epoch },
+	{ "protect_hup_in_epoch", test_hup_in_epoch },
+	{ "protect_nohup", test_nohup },
 	{ "protect_term_between", test_term_between },
 	{ "protect_term_in_copy", test_term_in_copy },
 	{ "protect_term_alone", test_term_alone },
 	{ "protect_link_lost", test_link_lost },
 	{ "protect_term_lost", test_term_lost },
+	{ "protect_term_untold", test_term_untold },
+	{ "protect_term_unheard", test_term_unheard },
 	{ "protect_shutdown_lost", test_shutdown_lost },
 };
 
