@@ -257,7 +257,7 @@ static int resolve(const char *hostport, bool passive, struct addrinfo **ai, str
 		memcpy(host, hostport, n);
 	rc = getaddrinfo(n ? host : NULL, colon + 1, &hints, ai);
 	if (rc)
-		return kc_fail(err, rc == EAI_AGAIN ? ETIMEDOUT : EINVAL, "%s: %s", hostport,
+		return kc_fail(err, rc == EAI_AGAIN ? ETIMEDOUT : EDESTADDRREQ, "%s: %s", hostport,
 			       gai_strerror(rc));
 	return 0;
 }

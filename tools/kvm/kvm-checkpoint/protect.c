@@ -79,6 +79,7 @@ struct protect {
 	struct kc_status *status;
 	uint64_t nr;		/* of the newest epoch that was begun */
 	uint64_t acked, epochs;
+	bool was_acked;		/* the receiver once had a complete epoch */
 	bool idle;		/* the guest is stopped, and its last epoch says all */
 	bool tty;
 	uint64_t started_us, shown_us;
@@ -214,6 +215,7 @@ static int poll_sink(struct protect *p, struct kc_err *err)
 		struct json_object *o = event("acked");
 
 		p->acked = acked;
+		p->was_acked = true;
 		add(o, "epoch", acked);
 		show_json(p, o);
 	}
@@ -466,6 +468,7 @@ static enum where sync_all(struct protect *p, int *rc, struct kc_err *err)
 	if (p->nr < last)
 		p->nr = last;
 	p->acked = last;
+	p->was_acked |= last;
 	*rc = kc_epoch_begin(p->sink, p->nr + 1, flags, err);
 	if (*rc)
 		return SINK;
@@ -526,11 +529,40 @@ static enum where sync_all(struct protect *p, int *rc, struct kc_err *err)
  * Life
  */
 
-/* The first time any failure is the user's to know; later only what will not pass by itself */
+/*
+ * Where nothing has ever arrived, a name, a key or a path is wrong.  Once epochs have, these were
+ * right: a name server or what holds the keys may be in trouble, as the link may, and what makes no
+ * sense was damaged on its way.
+ */
+static bool may_pass(const struct protect *p, int error)
+{
+	if (kc_sink_is_temporary(error))
+		return true;
+	if (!p->was_acked || strncmp(p->to, "tcp:", 4))
+		return false;
+	switch (error) {
+	case EDESTADDRREQ:
+	case EACCES:
+	case ENOENT:
+	case EMFILE:
+	case ENFILE:
+	case ENOMEM:
+	case ENOBUFS:
+	case EPROTO:
+		return true;
+	default:
+		return false;
+	}
+}
+
+/*
+ * The first time any failure is the user's to know, and what does not look as if it passed by
+ * itself once more when it comes later.
+ */
 static enum where open_sink(struct protect *p, int *rc, struct kc_err *err)
 {
 	unsigned int wait_ms = 100;
-	bool told = false;
+	int told = 0;
 
 	while (!p->sink) {
 		uint64_t until;
@@ -544,11 +576,12 @@ static enum where open_sink(struct protect *p, int *rc, struct kc_err *err)
 		if (stop_requested)
 			return STOPPED;
 		*rc = -errno;
-		if (!kc_sink_is_temporary(errno))
+		if (!may_pass(p, -*rc))
 			return SINK;
-		if (!told)
+		if (!told || (told != -*rc && !kc_sink_is_temporary(-*rc))) {
+			told = -*rc;
 			kc_log(KC_LOG_WARN, "%s; the guest runs on, trying again", err->text);
-		told = true;
+		}
 		kc_status_phase(p->status, "link lost");
 		for (until = kc_now_us() + wait_ms * 1000; kc_now_us() < until; usleep(20000)) {
 			if (stop_requested)
@@ -657,7 +690,7 @@ static int protect(struct protect *p)
 				err = p->lost_err;
 			}
 			close_sink(p);
-			if (!kc_sink_is_temporary(-rc)) {
+			if (!may_pass(p, -rc)) {
 				kc_log(KC_LOG_ERROR, "%s; the guest runs on, without protection",
 				       err.text);
 				end(p, KC_END_DETACH);

@@ -126,7 +126,8 @@ struct kc_sink;
  *
  * Does not retry: on -ECONNREFUSED, -ETIMEDOUT, -ENETUNREACH, -EHOSTUNREACH, -ECONNRESET, -EPIPE
  * and -EBUSY (another primary is connected), -EBADMSG (corrupted on the way) it makes sense to try
- * again later; the others need the user (-EACCES wrong key, -EPROTO no standby or another version,
+ * again later; the others need the user (-EACCES wrong key, -EDESTADDRREQ no such host or port,
+ * -EPROTO no standby, -EPROTONOSUPPORT another version,
  * -EEXIST it holds another guest, -EINVAL bad spec or options, -ENOSPC and the like).
  * kc_sink_is_temporary() knows.
  *

@@ -608,15 +608,19 @@ static void step(struct qemu *q, int ms)
 
 /* --- Protecting it -------------------------------------------------------- */
 
+/* The keys for it, if any */
+static const char *key_file;
+
 static void start_protect(const char *which, const char *to, ...)
 {
 	const char *argv[30] = {
-		which, "protect", "--qmp", path_of("qmp"), "--to", to, "--insecure",
+		which, "protect", "--qmp", path_of("qmp"), "--to", to,
+		key_file ? "--psk-file" : "--insecure", key_file,
 	};
 	va_list ap;
 
 	va_start(ap, to);
-	add_args(argv, 7, ap);
+	add_args(argv, key_file ? 8 : 7, ap);
 	va_end(ap);
 	qemu.client = spawn(argv, 0);
 }
@@ -853,19 +857,24 @@ static const char *meddles(struct qemu *q, const char *command)
 	return NULL;
 }
 
-static unsigned int times_in_log(const char *text)
+static unsigned int times_in(const char *path, const char *text)
 {
 	unsigned int n = 0;
 	uint8_t *buf;
 	size_t len;
 	char *p;
 
-	read_all(path_of("log"), &buf, &len);
+	read_all(path, &buf, &len);
 	buf[len] = '\0';
 	for (p = (char *)buf; (p = strstr(p, text)); p++)
 		n++;
 	free(buf);
 	return n;
+}
+
+static unsigned int times_in_log(const char *text)
+{
+	return times_in(path_of("log"), text);
 }
 
 static void test_torn(void)
@@ -1665,6 +1674,49 @@ static void test_link_lost(void)
 	CHECK(snap_of_standby(path_of("ram")) == qemu.nr_snaps - 1, "the last epoch is missing");
 }
 
+/* When a key has once been right, the one at the other end is that of somebody else for a while. */
+static void test_other_key(void)
+{
+	static const char wrong[] = "kvm:100102030405060708090a0b0c0d0e0f\n";
+	char own[PATH_MAX];
+	uint64_t end;
+
+	strcpy(own, psk);
+	key_file = own;
+	qemu.hook = kills_standby;
+	start_qemu(&qemu);
+	start_standby(path_of("ram"), "--no-fence", "--timeout", "0");
+	start_protect(CHECKED, spec(), "--interval", "1ms", "--epochs", "10", NULL);
+	serve_until_log("the guest runs on, trying again");
+	/* The next standby begins another log, but not for protect. */
+	CHECK(!link(path_of("log"), path_of("protect.log")), "cannot link the log");
+	snprintf(psk, sizeof(psk), "%s/other.psk", dir);
+	write_text(psk, 0600, wrong);
+	start_standby(path_of("ram2"), "--no-fence", "--timeout", "0");
+	end = kc_now_us() + LIMIT_US;
+	while (times_in(path_of("protect.log"), "; the guest runs on, trying again") < 2 ||
+	       times_in_log("refused a connection") < 3) {
+		CHECK(kc_now_us() < end, "it does not try again");
+		step(&qemu, 1);
+	}
+	CHECK(times_in(path_of("protect.log"), "same identity and key") == 1,
+	      "it does not say once that the key is wrong");
+	stop_standby(SIGTERM);
+	strcpy(psk, own);
+	start_standby(path_of("ram"), "--no-fence", "--timeout", "0");
+	CHECK(serve() == 0, "it does not go on with the standby");
+	wait_log("ends the protection: detached");
+	stop_standby(SIGTERM);
+	CHECK(snap_of_standby(path_of("ram")) == qemu.nr_snaps - 1, "the last epoch is missing");
+	/* But one that was never right is not. */
+	qemu.hook = NULL;
+	key_file = path_of("other.psk");
+	start_standby(path_of("ram"), "--no-fence", "--timeout", "0");
+	must_fail(protect(CHECKED, spec()), "; the guest runs on, without protection");
+	CHECK(!log_has("trying again"), "it tries again");
+	stop_standby(SIGTERM);
+}
+
 /* --- All of them ---------------------------------------------------------- */
 
 static const struct test tests[] = {
@@ -1706,6 +1758,7 @@ static const struct test tests[] = {
 	{ "protect_term_in_copy", test_term_in_copy },
 	{ "protect_term_alone", test_term_alone },
 	{ "protect_link_lost", test_link_lost },
+	{ "protect_other_key", test_other_key },
 	{ "protect_term_lost", test_term_lost },
 	{ "protect_term_untold", test_term_untold },
 	{ "protect_term_unheard", test_term_unheard },
