@@ -13,6 +13,7 @@
 #include <getopt.h>
 #include <poll.h>
 #include <signal.h>
+#include <stdarg.h>
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -82,6 +83,7 @@ struct protect {
 	bool was_acked;		/* the receiver once had a complete epoch */
 	bool idle;		/* the guest is stopped, and its last epoch says all */
 	bool tty;
+	unsigned int unread;	/* lines that were not shown, as nobody reads them */
 	uint64_t started_us, shown_us;
 };
 
@@ -118,12 +120,41 @@ static char *on_command(void *ctx, const char *line, bool *ok)
  * What is shown
  */
 
+/*
+ * Whoever reads this may be slow, or have stopped; a primary that waits for them looks dead to its
+ * standby.
+ */
+static void show(struct protect *p, const char *text, const char *end)
+{
+	if (!kc_can_write(STDOUT_FILENO)) {
+		p->unread++;
+		return;
+	}
+	if (p->unread && p->json)
+		printf("{\"event\":\"lost\",\"lines\":%u}\n", p->unread);
+	else if (p->unread)
+		printf("(%u lines that nobody has read are left out)\n", p->unread);
+	p->unread = 0;
+	fputs(text, stdout);
+	fputs(end, stdout);
+	fflush(stdout);
+}
+
+static void __attribute__((format(printf, 2, 3))) showf(struct protect *p, const char *fmt, ...)
+{
+	char text[512];
+	va_list ap;
+
+	va_start(ap, fmt);
+	vsnprintf(text, sizeof(text), fmt, ap);
+	va_end(ap);
+	show(p, text, "");
+}
+
 static void show_json(struct protect *p, struct json_object *o)
 {
-	if (p->json) {
-		puts(json_object_to_json_string_ext(o, JSON_C_TO_STRING_PLAIN));
-		fflush(stdout);
-	}
+	if (p->json)
+		show(p, json_object_to_json_string_ext(o, JSON_C_TO_STRING_PLAIN), "\n");
 	json_object_put(o);
 }
 
@@ -162,10 +193,9 @@ static void show_progress(struct protect *p, const char *what, uint64_t done, ui
 		show_json(p, o);
 		return;
 	}
-	printf("%s%s: %3lu%% of %lu MiB, %lu MiB/s, %lu s left%s", p->tty ? "\r\033[K" : "", what,
-	       total ? done * 100 / total : 100, total >> 8, rate >> 8, left,
-	       p->tty && !end ? "" : "\n");
-	fflush(stdout);
+	showf(p, "%s%s: %3lu%% of %lu MiB, %lu MiB/s, %lu s left%s", p->tty ? "\r\033[K" : "", what,
+	      total ? done * 100 / total : 100, total >> 8, rate >> 8, left,
+	      p->tty && !end ? "" : "\n");
 }
 
 static void show_epoch(struct protect *p)
@@ -517,11 +547,10 @@ static enum where sync_all(struct protect *p, int *rc, struct kc_err *err)
 	json_object_object_add(o, "resync", json_object_new_boolean(compare));
 	show_json(p, o);
 	if (!p->json && compare)
-		printf("protected since epoch %lu: %lu pages differed, %lu were sent\n", p->nr,
-		       differed, sent);
+		showf(p, "protected since epoch %lu: %lu pages differed, %lu were sent\n", p->nr,
+		      differed, sent);
 	else if (!p->json)
-		printf("protected since epoch %lu: %lu pages were sent\n", p->nr, sent);
-	fflush(stdout);
+		showf(p, "protected since epoch %lu: %lu pages were sent\n", p->nr, sent);
 	return OK;
 }
 
@@ -852,6 +881,7 @@ int cmd_protect(int argc, char **argv)
 		return usage_error("--to is missing: tcp:HOST:PORT of a standby, or a directory");
 
 	p.tty = isatty(1) && !p.json;
+	kc_log_may_lose = true;
 	sigaction(SIGTERM, &sa, NULL);
 	sigaction(SIGINT, &sa, NULL);
 	/* Its terminal was closed; under nohup that is nothing */

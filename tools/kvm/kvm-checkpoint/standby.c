@@ -890,6 +890,7 @@ int cmd_standby(int argc, char **argv)
 	if (rc >= 0)
 		goto out_args;
 	rc = 1;
+	kc_log_may_lose = true;
 	pthread_condattr_init(&attr);
 	pthread_condattr_setclock(&attr, CLOCK_MONOTONIC);
 	pthread_cond_init(&sb.changed, &attr);

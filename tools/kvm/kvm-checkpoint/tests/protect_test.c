@@ -17,6 +17,7 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <sys/un.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -1717,6 +1718,74 @@ static void test_other_key(void)
 	stop_standby(SIGTERM);
 }
 
+/* --- Nobody reads what it says -------------------------------------------- */
+
+/* A pipe that is full, and protect writing to it what it would write to this one */
+static const char *protect_into(const char *redirect, int *fifo)
+{
+	char text[3 * PATH_MAX], junk[4096];
+
+	CHECK(!mkfifo(path_of("fifo"), 0600), "mkfifo");
+	*fifo = open(path_of("fifo"), O_RDWR | O_NONBLOCK | O_CLOEXEC);
+	CHECK(*fifo >= 0, "cannot open the pipe: %s", strerror(errno));
+	memset(junk, '\n', sizeof(junk));
+	while (write(*fifo, junk, sizeof(junk)) > 0)
+		;
+	CHECK(errno == EAGAIN, "the pipe is never full");
+	snprintf(text, sizeof(text), "#!/bin/sh\nexec %s \"$@\" %s%s/fifo\n", CHECKED, redirect,
+		 dir);
+	/* For longer than other paths. */
+	return strdup(script("protect", text));
+}
+
+static void test_unread_stdout(void)
+{
+	uint64_t end = kc_now_us() + LIMIT_US;
+	static char text[1 << 20];
+	const char *program_into;
+	size_t len = 0, junk;
+	ssize_t n;
+	int fifo;
+
+	start_qemu(&qemu);
+	program_into = protect_into(">", &fifo);
+	CHECK(protect(program_into, path_of("store"), "--json", "--interval", "1ms", "--epochs",
+		      "50") == 0, "protect fails");
+	CHECK(qemu.conts == 51, "%u epochs were taken", qemu.conts);
+	/* When somebody reads again, it says how much is missing. */
+	start_protect(program_into, path_of("store"), "--json", "--interval", "1ms", NULL);
+	while (qemu.conts < 60) {
+		CHECK(kc_now_us() < end, "there are no more epochs");
+		step(&qemu, 1);
+	}
+	while (!strstr(text, "{\"event\":\"lost\",\"lines\":") || !strstr(text, "\"epoch\",")) {
+		CHECK(kc_now_us() < end && len < sizeof(text) - 1, "it does not say what is lost");
+		n = read(fifo, text + len, sizeof(text) - 1 - len);
+		if (n > 0)
+			len += n;
+		/* What it was filled with. */
+		junk = strspn(text, "\n");
+		len -= junk;
+		memmove(text, text + junk, len + 1);
+		step(&qemu, 1);
+	}
+	CHECK(!strncmp(text, "{\"event\":\"lost\"", 15), "it begins with %.40s", text);
+	kill(qemu.client, SIGTERM);
+	CHECK(serve() == 0, "protect fails");
+}
+
+static void test_unread_stderr(void)
+{
+	int fifo;
+
+	/* Of which it tells. */
+	qemu.hook = meddles;
+	start_qemu(&qemu);
+	CHECK(protect(protect_into("2>", &fifo), path_of("store"), "--interval", "1ms", "--epochs",
+		      "20") == 0, "protect fails");
+	CHECK(qemu.stops == 32, "%u epochs were taken", qemu.stops);
+}
+
 /* --- All of them ---------------------------------------------------------- */
 
 static const struct test tests[] = {
@@ -1763,6 +1832,8 @@ static const struct test tests[] = {
 	{ "protect_term_untold", test_term_untold },
 	{ "protect_term_unheard", test_term_unheard },
 	{ "protect_shutdown_lost", test_shutdown_lost },
+	{ "protect_unread_stdout", test_unread_stdout },
+	{ "protect_unread_stderr", test_unread_stderr },
 };
 
 int main(int argc, char **argv)
