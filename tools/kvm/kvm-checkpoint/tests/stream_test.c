@@ -1089,17 +1089,35 @@ static void fill_directory(const char *store)
 	sim_free(&g);
 }
 
-static void test_full_directory(void)
+static void mount_small(void)
 {
-	struct stat st;
-
 	if (mkdir(path_of("full"), 0700) || unshare(CLONE_NEWNS) ||
 	    mount("none", "/", NULL, MS_REC | MS_PRIVATE, NULL) ||
 	    mount("none", path_of("full"), "tmpfs", 0, "size=6m"))
 		SKIP("cannot mount a small tmpfs: %s", strerror(errno));
+}
+
+static void test_full_directory(void)
+{
+	struct stat st;
+
+	mount_small();
 	fill_directory(path_of("full/store"));
 	CHECK(!stat(path_of("full/store"), &st), "it is gone");
 	umount(path_of("full"));
+}
+
+/* Up to the last byte. */
+static void write_junk(const char *path)
+{
+	static const char junk[4096] = "junk";
+	int fd = open(path, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
+
+	CHECK(fd >= 0, "cannot make %s: %s", path, strerror(errno));
+	while (write(fd, junk, sizeof(junk)) > 0)
+		;
+	CHECK(errno == ENOSPC, "%s", strerror(errno));
+	close(fd);
 }
 
 /* A standby that has room for RAM, but not for an epoch with all of it. */
@@ -1568,6 +1586,44 @@ static void test_failover_again(void)
 	OK(kc_sink_wait(s, 3, 10000, &err));
 	kc_sink_close(s);
 	stop_standby(SIGTERM);
+	sim_free(&g);
+}
+
+/* Others fill the file system of a standby: what it has to remember is little, and counts. */
+static void test_full_ram_dir(void)
+{
+	struct kc_sink *s;
+	struct sim g;
+
+	mount_small();
+	start_standby(path_of("full/ram"), "--no-fence", "--timeout", "300ms");
+	s = protected_guest(&g);
+	write_junk(path_of("full/junk"));
+	kc_sink_end(s, KC_END_DETACH);
+	kc_sink_close(s);
+	wait_log("ends the protection: detached");
+	poll(NULL, 0, 1000);
+	CHECK(!waitpid(standby, NULL, WNOHANG) && !log_has("failing over"),
+	      "failed over after a detach");
+	stop_standby(SIGKILL);
+	start_standby(path_of("full/ram"), "--no-fence", "--timeout", "300ms");
+	poll(NULL, 0, 1000);
+	CHECK(!waitpid(standby, NULL, WNOHANG) && !log_has("failing over"),
+	      "failed over after a detach and a restart");
+	unlink(path_of("full/junk"));
+	s = must_open(spec());
+	sim_step(&g);
+	OK(sim_send(&g, s, kc_sink_start(s)));
+	OK(kc_sink_wait(s, 3, 10000, &err));
+	write_junk(path_of("full/junk"));
+	kc_sink_end(s, KC_END_GUEST_DIED);
+	kc_sink_close(s);
+	CHECK(reap(&standby) == 0 && log_has("taken over at epoch 3"), "did not fail over");
+	/* Which it has stored. */
+	CHECK(run("standby", "--listen", "127.0.0.1:0", "--no-fence", "--psk-file", psk,
+		  "--ram-dir", path_of("full/ram"), NULL) == 1 && log_has("was taken over"),
+	      "files that were given away are used again");
+	umount(path_of("full"));
 	sim_free(&g);
 }
 
@@ -2071,6 +2127,7 @@ static const struct test tests[] = {
 	{ "failover", test_failover },
 	{ "failover_reasons", test_failover_reasons },
 	{ "failover_again", test_failover_again },
+	{ "full_ram_dir", test_full_ram_dir },
 	{ "qemu", test_qemu },
 	{ "qemu_stopped", test_qemu_stopped },
 	{ "io_error", test_io_error },
