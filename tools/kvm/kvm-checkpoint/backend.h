@@ -23,7 +23,7 @@ struct kc_sink_ops {
 	int (*poll)(struct kc_sink *s, struct kc_err *err);
 	int (*digests)(struct kc_sink *s, uint32_t block, uint64_t first, uint32_t n, uint8_t *out,
 		       struct kc_err *err);
-	void (*end)(struct kc_sink *s, enum kc_end end);
+	bool (*end)(struct kc_sink *s, enum kc_end end);
 	void (*close)(struct kc_sink *s);
 	bool aborts_by_record;
 };

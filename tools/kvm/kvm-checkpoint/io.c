@@ -257,7 +257,7 @@ static int resolve(const char *hostport, bool passive, struct addrinfo **ai, str
 		memcpy(host, hostport, n);
 	rc = getaddrinfo(n ? host : NULL, colon + 1, &hints, ai);
 	if (rc)
-		return kc_fail(err, rc == EAI_AGAIN ? ETIMEDOUT : EINVAL, "%s: %s", hostport,
+		return kc_fail(err, rc == EAI_AGAIN ? ETIMEDOUT : EDESTADDRREQ, "%s: %s", hostport,
 			       gai_strerror(rc));
 	return 0;
 }
@@ -637,9 +637,10 @@ int kc_io_write(struct kc_io *io, const void *buf, size_t len, struct kc_err *er
 	return 0;
 }
 
-void kc_io_linger(struct kc_io *io, unsigned int timeout_ms)
+bool kc_io_linger(struct kc_io *io, unsigned int timeout_ms)
 {
 	uint64_t end = kc_now_us() + timeout_ms * 1000ull;
+	ssize_t n;
 
 	if (io->tls)
 		gnutls_bye(io->tls, GNUTLS_SHUT_WR);
@@ -647,7 +648,8 @@ void kc_io_linger(struct kc_io *io, unsigned int timeout_ms)
 	/* Closing with unread data in the socket would reset it, and lose what we said last. */
 	for (;;) {
 		io->pos = io->end = 0;
-		if (!left_ms(end) || fill(io, left_ms(end)) <= 0)
-			return;
+		n = left_ms(end) ? fill(io, left_ms(end)) : -ETIMEDOUT;
+		if (n <= 0)
+			return n != -ETIMEDOUT;
 	}
 }

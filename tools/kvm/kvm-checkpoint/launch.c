@@ -190,8 +190,13 @@ static void child(char **argv, int keep, int out)
 	_exit(127);
 }
 
-/* Start it; @group: in a process group of its own, so that what it starts can be killed with it. */
-static int start(char **argv, int keep, bool group, pid_t *pid, struct kc_err *err)
+enum place {
+	WITH_US,
+	OWN_GROUP,	/* what it starts can be killed with it */
+	OWN_SESSION,	/* and no terminal's Ctrl-C or end reaches it */
+};
+
+static int start(char **argv, int keep, enum place place, pid_t *pid, struct kc_err *err)
 {
 	int p[2], e = 0;
 	ssize_t n;
@@ -200,7 +205,9 @@ static int start(char **argv, int keep, bool group, pid_t *pid, struct kc_err *e
 		return kc_fail(err, errno, "cannot make a pipe: %s", strerror(errno));
 	*pid = fork();
 	if (!*pid) {
-		if (group)
+		if (place == OWN_SESSION)
+			setsid();
+		else if (place == OWN_GROUP)
 			setpgid(0, 0);
 		child(argv, keep, p[1]);
 	}
@@ -208,7 +215,7 @@ static int start(char **argv, int keep, bool group, pid_t *pid, struct kc_err *e
 		e = errno;
 	close(p[1]);
 	if (*pid > 0) {
-		if (group)
+		if (place == OWN_GROUP)
 			setpgid(*pid, *pid);
 		do
 			n = read(p[0], &e, sizeof(e));
@@ -238,7 +245,7 @@ int kc_run_fence(char **argv, unsigned int timeout_ms, struct kc_err *err)
 	int rc, status;
 	pid_t pid, got;
 
-	rc = start(argv, -1, true, &pid, err);
+	rc = start(argv, -1, OWN_GROUP, &pid, err);
 	if (rc)
 		return rc;
 	while (!(got = waitpid(pid, &status, WNOHANG))) {
@@ -296,12 +303,12 @@ static struct json_object *qmp_read(struct qmp *q, struct kc_err *err)
 		if (now >= q->end || poll(&p, 1, (q->end - now + 999) / 1000) <= 0) {
 			if (now < q->end)
 				continue;
-			kc_fail(err, ETIMEDOUT, "QEMU did not load the state in time");
+			kc_fail(err, ETIMEDOUT, "QEMU's monitor does not answer in time");
 			return NULL;
 		}
 		n = q->len < QMP_MAX ? recv(q->fd, q->buf + q->len, QMP_MAX - q->len, 0) : -1;
 		if (n <= 0) {
-			kc_fail(err, EPIPE, "QEMU ended before it had loaded the state");
+			kc_fail(err, EPIPE, "QEMU ended, or closed its monitor");
 			return NULL;
 		}
 		q->len += n;
@@ -327,7 +334,7 @@ static int qmp_send(struct qmp *q, const char *line, int fd, struct kc_err *err)
 	}
 	/* Lines are short and the socket's buffer is not. */
 	if (sendmsg(q->fd, &m, MSG_NOSIGNAL) != (ssize_t)iov.iov_len)
-		return kc_fail(err, EPIPE, "QEMU ended before it had loaded the state");
+		return kc_fail(err, EPIPE, "QEMU ended, or closed its monitor");
 	return 0;
 }
 
@@ -435,12 +442,17 @@ static int load(const struct kc_launch *l, struct qmp *q, struct kc_err *err)
 		rc = l->committed(l->ctx, err);
 	if (rc || l->stopped)
 		return rc;
+	q->end = kc_now_us() + l->timeout_ms * 1000ull;
 	rc = qmp_run(q, "{\"execute\":\"cont\"}\n", -1, NULL, err);
 	if (!rc)
 		rc = status_is(q, "running", &is, err);
 	if (!rc && !is)
-		rc = kc_fail(err, EIO, "QEMU loaded the state, but the guest does not run");
-	return rc;
+		rc = kc_fail(err, EIO, "its status is not \"running\"");
+	if (!rc)
+		return 0;
+	kc_fail(err, -rc, "QEMU loaded the state, but the guest does not run: %s", err->text);
+	/* There is no other copy of it any more, and what keeps it, as its disk, may be mended. */
+	return l->committed ? 1 : rc;
 }
 
 int kc_launch(const struct kc_launch *l, pid_t *pid, int *qmp, struct kc_err *err)
@@ -476,7 +488,7 @@ int kc_launch(const struct kc_launch *l, pid_t *pid, int *qmp, struct kc_err *er
 	if (!rc && l->bare && l->committed)
 		rc = l->committed(l->ctx, err);
 	if (!rc)
-		rc = start(argv, sv[1], false, pid, err);
+		rc = start(argv, sv[1], l->committed ? OWN_SESSION : WITH_US, pid, err);
 	if (sv[1] >= 0)
 		close(sv[1]);
 	kc_free_argv(argv);
@@ -492,7 +504,7 @@ int kc_launch(const struct kc_launch *l, pid_t *pid, int *qmp, struct kc_err *er
 	q.buf = malloc(QMP_MAX);
 	rc = q.buf ? load(l, &q, err) : kc_fail(err, ENOMEM, "out of memory");
 	free(q.buf);
-	if (rc) {
+	if (rc < 0) {
 		close(sv[0]);
 		kill_child(*pid);
 	}

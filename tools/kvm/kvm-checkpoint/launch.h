@@ -39,7 +39,8 @@ int kc_run_fence(char **argv, unsigned int timeout_ms, struct kc_err *err);
  * @guest, @ram, @state, @epoch: the checkpoint.
  * @stopped: the guest was not running when it was taken, so load it and leave it as it was.
  * @timeout_ms: for QEMU to have loaded the state.
- * @committed: called right before the guest runs and changes the RAM; an error stops it.
+ * @committed: called right before the guest runs and changes the RAM; an error stops it.  QEMU
+ *	is in a session of its own then, as it is to live longer than we do.
  */
 struct kc_launch {
 	char **argv;
@@ -66,7 +67,8 @@ int kc_launch_check(const struct kc_launch *l, struct kc_err *err);
  * @pid: of QEMU, a child of ours.
  * @qmp: its monitor, to be closed by the caller whenever it wants; -1 if @bare.
  *
- * Return: 0, or a negative errno and then QEMU is gone.
+ * Return: 0; 1 if @committed was called and the guest does not seem to run, which @err explains; or
+ * a negative errno and then QEMU is gone.
  */
 int kc_launch(const struct kc_launch *l, pid_t *pid, int *qmp, struct kc_err *err);
 

@@ -13,6 +13,7 @@
 #include <getopt.h>
 #include <poll.h>
 #include <signal.h>
+#include <stdarg.h>
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -60,8 +61,9 @@ static const char usage_text[] =
 static const char usage_end[] =
 "\n"
 "Needs no privileges but access to QEMU's socket: run it as QEMU's user, not as root.\n"
-"Ends with 0 when it was told to (SIGTERM, detach, --epochs) or the guest was shut down, 1\n"
-"after a failure, 2 for a mistake in the command line.\n";
+"Ends with 0 when it was told to (SIGTERM, SIGINT, SIGHUP, detach, --epochs) or the guest\n"
+"was shut down, 1 after a failure, which it is too if the standby could not be told of\n"
+"that, 2 for a mistake in the command line.\n";
 
 struct protect {
 	const char *qmp, *to, *control;
@@ -78,8 +80,10 @@ struct protect {
 	struct kc_status *status;
 	uint64_t nr;		/* of the newest epoch that was begun */
 	uint64_t acked, epochs;
+	bool was_acked;		/* the receiver once had a complete epoch */
 	bool idle;		/* the guest is stopped, and its last epoch says all */
 	bool tty;
+	unsigned int unread;	/* lines that were not shown, as nobody reads them */
 	uint64_t started_us, shown_us;
 };
 
@@ -116,12 +120,41 @@ static char *on_command(void *ctx, const char *line, bool *ok)
  * What is shown
  */
 
+/*
+ * Whoever reads this may be slow, or have stopped; a primary that waits for them looks dead to its
+ * standby.
+ */
+static void show(struct protect *p, const char *text, const char *end)
+{
+	if (!kc_can_write(STDOUT_FILENO)) {
+		p->unread++;
+		return;
+	}
+	if (p->unread && p->json)
+		printf("{\"event\":\"lost\",\"lines\":%u}\n", p->unread);
+	else if (p->unread)
+		printf("(%u lines that nobody has read are left out)\n", p->unread);
+	p->unread = 0;
+	fputs(text, stdout);
+	fputs(end, stdout);
+	fflush(stdout);
+}
+
+static void __attribute__((format(printf, 2, 3))) showf(struct protect *p, const char *fmt, ...)
+{
+	char text[512];
+	va_list ap;
+
+	va_start(ap, fmt);
+	vsnprintf(text, sizeof(text), fmt, ap);
+	va_end(ap);
+	show(p, text, "");
+}
+
 static void show_json(struct protect *p, struct json_object *o)
 {
-	if (p->json) {
-		puts(json_object_to_json_string_ext(o, JSON_C_TO_STRING_PLAIN));
-		fflush(stdout);
-	}
+	if (p->json)
+		show(p, json_object_to_json_string_ext(o, JSON_C_TO_STRING_PLAIN), "\n");
 	json_object_put(o);
 }
 
@@ -160,10 +193,9 @@ static void show_progress(struct protect *p, const char *what, uint64_t done, ui
 		show_json(p, o);
 		return;
 	}
-	printf("%s%s: %3lu%% of %lu MiB, %lu MiB/s, %lu s left%s", p->tty ? "\r\033[K" : "", what,
-	       total ? done * 100 / total : 100, total >> 8, rate >> 8, left,
-	       p->tty && !end ? "" : "\n");
-	fflush(stdout);
+	showf(p, "%s%s: %3lu%% of %lu MiB, %lu MiB/s, %lu s left%s", p->tty ? "\r\033[K" : "", what,
+	      total ? done * 100 / total : 100, total >> 8, rate >> 8, left,
+	      p->tty && !end ? "" : "\n");
 }
 
 static void show_epoch(struct protect *p)
@@ -213,6 +245,7 @@ static int poll_sink(struct protect *p, struct kc_err *err)
 		struct json_object *o = event("acked");
 
 		p->acked = acked;
+		p->was_acked = true;
 		add(o, "epoch", acked);
 		show_json(p, o);
 	}
@@ -465,6 +498,7 @@ static enum where sync_all(struct protect *p, int *rc, struct kc_err *err)
 	if (p->nr < last)
 		p->nr = last;
 	p->acked = last;
+	p->was_acked |= last;
 	*rc = kc_epoch_begin(p->sink, p->nr + 1, flags, err);
 	if (*rc)
 		return SINK;
@@ -513,11 +547,10 @@ static enum where sync_all(struct protect *p, int *rc, struct kc_err *err)
 	json_object_object_add(o, "resync", json_object_new_boolean(compare));
 	show_json(p, o);
 	if (!p->json && compare)
-		printf("protected since epoch %lu: %lu pages differed, %lu were sent\n", p->nr,
-		       differed, sent);
+		showf(p, "protected since epoch %lu: %lu pages differed, %lu were sent\n", p->nr,
+		      differed, sent);
 	else if (!p->json)
-		printf("protected since epoch %lu: %lu pages were sent\n", p->nr, sent);
-	fflush(stdout);
+		showf(p, "protected since epoch %lu: %lu pages were sent\n", p->nr, sent);
 	return OK;
 }
 
@@ -525,11 +558,40 @@ static enum where sync_all(struct protect *p, int *rc, struct kc_err *err)
  * Life
  */
 
-/* The first time any failure is the user's to know; later only what will not pass by itself */
+/*
+ * Where nothing has ever arrived, a name, a key or a path is wrong.  Once epochs have, these were
+ * right: a name server or what holds the keys may be in trouble, as the link may, and what makes no
+ * sense was damaged on its way.
+ */
+static bool may_pass(const struct protect *p, int error)
+{
+	if (kc_sink_is_temporary(error))
+		return true;
+	if (!p->was_acked || strncmp(p->to, "tcp:", 4))
+		return false;
+	switch (error) {
+	case EDESTADDRREQ:
+	case EACCES:
+	case ENOENT:
+	case EMFILE:
+	case ENFILE:
+	case ENOMEM:
+	case ENOBUFS:
+	case EPROTO:
+		return true;
+	default:
+		return false;
+	}
+}
+
+/*
+ * The first time any failure is the user's to know, and what does not look as if it passed by
+ * itself once more when it comes later.
+ */
 static enum where open_sink(struct protect *p, int *rc, struct kc_err *err)
 {
 	unsigned int wait_ms = 100;
-	bool told = false;
+	int told = 0;
 
 	while (!p->sink) {
 		uint64_t until;
@@ -543,11 +605,12 @@ static enum where open_sink(struct protect *p, int *rc, struct kc_err *err)
 		if (stop_requested)
 			return STOPPED;
 		*rc = -errno;
-		if (!kc_sink_is_temporary(errno))
+		if (!may_pass(p, -*rc))
 			return SINK;
-		if (!told)
+		if (!told || (told != -*rc && !kc_sink_is_temporary(-*rc))) {
+			told = -*rc;
 			kc_log(KC_LOG_WARN, "%s; the guest runs on, trying again", err->text);
-		told = true;
+		}
 		kc_status_phase(p->status, "link lost");
 		for (until = kc_now_us() + wait_ms * 1000; kc_now_us() < until; usleep(20000)) {
 			if (stop_requested)
@@ -602,17 +665,30 @@ static enum where run(struct protect *p, int *rc, struct kc_err *err)
 	return where;
 }
 
-static void end(struct protect *p, enum kc_end why)
+/* False if the standby has not been told, and may well take over from a guest that lives */
+static bool end(struct protect *p, enum kc_end why)
 {
+	bool told = p->sink && kc_sink_end(p->sink, why);
+
+	close_sink(p);
+	/* Nobody has ever heard of this guest, or nobody waits for it */
+	if (told || !p->nr || strncmp(p->to, "tcp:", 4))
+		return true;
 	/*
 	 * Silence would be taken for death, and this host be fenced: if the link is lost, one more
-	 * attempt, unless nobody has ever heard of this guest.
+	 * attempt.
 	 */
-	if (!p->sink && p->nr)
-		p->sink = kc_sink_open(p->to, &p->opts, &p->guest.id, NULL);
+	p->sink = kc_sink_open(p->to, &p->opts, &p->guest.id, NULL);
 	if (p->sink)
-		kc_sink_end(p->sink, why);
+		told = kc_sink_end(p->sink, why);
+	else	/* It has taken over, or is there for another guest by now */
+		told = errno == ESHUTDOWN || errno == EEXIST;
 	close_sink(p);
+	if (!told && why != KC_END_GUEST_DIED)
+		kc_log(KC_LOG_ERROR,
+		       "%s does not know that the protection has ended: stop it, or it takes over when its --timeout is up",
+		       p->to);
+	return told;
 }
 
 /* Returns the exit status */
@@ -636,15 +712,14 @@ static int protect(struct protect *p)
 		rc = 0;
 		switch (run(p, &rc, &err)) {
 		case STOPPED:
-			end(p, KC_END_DETACH);
-			return 0;
+			return end(p, KC_END_DETACH) ? 0 : 1;
 		case SINK:
 			if (p->lost) {
 				rc = p->lost;
 				err = p->lost_err;
 			}
 			close_sink(p);
-			if (!kc_sink_is_temporary(-rc)) {
+			if (!may_pass(p, -rc)) {
 				kc_log(KC_LOG_ERROR, "%s; the guest runs on, without protection",
 				       err.text);
 				end(p, KC_END_DETACH);
@@ -660,8 +735,7 @@ static int protect(struct protect *p)
 		/* The guest's side */
 		if (rc == -EPIPE && p->guest.qmp.shutdown) {
 			kc_log(KC_LOG_INFO, "the guest was shut down");
-			end(p, KC_END_GUEST_SHUTDOWN);
-			return 0;
+			return end(p, KC_END_GUEST_SHUTDOWN) ? 0 : 1;
 		}
 		if (rc == -EPIPE && guest_died(&p->guest)) {
 			kc_log(KC_LOG_ERROR, "%s; the last epoch that counts is %lu", err.text,
@@ -742,7 +816,7 @@ int cmd_protect(int argc, char **argv)
 		{ NULL, 0, NULL, 0 }
 	};
 	static struct protect p;
-	struct sigaction sa = { .sa_handler = on_signal };
+	struct sigaction sa = { .sa_handler = on_signal }, old;
 	struct kc_ctl *ctl = NULL;
 	struct kc_err err;
 	int c, index, status;
@@ -807,8 +881,12 @@ int cmd_protect(int argc, char **argv)
 		return usage_error("--to is missing: tcp:HOST:PORT of a standby, or a directory");
 
 	p.tty = isatty(1) && !p.json;
+	kc_log_may_lose = true;
 	sigaction(SIGTERM, &sa, NULL);
 	sigaction(SIGINT, &sa, NULL);
+	/* Its terminal was closed; under nohup that is nothing */
+	if (!sigaction(SIGHUP, NULL, &old) && old.sa_handler != SIG_IGN)
+		sigaction(SIGHUP, &sa, NULL);
 	signal(SIGPIPE, SIG_IGN);
 
 	p.status = kc_status_new("protect", "");

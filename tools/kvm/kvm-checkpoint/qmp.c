@@ -212,6 +212,23 @@ int qmp_poll(struct qmp *q, struct kc_err *err)
 	return rc ? explain(rc, "nothing", err) : 0;
 }
 
+/* Where the queue is full of clients that have given up, connect() would wait for ever */
+static int connect_to(struct qmp *q, const struct sockaddr_un *sun)
+{
+	uint64_t until = kc_now_us() + q->timeout_ms * 1000ull;
+
+	while (connect(q->fd, (const struct sockaddr *)sun, sizeof(*sun))) {
+		if (errno != EAGAIN && errno != EINTR)
+			return -errno;
+		if (kc_now_us() >= until)
+			return -ETIMEDOUT;
+		poll(NULL, 0, IDLE_MS);
+		if (q->idle)
+			q->idle(q->idle_ctx);
+	}
+	return 0;
+}
+
 int qmp_open(struct qmp *q, const char *path, unsigned int timeout_ms, void (*idle)(void *ctx),
 	     void *idle_ctx, struct kc_err *err)
 {
@@ -230,15 +247,17 @@ int qmp_open(struct qmp *q, const char *path, unsigned int timeout_ms, void (*id
 		return kc_fail(err, EINVAL, "%s: too long for a socket", path);
 	memcpy(sun.sun_path, path, strlen(path) + 1);
 
-	q->fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+	q->fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
 	if (q->fd < 0)
 		return kc_fail(err, errno, "socket: %s", strerror(errno));
-	if (connect(q->fd, (struct sockaddr *)&sun, sizeof(sun))) {
-		rc = kc_fail(err, errno, "cannot connect to QEMU at %s: %s", path, strerror(errno));
+	rc = connect_to(q, &sun);
+	if (rc && rc != -ETIMEDOUT) {
+		kc_fail(err, -rc, "cannot connect to QEMU at %s: %s", path, strerror(-rc));
 		goto fail;
 	}
 	q->tok = json_tokener_new();
-	o = next(q, kc_now_us() + timeout_ms * 1000ull, &rc);
+	if (!rc)
+		o = next(q, kc_now_us() + timeout_ms * 1000ull, &rc);
 	if (!o && rc == -ETIMEDOUT) {
 		rc = kc_fail(err, ETIMEDOUT,
 			     "QEMU at %s does not answer: is another client connected?  Give it a socket of its own (-qmp unix:PATH,server=on,wait=off)",

@@ -96,13 +96,13 @@ static int write_full(int fd, const void *buf, size_t len)
 static int write_file(struct kc_ram *ram, const char *name, const void *a, size_t a_len,
 		      const void *b, size_t b_len, struct kc_err *err)
 {
-	int fd =
-		openat(ram->dir, name, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC | O_NOFOLLOW, 0600);
+	/* What is there is written over, as that takes no space. */
+	int fd = openat(ram->dir, name, O_WRONLY | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0600);
 	int rc;
 
 	if (fd < 0)
 		return fail_errno(err, ram, "make a file");
-	if (write_full(fd, a, a_len) || write_full(fd, b, b_len) ||
+	if (write_full(fd, a, a_len) || write_full(fd, b, b_len) || ftruncate(fd, a_len + b_len) ||
 	    (ram->durable && fdatasync(fd))) {
 		rc = fail_errno(err, ram, "write a file");
 		close(fd);
@@ -188,14 +188,26 @@ static int write_meta_tmp(struct kc_ram *ram, uint64_t epoch, unsigned int flags
 	return rc;
 }
 
+/*
+ * The old one stays, as the next "meta.tmp": to say that the protection ended or that the guest was
+ * taken over takes no space then, which others may have used up.
+ */
+static int rename_meta(struct kc_ram *ram, struct kc_err *err)
+{
+	if (renameat2(ram->dir, "meta.tmp", ram->dir, "meta", RENAME_EXCHANGE) &&
+	    renameat(ram->dir, "meta.tmp", ram->dir, "meta"))
+		return fail_errno(err, ram, "rename meta.tmp");
+	return 0;
+}
+
 /* At once, and nothing else is new. */
 static int replace_meta(struct kc_ram *ram, uint64_t epoch, unsigned int flags, bool on_disk,
 			struct kc_err *err)
 {
 	int rc = write_meta_tmp(ram, epoch, flags, on_disk, err);
 
-	if (!rc && renameat(ram->dir, "meta.tmp", ram->dir, "meta"))
-		rc = fail_errno(err, ram, "rename meta.tmp");
+	if (!rc)
+		rc = rename_meta(ram, err);
 	return rc ? rc : sync_dir(ram, err);
 }
 
@@ -332,8 +344,8 @@ int kc_ram_create(struct kc_ram *ram, const struct kc_guest *guest, void (*progr
 	rc = map_blocks(ram, true, progress, ctx, err);
 	if (!rc)
 		rc = write_meta_tmp(ram, 0, 0, false, err);
-	if (!rc && renameat(ram->dir, "meta.tmp", ram->dir, "meta"))
-		rc = fail_errno(err, ram, "rename a file");
+	if (!rc)
+		rc = rename_meta(ram, err);
 	if (rc) {
 		for (i = 0; i < ram->guest.nr_blocks; i++) {
 			snprintf(name, sizeof(name), "ram%u", i);
@@ -526,8 +538,9 @@ static int arrived(struct kc_ram *ram, uint64_t nr, unsigned int flags, struct k
 	rc = sync_blocks(ram, err);
 	if (rc)
 		return rc;
-	if (renameat(ram->dir, "meta.tmp", ram->dir, "meta"))
-		return fail_errno(err, ram, "rename meta.tmp");
+	rc = rename_meta(ram, err);
+	if (rc)
+		return rc;
 	ram->epoch = nr;
 	ram->flags = flags;
 	ram->on_disk = ram->durable;
@@ -750,7 +763,6 @@ static void remove_leftovers(struct kc_ram *ram)
 	state_name(keep, ram->epoch);
 	while ((d = readdir(dir))) {
 		if (!strcmp(d->d_name, "redo") || !strcmp(d->d_name, "redo.tmp") ||
-		    !strcmp(d->d_name, "meta.tmp") ||
 		    (!strncmp(d->d_name, "state-", 6) && strcmp(d->d_name, keep)))
 			unlinkat(ram->dir, d->d_name, 0);
 	}
@@ -872,7 +884,8 @@ int kc_ram_set_flags(struct kc_ram *ram, unsigned int flags, struct kc_err *err)
 	if (flags == ram->flags || !ram->has_guest)
 		return 0;
 	rc = replace_meta(ram, ram->epoch, flags, ram->on_disk, err);
-	if (!rc)
+	/* What cannot be written holds as long as we live; a takeover is tried again. */
+	if (!rc || !(flags & KC_RAM_TAKEN_OVER))
 		ram->flags = flags;
 	return rc;
 }

@@ -173,10 +173,9 @@ void kc_sink_close(struct kc_sink *s)
 	free(s);
 }
 
-void kc_sink_end(struct kc_sink *s, enum kc_end end)
+bool kc_sink_end(struct kc_sink *s, enum kc_end end)
 {
-	if (!s->broken)
-		s->ops->end(s, end);
+	return !s->broken && s->ops->end(s, end);
 }
 
 uint64_t kc_sink_last_epoch(const struct kc_sink *s)

@@ -126,7 +126,8 @@ struct kc_sink;
  *
  * Does not retry: on -ECONNREFUSED, -ETIMEDOUT, -ENETUNREACH, -EHOSTUNREACH, -ECONNRESET, -EPIPE
  * and -EBUSY (another primary is connected), -EBADMSG (corrupted on the way) it makes sense to try
- * again later; the others need the user (-EACCES wrong key, -EPROTO no standby or another version,
+ * again later; the others need the user (-EACCES wrong key, -EDESTADDRREQ no such host or port,
+ * -EPROTO no standby, -EPROTONOSUPPORT another version,
  * -EEXIST it holds another guest, -EINVAL bad spec or options, -ENOSPC and the like).
  * kc_sink_is_temporary() knows.
  *
@@ -155,8 +156,10 @@ enum kc_end { KC_END_DETACH = 1, KC_END_GUEST_SHUTDOWN = 2, KC_END_GUEST_DIED = 
  * kc_sink_end() - tell the receiver why no more epochs come, then kc_sink_close()
  *
  * Without it (SIGKILL, a lost link) a standby takes the primary for dead after its --timeout.
+ *
+ * Return: false if it could not be told, or does not react within the I/O timeout.
  */
-void kc_sink_end(struct kc_sink *sink, enum kc_end end);
+bool kc_sink_end(struct kc_sink *sink, enum kc_end end);
 
 /**
  * kc_sink_last_epoch() - the last complete epoch that the receiver holds, 0 for none

@@ -454,6 +454,7 @@ static int taken_over(void *ctx, struct kc_err *err)
 	return kc_ram_set_flags(sb->ram, kc_ram_flags(sb->ram) | KC_RAM_TAKEN_OVER, err);
 }
 
+/* As kc_launch() */
 static int start_guest(struct standby *sb, pid_t *pid, struct kc_err *err)
 {
 	const struct kc_guest *g = kc_ram_guest(sb->ram);
@@ -477,9 +478,9 @@ static int start_guest(struct standby *sb, pid_t *pid, struct kc_err *err)
 	else
 		rc = kc_launch(&l, pid, &qmp, err);
 	/* A command that could not be started has not touched the RAM. */
-	if (rc && sb->bare && (kc_ram_flags(sb->ram) & KC_RAM_TAKEN_OVER))
+	if (rc < 0 && sb->bare && (kc_ram_flags(sb->ram) & KC_RAM_TAKEN_OVER))
 		kc_ram_set_flags(sb->ram, kc_ram_flags(sb->ram) & ~KC_RAM_TAKEN_OVER, NULL);
-	if (!rc && qmp >= 0)
+	if (rc >= 0 && qmp >= 0)
 		close(qmp);
 	kc_free_argv(l.ram);
 	free((char *)l.state);
@@ -517,10 +518,12 @@ static int fail_over(struct standby *sb, const char *reason, pid_t *pid, struct 
 		kc_log(KC_LOG_INFO, "the fence says that the primary is dead");
 	}
 	rc = sb->exec ? start_guest(sb, pid, err) : taken_over(sb, err);
-	if (rc)
+	if (rc < 0)
 		return rc;
+	if (rc)
+		kc_log(KC_LOG_ERROR, "%s: see QEMU's other monitors what it needs", err->text);
 	kc_log(KC_LOG_WARN, "taken over at epoch %" PRIu64 " after %.3f s%s", kc_ram_epoch(sb->ram),
-	       (kc_now_us() - t) / 1e6, !sb->exec ? "" :
+	       (kc_now_us() - t) / 1e6, !sb->exec ? "" : rc ? ": the guest is here" :
 	       kc_ram_flags(sb->ram) & KC_RAM_STOPPED ?
 	       ": the guest is here, and stopped as it was when the epoch was taken" :
 	       ": the guest runs here");
@@ -877,6 +880,7 @@ int cmd_standby(int argc, char **argv)
 	const struct kc_guest *g;
 	pthread_condattr_t attr;
 	struct kc_ctl *ctl = NULL;
+	struct sigaction sa;
 	struct kc_err err = { "" };
 	int listener, signals, rc;
 	sigset_t set;
@@ -886,6 +890,7 @@ int cmd_standby(int argc, char **argv)
 	if (rc >= 0)
 		goto out_args;
 	rc = 1;
+	kc_log_may_lose = true;
 	pthread_condattr_init(&attr);
 	pthread_condattr_setclock(&attr, CLOCK_MONOTONIC);
 	pthread_cond_init(&sb.changed, &attr);
@@ -893,7 +898,9 @@ int cmd_standby(int argc, char **argv)
 	sigemptyset(&set);
 	sigaddset(&set, SIGTERM);
 	sigaddset(&set, SIGINT);
-	sigaddset(&set, SIGHUP);
+	/* Which signalfd would tell of under nohup, too. */
+	if (!sigaction(SIGHUP, NULL, &sa) && sa.sa_handler != SIG_IGN)
+		sigaddset(&set, SIGHUP);
 	sigaddset(&set, SIGCHLD);
 	pthread_sigmask(SIG_BLOCK, &set, NULL);
 	signals = signalfd(-1, &set, SFD_CLOEXEC);

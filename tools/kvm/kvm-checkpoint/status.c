@@ -513,6 +513,21 @@ static int set_path(struct sockaddr_un *sa, const char *path, struct kc_err *err
 	return 0;
 }
 
+/* False with errno ECONNREFUSED if a daemon did that was killed */
+static bool somebody_listens(const struct sockaddr_un *sa)
+{
+	int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+	int e = 0;
+
+	/* EAGAIN: somebody who is busy */
+	if (fd < 0 || (connect(fd, (const struct sockaddr *)sa, sizeof(*sa)) && errno != EAGAIN))
+		e = errno;
+	if (fd >= 0)
+		close(fd);
+	errno = e;
+	return !e;
+}
+
 struct kc_ctl *kc_ctl_start(const char *path, struct kc_status *st,
 			    char *(*command)(void *ctx, const char *line, bool *ok), void *ctx,
 			    struct kc_err *err)
@@ -538,13 +553,13 @@ struct kc_ctl *kc_ctl_start(const char *path, struct kc_status *st,
 		rc = kc_fail(err, errno, "cannot make a socket: %s", strerror(errno));
 		goto fail;
 	}
-	if (!connect(ctl->fd, (struct sockaddr *)&sa, sizeof(sa))) {
+	if (somebody_listens(&sa)) {
 		free(ctl->path);
 		ctl->path = NULL;
 		rc = kc_fail(err, EADDRINUSE, "%s: another daemon listens there", path);
 		goto fail;
 	}
-	/* Of a daemon that was killed; anything but a socket is left alone. */
+	/* Anything but a socket is left alone. */
 	if (errno == ECONNREFUSED && !lstat(path, &sb) && S_ISSOCK(sb.st_mode))
 		unlink(path);
 	mask = umask(0177);
@@ -602,13 +617,16 @@ int kc_ctl_request(const char *path, const char *line, char **out, struct kc_err
 	if (rc)
 		return rc;
 	fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+	if (fd >= 0)
+		set_timeouts(fd, 2 * CTL_TIMEOUT_MS);	/* connect() has one, too */
 	if (fd < 0 || connect(fd, (struct sockaddr *)&sa, sizeof(sa))) {
-		rc = kc_fail(err, errno, "cannot reach a daemon at %s: %s", path, strerror(errno));
+		rc = errno == EAGAIN ?
+		     kc_fail(err, ETIMEDOUT, "the daemon at %s does not answer", path) :
+		     kc_fail(err, errno, "cannot reach a daemon at %s: %s", path, strerror(errno));
 		if (fd >= 0)
 			close(fd);
 		return rc;
 	}
-	set_timeouts(fd, 2 * CTL_TIMEOUT_MS);
 	f = open_memstream(&text, &len);
 	if (!f) {
 		close(fd);

@@ -1260,10 +1260,11 @@ static int store_digests(struct kc_sink *s, uint32_t block, uint64_t first, uint
 	return rc;
 }
 
-static void store_end(struct kc_sink *s, enum kc_end end)
+static bool store_end(struct kc_sink *s, enum kc_end end)
 {
 	(void)s;
 	(void)end;
+	return true;
 }
 
 static void store_close(struct kc_sink *s)

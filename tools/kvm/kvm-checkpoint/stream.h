@@ -326,7 +326,10 @@ uint64_t kc_io_heard_us(const struct kc_io *io);
 int kc_io_write(struct kc_io *io, const void *buf, size_t len, struct kc_err *err);
 int kc_io_flush(struct kc_io *io, struct kc_err *err);
 
-/* No more will be written; wait a little for the peer to have read it. */
-void kc_io_linger(struct kc_io *io, unsigned int timeout_ms);
+/*
+ * No more will be written; wait a little for the peer to have read it.  False if it has not closed
+ * the connection by then.
+ */
+bool kc_io_linger(struct kc_io *io, unsigned int timeout_ms);
 
 #endif

@@ -163,14 +163,17 @@ static int tcp_digests(struct kc_sink *s, uint32_t block, uint64_t first, uint32
 	return 0;
 }
 
-static void tcp_end(struct kc_sink *s, enum kc_end end)
+static bool tcp_end(struct kc_sink *s, enum kc_end end)
 {
 	uint8_t rec[KC_REC_HDR + 4];
+	bool told;
 
 	kc_put_end(rec, end);
-	if (!kc_sink_emit(s, rec, sizeof(rec), NULL, 0, NULL) && !kc_io_flush(io_of(s), NULL))
-		kc_io_linger(io_of(s), 1000);
+	/* It closes the connection when it has read that, but may be busy with the last epoch. */
+	told = !kc_sink_emit(s, rec, sizeof(rec), NULL, 0, NULL) &&
+	       !kc_io_flush(io_of(s), NULL) && kc_io_linger(io_of(s), s->opts.io_timeout_ms);
 	s->broken = true;
+	return told;
 }
 
 static void tcp_close(struct kc_sink *s)

@@ -3,6 +3,7 @@
  * What all parts of kvm-checkpoint share.
  */
 #include <errno.h>
+#include <poll.h>
 #include <pthread.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -18,6 +19,7 @@
 
 enum kc_log_level kc_log_max = KC_LOG_INFO;
 bool kc_log_json;
+bool kc_log_may_lose;
 
 int kc_fail(struct kc_err *err, int error, const char *fmt, ...)
 {
@@ -40,6 +42,13 @@ uint64_t kc_now_us(void)
 
 	clock_gettime(CLOCK_MONOTONIC, &ts);
 	return (uint64_t)ts.tv_sec * 1000000 + ts.tv_nsec / 1000;
+}
+
+bool kc_can_write(int fd)
+{
+	struct pollfd p = { .fd = fd, .events = POLLOUT };
+
+	return poll(&p, 1, 0) != 0;
 }
 
 void kc_log(enum kc_log_level level, const char *fmt, ...)
@@ -75,7 +84,10 @@ void kc_log(enum kc_log_level level, const char *fmt, ...)
 	if (n >= (int)sizeof(line))
 		line[sizeof(line) - 2] = '\n';
 	/* One call, so that lines of several threads do not mix. */
-	fputs(line, stderr);
+	flockfile(stderr);
+	if (!kc_log_may_lose || kc_can_write(STDERR_FILENO))
+		fputs(line, stderr);
+	funlockfile(stderr);
 }
 
 static int parse_number(const char *s, uint64_t *n, const char **end)

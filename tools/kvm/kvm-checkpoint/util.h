@@ -42,6 +42,15 @@ extern enum kc_log_level kc_log_max;
 /* Messages are JSON objects, one a line, instead of text.  False by default. */
 extern bool kc_log_json;
 
+/*
+ * Leave out messages that nobody reads, rather than wait for somebody.  For daemons; false by
+ * default.
+ */
+extern bool kc_log_may_lose;
+
+/* Would a line be taken at once?  A pipe takes 4 KiB then.  True also if writing fails. */
+bool kc_can_write(int fd);
+
 /**
  * kc_log() - one line for the user on stderr
  * @level: how bad.

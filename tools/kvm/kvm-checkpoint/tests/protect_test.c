@@ -17,6 +17,7 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <sys/un.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -608,15 +609,19 @@ static void step(struct qemu *q, int ms)
 
 /* --- Protecting it -------------------------------------------------------- */
 
+/* The keys for it, if any */
+static const char *key_file;
+
 static void start_protect(const char *which, const char *to, ...)
 {
 	const char *argv[30] = {
-		which, "protect", "--qmp", path_of("qmp"), "--to", to, "--insecure",
+		which, "protect", "--qmp", path_of("qmp"), "--to", to,
+		key_file ? "--psk-file" : "--insecure", key_file,
 	};
 	va_list ap;
 
 	va_start(ap, to);
-	add_args(argv, 7, ap);
+	add_args(argv, key_file ? 8 : 7, ap);
 	va_end(ap);
 	qemu.client = spawn(argv, 0);
 }
@@ -853,19 +858,24 @@ static const char *meddles(struct qemu *q, const char *command)
 	return NULL;
 }
 
-static unsigned int times_in_log(const char *text)
+static unsigned int times_in(const char *path, const char *text)
 {
 	unsigned int n = 0;
 	uint8_t *buf;
 	size_t len;
 	char *p;
 
-	read_all(path_of("log"), &buf, &len);
+	read_all(path, &buf, &len);
 	buf[len] = '\0';
 	for (p = (char *)buf; (p = strstr(p, text)); p++)
 		n++;
 	free(buf);
 	return n;
+}
+
+static unsigned int times_in_log(const char *text)
+{
+	return times_in(path_of("log"), text);
 }
 
 static void test_torn(void)
@@ -946,6 +956,43 @@ static void silent_at(const char *command)
 static void test_silent_greeting(void)
 {
 	silent_at("greeting");
+}
+
+/* Clients that have given up are in the queue of its monitor, and nobody takes them out. */
+static void fill_queue(void)
+{
+	struct sockaddr_un sun = { .sun_family = AF_UNIX };
+	unsigned int i;
+	int fd;
+
+	snprintf(sun.sun_path, sizeof(sun.sun_path), "%s/qmp", dir);
+	for (i = 0; i < 100; i++) {
+		fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+		CHECK(fd >= 0, "no socket");
+		if (!connect(fd, (struct sockaddr *)&sun, sizeof(sun)))
+			continue;
+		CHECK(errno == EAGAIN, "cannot connect to %s: %s", sun.sun_path, strerror(errno));
+		close(fd);
+		return;
+	}
+	FAIL("its queue is never full");
+}
+
+static void test_full_queue(void)
+{
+	uint64_t end;
+	int status;
+
+	start_qemu(&qemu);
+	fill_queue();
+	start_protect(IMPATIENT, path_of("store"), NULL);
+	end = kc_now_us() + LIMIT_US;
+	while (waitpid(qemu.client, &status, WNOHANG) != qemu.client) {
+		CHECK(kc_now_us() < end, "protect hangs");
+		poll(NULL, 0, 10);
+	}
+	CHECK(WIFEXITED(status), "protect dies of signal %d", WTERMSIG(status));
+	must_fail(WEXITSTATUS(status), "does not answer: is another client connected?");
 }
 
 static void test_silent_attach(void)
@@ -1435,21 +1482,59 @@ static void must_detach(int status)
 	stop_standby(SIGTERM);
 }
 
+static int end_signal;
+
 static const char *terminates(struct qemu *q, const char *command)
 {
 	if (!strcmp(command, CONT) && q->conts == 5)
-		kill(q->client, SIGTERM);
+		kill(q->client, end_signal);
 	return NULL;
 }
 
 /* What was begun is brought to an end. */
-static void test_term_in_epoch(void)
+static void end_in_epoch(int sig)
 {
+	end_signal = sig;
 	qemu.hook = terminates;
 	start_qemu(&qemu);
 	start_standby(path_of("ram"), "--no-fence", "--timeout", "0", "--insecure");
 	must_detach(protect(CHECKED, spec(), "--interval", "1ms"));
 	CHECK(snap_of_standby(path_of("ram")) == 4, "the last epoch is missing");
+}
+
+static void test_term_in_epoch(void)
+{
+	end_in_epoch(SIGTERM);
+}
+
+/* The end of a terminal; the tests may be under nohup themselves. */
+static void test_hup_in_epoch(void)
+{
+	signal(SIGHUP, SIG_DFL);
+	end_in_epoch(SIGHUP);
+}
+
+/* Both of them are under nohup. */
+static void test_nohup(void)
+{
+	uint64_t end = kc_now_us() + LIMIT_US;
+	unsigned int conts;
+
+	signal(SIGHUP, SIG_IGN);
+	start_qemu(&qemu);
+	start_standby(path_of("ram"), "--no-fence", "--timeout", "0", "--insecure");
+	start_protect(CHECKED, spec(), "--interval", "1ms", NULL);
+	serve_until_log("protected since epoch 1");
+	kill(qemu.client, SIGHUP);
+	kill(standby, SIGHUP);
+	conts = qemu.conts;
+	while (qemu.conts < conts + 10) {
+		CHECK(kc_now_us() < end, "there are no more epochs");
+		step(&qemu, 1);
+	}
+	CHECK(!log_has("stopped; last complete epoch"), "the standby ends");
+	kill(qemu.client, SIGTERM);
+	must_detach(serve());
 }
 
 /* However long it is until the next one. */
@@ -1538,6 +1623,34 @@ static void test_term_lost(void)
 	end_while_lost(true, "ends the protection: detached");
 }
 
+/* Or nobody is there any more that could be told, which must not be taken for a good end. */
+static void end_untold(int sig, const char *said)
+{
+	start_qemu(&qemu);
+	start_standby(path_of("ram"), "--no-fence", "--timeout", "0", "--insecure");
+	start_protect(CHECKED, spec(), "--interval", "1ms", "--io-timeout", "2s", NULL);
+	while (qemu.conts < 3)
+		step(&qemu, 1);
+	kill(standby, sig);
+	if (said)
+		serve_until_log(said);
+	kill(qemu.client, SIGTERM);
+	must_fail(serve(), "does not know that the protection has ended");
+	kill(standby, SIGKILL);
+	reap(&standby);
+}
+
+static void test_term_untold(void)
+{
+	end_untold(SIGKILL, "the guest runs on, trying again");
+}
+
+/* The connection is there, but the standby hangs. */
+static void test_term_unheard(void)
+{
+	end_untold(SIGSTOP, NULL);
+}
+
 /* The standby ends while QEMU does something that takes long. */
 static const char *kills_standby(struct qemu *q, const char *command)
 {
@@ -1562,6 +1675,117 @@ static void test_link_lost(void)
 	CHECK(snap_of_standby(path_of("ram")) == qemu.nr_snaps - 1, "the last epoch is missing");
 }
 
+/* When a key has once been right, the one at the other end is that of somebody else for a while. */
+static void test_other_key(void)
+{
+	static const char wrong[] = "kvm:100102030405060708090a0b0c0d0e0f\n";
+	char own[PATH_MAX];
+	uint64_t end;
+
+	strcpy(own, psk);
+	key_file = own;
+	qemu.hook = kills_standby;
+	start_qemu(&qemu);
+	start_standby(path_of("ram"), "--no-fence", "--timeout", "0");
+	start_protect(CHECKED, spec(), "--interval", "1ms", "--epochs", "10", NULL);
+	serve_until_log("the guest runs on, trying again");
+	/* The next standby begins another log, but not for protect. */
+	CHECK(!link(path_of("log"), path_of("protect.log")), "cannot link the log");
+	snprintf(psk, sizeof(psk), "%s/other.psk", dir);
+	write_text(psk, 0600, wrong);
+	start_standby(path_of("ram2"), "--no-fence", "--timeout", "0");
+	end = kc_now_us() + LIMIT_US;
+	while (times_in(path_of("protect.log"), "; the guest runs on, trying again") < 2 ||
+	       times_in_log("refused a connection") < 3) {
+		CHECK(kc_now_us() < end, "it does not try again");
+		step(&qemu, 1);
+	}
+	CHECK(times_in(path_of("protect.log"), "same identity and key") == 1,
+	      "it does not say once that the key is wrong");
+	stop_standby(SIGTERM);
+	strcpy(psk, own);
+	start_standby(path_of("ram"), "--no-fence", "--timeout", "0");
+	CHECK(serve() == 0, "it does not go on with the standby");
+	wait_log("ends the protection: detached");
+	stop_standby(SIGTERM);
+	CHECK(snap_of_standby(path_of("ram")) == qemu.nr_snaps - 1, "the last epoch is missing");
+	/* But one that was never right is not. */
+	qemu.hook = NULL;
+	key_file = path_of("other.psk");
+	start_standby(path_of("ram"), "--no-fence", "--timeout", "0");
+	must_fail(protect(CHECKED, spec()), "; the guest runs on, without protection");
+	CHECK(!log_has("trying again"), "it tries again");
+	stop_standby(SIGTERM);
+}
+
+/* --- Nobody reads what it says -------------------------------------------- */
+
+/* A pipe that is full, and protect writing to it what it would write to this one */
+static const char *protect_into(const char *redirect, int *fifo)
+{
+	char text[3 * PATH_MAX], junk[4096];
+
+	CHECK(!mkfifo(path_of("fifo"), 0600), "mkfifo");
+	*fifo = open(path_of("fifo"), O_RDWR | O_NONBLOCK | O_CLOEXEC);
+	CHECK(*fifo >= 0, "cannot open the pipe: %s", strerror(errno));
+	memset(junk, '\n', sizeof(junk));
+	while (write(*fifo, junk, sizeof(junk)) > 0)
+		;
+	CHECK(errno == EAGAIN, "the pipe is never full");
+	snprintf(text, sizeof(text), "#!/bin/sh\nexec %s \"$@\" %s%s/fifo\n", CHECKED, redirect,
+		 dir);
+	/* For longer than other paths. */
+	return strdup(script("protect", text));
+}
+
+static void test_unread_stdout(void)
+{
+	uint64_t end = kc_now_us() + LIMIT_US;
+	static char text[1 << 20];
+	const char *program_into;
+	size_t len = 0, junk;
+	ssize_t n;
+	int fifo;
+
+	start_qemu(&qemu);
+	program_into = protect_into(">", &fifo);
+	CHECK(protect(program_into, path_of("store"), "--json", "--interval", "1ms", "--epochs",
+		      "50") == 0, "protect fails");
+	CHECK(qemu.conts == 51, "%u epochs were taken", qemu.conts);
+	/* When somebody reads again, it says how much is missing. */
+	start_protect(program_into, path_of("store"), "--json", "--interval", "1ms", NULL);
+	while (qemu.conts < 60) {
+		CHECK(kc_now_us() < end, "there are no more epochs");
+		step(&qemu, 1);
+	}
+	while (!strstr(text, "{\"event\":\"lost\",\"lines\":") || !strstr(text, "\"epoch\",")) {
+		CHECK(kc_now_us() < end && len < sizeof(text) - 1, "it does not say what is lost");
+		n = read(fifo, text + len, sizeof(text) - 1 - len);
+		if (n > 0)
+			len += n;
+		/* What it was filled with. */
+		junk = strspn(text, "\n");
+		len -= junk;
+		memmove(text, text + junk, len + 1);
+		step(&qemu, 1);
+	}
+	CHECK(!strncmp(text, "{\"event\":\"lost\"", 15), "it begins with %.40s", text);
+	kill(qemu.client, SIGTERM);
+	CHECK(serve() == 0, "protect fails");
+}
+
+static void test_unread_stderr(void)
+{
+	int fifo;
+
+	/* Of which it tells. */
+	qemu.hook = meddles;
+	start_qemu(&qemu);
+	CHECK(protect(protect_into("2>", &fifo), path_of("store"), "--interval", "1ms", "--epochs",
+		      "20") == 0, "protect fails");
+	CHECK(qemu.stops == 32, "%u epochs were taken", qemu.stops);
+}
+
 /* --- All of them ---------------------------------------------------------- */
 
 static const struct test tests[] = {
@@ -1573,6 +1797,7 @@ static const struct test tests[] = {
 	{ "protect_torn", test_torn },
 	{ "protect_torn_for_ever", test_torn_for_ever },
 	{ "protect_silent_greeting", test_silent_greeting },
+	{ "protect_full_queue", test_full_queue },
 	{ "protect_silent_attach", test_silent_attach },
 	{ "protect_silent_stop", test_silent_stop },
 	{ "protect_silent_collect", test_silent_collect },
@@ -1596,12 +1821,19 @@ static const struct test tests[] = {
 	{ "protect_garbage_runs", test_garbage_runs },
 	{ "protect_long_line", test_long_line },
 	{ "protect_term_in_epoch", test_term_in_epoch },
+	{ "protect_hup_in_epoch", test_hup_in_epoch },
+	{ "protect_nohup", test_nohup },
 	{ "protect_term_between", test_term_between },
 	{ "protect_term_in_copy", test_term_in_copy },
 	{ "protect_term_alone", test_term_alone },
 	{ "protect_link_lost", test_link_lost },
+	{ "protect_other_key", test_other_key },
 	{ "protect_term_lost", test_term_lost },
+	{ "protect_term_untold", test_term_untold },
+	{ "protect_term_unheard", test_term_unheard },
 	{ "protect_shutdown_lost", test_shutdown_lost },
+	{ "protect_unread_stdout", test_unread_stdout },
+	{ "protect_unread_stderr", test_unread_stderr },
 };
 
 int main(int argc, char **argv)

@@ -22,6 +22,7 @@
 #include <sys/prctl.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/un.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -1295,17 +1296,35 @@ static void fill_directory(const char *store)
 	sim_free(&g);
 }
 
-static void test_full_directory(void)
+static void mount_small(void)
 {
-	struct stat st;
-
 	if (mkdir(path_of("full"), 0700) || unshare(CLONE_NEWNS) ||
 	    mount("none", "/", NULL, MS_REC | MS_PRIVATE, NULL) ||
 	    mount("none", path_of("full"), "tmpfs", 0, "size=6m"))
 		SKIP("cannot mount a small tmpfs: %s", strerror(errno));
+}
+
+static void test_full_directory(void)
+{
+	struct stat st;
+
+	mount_small();
 	fill_directory(path_of("full/store"));
 	CHECK(!stat(path_of("full/store"), &st), "it is gone");
 	umount(path_of("full"));
+}
+
+/* Up to the last byte. */
+static void write_junk(const char *path)
+{
+	static const char junk[4096] = "junk";
+	int fd = open(path, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
+
+	CHECK(fd >= 0, "cannot make %s: %s", path, strerror(errno));
+	while (write(fd, junk, sizeof(junk)) > 0)
+		;
+	CHECK(errno == ENOSPC, "%s", strerror(errno));
+	close(fd);
 }
 
 /* A standby that has room for RAM, but not for an epoch with all of it. */
@@ -1777,6 +1796,44 @@ static void test_failover_again(void)
 	sim_free(&g);
 }
 
+/* Others fill the file system of a standby: what it has to remember is little, and counts. */
+static void test_full_ram_dir(void)
+{
+	struct kc_sink *s;
+	struct sim g;
+
+	mount_small();
+	start_standby(path_of("full/ram"), "--no-fence", "--timeout", "300ms");
+	s = protected_guest(&g);
+	write_junk(path_of("full/junk"));
+	kc_sink_end(s, KC_END_DETACH);
+	kc_sink_close(s);
+	wait_log("ends the protection: detached");
+	poll(NULL, 0, 1000);
+	CHECK(!waitpid(standby, NULL, WNOHANG) && !log_has("failing over"),
+	      "failed over after a detach");
+	stop_standby(SIGKILL);
+	start_standby(path_of("full/ram"), "--no-fence", "--timeout", "300ms");
+	poll(NULL, 0, 1000);
+	CHECK(!waitpid(standby, NULL, WNOHANG) && !log_has("failing over"),
+	      "failed over after a detach and a restart");
+	unlink(path_of("full/junk"));
+	s = must_open(spec());
+	sim_step(&g);
+	OK(sim_send(&g, s, kc_sink_start(s)));
+	OK(kc_sink_wait(s, 3, 10000, &err));
+	write_junk(path_of("full/junk"));
+	kc_sink_end(s, KC_END_GUEST_DIED);
+	kc_sink_close(s);
+	CHECK(reap(&standby) == 0 && log_has("taken over at epoch 3"), "did not fail over");
+	/* Which it has stored. */
+	CHECK(run("standby", "--listen", "127.0.0.1:0", "--no-fence", "--psk-file", psk,
+		  "--ram-dir", path_of("full/ram"), NULL) == 1 && log_has("was taken over"),
+	      "files that were given away are used again");
+	umount(path_of("full"));
+	sim_free(&g);
+}
+
 /* meta as if it had been written before this host was booted. */
 static void other_boot(const char *ram)
 {
@@ -2011,6 +2068,108 @@ static void test_qemu_stopped(void)
 	qemu_takes_over(true);
 }
 
+/* --- With something that speaks as QEMU does ------------------------------ */
+
+/*
+ * This program as the standby's QEMU: --be-qemu STATUS PID-FILE ...  Whatever it is told, it says
+ * that it did it, and that the guest's status is this one once it was told to run it; "silent":
+ * nothing any more.
+ */
+static int be_qemu(int argc, char **argv)
+{
+	const char *status = "paused", *prefix = "socket,id=kvm-checkpoint,fd=";
+	char *line = NULL, pid[20];
+	int fd = -1, i;
+	size_t room = 0;
+	FILE *f;
+
+	/* If the test forgets it. */
+	alarm(60);
+	for (i = 4; i < argc; i++) {
+		if (!strncmp(argv[i], prefix, strlen(prefix)))
+			fd = atoi(argv[i] + strlen(prefix));
+	}
+	f = fdopen(fd, "r");
+	if (!f)
+		return 1;
+	dprintf(fd, "{\"QMP\": {}}\n");
+	while (getline(&line, &room, f) > 0) {
+		if (strstr(line, "\"cont\"")) {
+			snprintf(pid, sizeof(pid), "%d", getpid());
+			write_text(argv[3], 0600, pid);
+			status = argv[2];
+		}
+		if (!strcmp(status, "silent"))
+			break;
+		if (strstr(line, "\"query-status\""))
+			dprintf(fd, "{\"return\": {\"status\": \"%s\"}}\n", status);
+		else
+			dprintf(fd, "{\"return\": {}}\n");
+	}
+	for (;;)
+		pause();
+}
+
+static void nothing(int sig)
+{
+	(void)sig;
+}
+
+/*
+ * The guest was given to QEMU, but does not run there: it is the only one by now.  It outlives the
+ * standby, too, and what ends that by the keyboard.
+ */
+static void taken_over_by(const char *status, const char *why)
+{
+	char self[PATH_MAX] = "", *pid_file = strdup(path_of("qemu.pid"));
+	struct kc_sink *s;
+	struct sim g;
+	uint8_t *buf;
+	size_t len;
+	pid_t pid;
+
+	CHECK(readlink("/proc/self/exe", self, sizeof(self) - 1) > 0, "where is this program?");
+	/* QEMU is to be found again when the standby is gone. */
+	CHECK(!prctl(PR_SET_CHILD_SUBREAPER, 1), "cannot adopt");
+	start_standby(path_of("ram"), "--no-fence", "--timeout", "0", "--load-timeout", "2s", "--",
+		      self, "--be-qemu", status, pid_file);
+	s = protected_guest(&g);
+	/* It runs in this one. */
+	sim_goto(&g, 6);
+	OK(sim_send(&g, s, KC_EPOCH_RESYNC));
+	OK(kc_sink_wait(s, 6, 10000, &err));
+	kc_sink_end(s, KC_END_GUEST_DIED);
+	kc_sink_close(s);
+	wait_log("but the guest does not run");
+	wait_log("taken over at epoch 6");
+	CHECK(log_has(why), "it does not say why");
+	read_all(pid_file, &buf, &len);
+	buf[len] = '\0';
+	pid = atoi((char *)buf);
+	CHECK(pid > 1 && !kill(pid, 0), "QEMU was killed");
+	CHECK(!waitpid(standby, NULL, WNOHANG), "the standby does not attend to QEMU");
+	/* Ctrl-C, for all of the group. */
+	signal(SIGINT, nothing);
+	kill(0, SIGINT);
+	CHECK(reap(&standby) == 0 && log_has("leaving QEMU"), "the standby does not end");
+	CHECK(!waitpid(pid, NULL, WNOHANG), "QEMU ends with the standby");
+	kill(pid, SIGKILL);
+	CHECK(waitpid(pid, NULL, 0) == pid, "whose child is QEMU?");
+	free(pid_file);
+	free(buf);
+	sim_free(&g);
+}
+
+static void test_io_error(void)
+{
+	taken_over_by("io-error", "its status is not");
+}
+
+static void test_silent_qemu(void)
+{
+	taken_over_by("silent", "does not answer in time");
+}
+
 /* --- The rest ------------------------------------------------------------- */
 
 static void test_merging(void)
@@ -2124,6 +2283,33 @@ static void test_status(void)
 	CHECK(run("status", path_of("ctl"), NULL) == 1, "a daemon that is gone has a status");
 }
 
+/* A daemon that does not get round to its clients: neither is it waited for, nor replaced. */
+static void test_full_queue(void)
+{
+	struct sockaddr_un sun = { .sun_family = AF_UNIX };
+	struct kc_status *st = kc_status_new("protect", "guest");
+	int listener = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0), fd = -1, rc = 0;
+	char *text;
+
+	snprintf(sun.sun_path, sizeof(sun.sun_path), "%s/ctl", dir);
+	CHECK(listener >= 0 && !bind(listener, (struct sockaddr *)&sun, sizeof(sun)) &&
+	      !listen(listener, 1), "cannot listen on %s: %s", sun.sun_path, strerror(errno));
+	while (!rc) {
+		fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+		CHECK(fd >= 0, "its queue is never full");
+		rc = connect(fd, (struct sockaddr *)&sun, sizeof(sun));
+	}
+	CHECK(errno == EAGAIN, "cannot fill its queue: %s", strerror(errno));
+	close(fd);
+	rc = kc_ctl_request(sun.sun_path, "status", &text, &err);
+	CHECK(rc == -ETIMEDOUT && strstr(err.text, "does not answer"), "%d: %s", rc, err.text);
+	CHECK(!kc_ctl_start(sun.sun_path, st, NULL, NULL, &err), "two daemons at one socket");
+	CHECK(strstr(err.text, "another daemon listens there"), "it says \"%s\"", err.text);
+	CHECK(exists(sun.sun_path), "it removed the other's socket");
+	kc_status_free(st);
+	close(listener);
+}
+
 /* --- Running them --------------------------------------------------------- */
 
 static const struct test tests[] = {
@@ -2131,6 +2317,7 @@ static const struct test tests[] = {
 	{ "pages", test_pages },
 	{ "commands", test_commands },
 	{ "status", test_status },
+	{ "full_queue", test_full_queue },
 	{ "tcp", test_tcp },
 	{ "epochs", test_epochs },
 	{ "resync", test_resync },
@@ -2149,8 +2336,11 @@ static const struct test tests[] = {
 	{ "failover", test_failover },
 	{ "failover_reasons", test_failover_reasons },
 	{ "failover_again", test_failover_again },
+	{ "full_ram_dir", test_full_ram_dir },
 	{ "qemu", test_qemu },
 	{ "qemu_stopped", test_qemu_stopped },
+	{ "io_error", test_io_error },
+	{ "silent_qemu", test_silent_qemu },
 	{ "reboot", test_reboot },
 	{ "foreign_directory", test_foreign_directory },
 	{ "kill_standby", test_kill_standby },
@@ -2211,6 +2401,8 @@ int main(int argc, char **argv)
 		.usage = "KVM-CHECKPOINT", .nr_programs = 1, .jobs = 1,
 	};
 
+	if (argc > 4 && !strcmp(argv[1], "--be-qemu"))
+		return be_qemu(argc, argv);
 	if (argc == 3 && !strcmp(argv[1], "-c"))
 		return make_corpus(argv[2]);
 	return run_tests(&suite, argc, argv);
