@@ -1357,6 +1357,20 @@ TEST(initially_set)
 	dsr_free(v);
 }
 
+/* vCPU 0 stays in the guest; each SYNC has all of the batch that it has done. */
+static void check_sync_batches(struct dsr *v, const uint8_t *want, int n)
+{
+	uint8_t *got;
+
+	for (n = rounds(n); n; n--) {
+		got = set_new(v);
+		guest_batch(v, 0);
+		harvest_cap(v->fd, got, v->npages, KVM_DIRTY_HARVEST_SYNC, MANY_RUNS);
+		set_check(v, got, want);
+		free(got);
+	}
+}
+
 /*
  * The vCPU stays in the guest.  What hardware still holds must be handed over,
  * and what is re-protected must be so in its TLB too, or the next round of
@@ -1366,18 +1380,11 @@ TEST(harvest_sync_spinning_vcpu)
 {
 	struct dsr *v = dsr_new(.entries = 1024, .nr_vcpus = 1);
 	struct mailbox mb = { .op = OP_BATCHES, .first = 3, .npages = 100, .step = 2 };
-	uint8_t *want = set_new(v), *got;
-	int i;
+	uint8_t *want = set_new(v);
 
 	set_add(want, mb.first, mb.npages, mb.step);
 	guest_start(v, 0, mb);
-	for (i = 0; i < rounds(200); i++) {
-		got = set_new(v);
-		guest_batch(v, 0);
-		harvest_cap(v->fd, got, v->npages, KVM_DIRTY_HARVEST_SYNC, MANY_RUNS);
-		set_check(v, got, want);
-		free(got);
-	}
+	check_sync_batches(v, want, 200);
 	guest_join(v, 0);
 	free(want);
 	dsr_free(v);
@@ -3622,7 +3629,7 @@ static void check_nested(bool two_dimensional)
 {
 	struct dsr *v = dsr_new(.entries = 64, .nr_vcpus = 1);
 	struct mailbox mb = { .op = OP_BATCHES, .npages = 50 };
-	uint8_t *want = set_new(v), *got;
+	uint8_t *want = set_new(v);
 	int i;
 
 	run_nested(v, two_dimensional, 0);
@@ -3639,13 +3646,7 @@ static void check_nested(bool two_dimensional)
 	/* and while it stays inside */
 	set_add(want, 0, 50, 1);
 	guest_start(v, 0, mb);
-	for (i = 0; i < rounds(50); i++) {
-		got = set_new(v);
-		guest_batch(v, 0);
-		harvest_cap(v->fd, got, v->npages, KVM_DIRTY_HARVEST_SYNC, MANY_RUNS);
-		set_check(v, got, want);
-		free(got);
-	}
+	check_sync_batches(v, want, 50);
 	guest_join(v, 0);
 	free(want);
 	dsr_free(v);
@@ -3934,7 +3935,7 @@ static bool nested_vmx_supported(void)
  */
 TEST(nested_virtual_apic_page)
 {
-	uint8_t *want, *got;
+	uint8_t *want;
 	struct dsr *v;
 	int i;
 
@@ -3946,13 +3947,7 @@ TEST(nested_virtual_apic_page)
 	vmx_extras.apic_gpa = TEST_GPA + 5 * PG;
 	run_nested(v, false, 0);
 	guest_start(v, 0, (struct mailbox){ .op = OP_TPR });
-	for (i = 0; i < rounds(100); i++) {
-		got = set_new(v);
-		guest_batch(v, 0);
-		harvest_cap(v->fd, got, v->npages, KVM_DIRTY_HARVEST_SYNC, MANY_RUNS);
-		set_check(v, got, want);
-		free(got);
-	}
+	check_sync_batches(v, want, 100);
 	for (i = 0; i < rounds(20); i++) {
 		guest_batch(v, 0);
 		dsr_log(v, false);
