@@ -6,6 +6,7 @@
 #include <assert.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <poll.h>
 #include <stdio.h>
 #include <string.h>
 #include <unistd.h>
@@ -140,28 +141,47 @@ static int slot_ring_sweep(struct kvmdirty_slot *slot)
 	return r;
 }
 
+/*
+ * The slot, with its harvest_lock and kd->lock.  The former may be held by somebody whose callback
+ * wants the latter, without which the slot may go: so wait for it without.  -EDEADLK if it is our
+ * own callback.
+ */
+static int lock_slot(struct kvmdirty *kd, uint32_t id, struct kvmdirty_slot **slot)
+{
+	static const struct timespec at_once;
+	int r;
+
+	for (;;) {
+		pthread_mutex_lock(&kd->lock);
+		*slot = slot_find(kd, id);
+		/* Unlike trylock, this knows its owner. */
+		r = *slot ? pthread_mutex_timedlock(&(*slot)->harvest_lock, &at_once) : ENXIO;
+		if (!r)
+			return 0;
+		pthread_mutex_unlock(&kd->lock);
+		if (r != ETIMEDOUT)
+			return -r;
+		poll(NULL, 0, 1);
+	}
+}
+
 static int slot_ring_full(struct kvmdirty *kd, const struct kvm_run *run)
 {
 	struct kvm_dirty_slot_ring_exit details;
 	struct kvmdirty_slot *slot;
-	int r = 0;
+	int r;
 
 	if (run->exit_reason != KVM_EXIT_DIRTY_SLOT_RING_FULL)
 		return 0;
 	memcpy(&details, &run->hw, sizeof(details));
 
-	pthread_mutex_lock(&kd->lock);
-	slot = slot_find(kd, details.slot);
-	if (!slot) {
-		r = -ENXIO;
-	} else if (pthread_mutex_lock(&slot->harvest_lock)) {
-		r = -EDEADLK;
-	} else {
-		do {
-			r = slot_ring_sweep(slot);
-		} while (r > 0);
-		pthread_mutex_unlock(&slot->harvest_lock);
-	}
+	r = lock_slot(kd, details.slot, &slot);
+	if (r)
+		return r;
+	do {
+		r = slot_ring_sweep(slot);
+	} while (r > 0);
+	pthread_mutex_unlock(&slot->harvest_lock);
 	pthread_mutex_unlock(&kd->lock);
 	return r ? r : 1;
 }

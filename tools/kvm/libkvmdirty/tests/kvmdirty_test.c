@@ -1478,6 +1478,65 @@ static void test_calls_back_fake(const void *unused)
 	kvmdirty_close(kd);
 }
 
+struct full {
+	struct kvmdirty *kd;
+	int vcpu, other;
+	bool begun;
+	pthread_t thread;
+	int ret, added;
+};
+
+static void *full_thread(void *arg)
+{
+	struct kvm_run run = { .exit_reason = KVM_EXIT_DIRTY_SLOT_RING_FULL };
+	struct kvm_dirty_slot_ring_exit details = { .slot = SLOT_MAIN };
+	struct full *f = arg;
+
+	memcpy(&run.hw, &details, sizeof(details));
+	f->ret = kvmdirty_vcpu_full(f->kd, f->vcpu, &run);
+	return NULL;
+}
+
+/* A vCPU's ring gets full while a callback runs, which does something with the VM. */
+static int full_meanwhile(const struct kvmdirty_run *run, void *arg)
+{
+	struct full *f = arg;
+
+	(void)run;
+	if (!f->begun) {
+		f->begun = true;
+		CHECK_EQ(pthread_create(&f->thread, NULL, full_thread, f), 0);
+		poll(NULL, 0, 200);
+		f->added = kvmdirty_add_vcpu(f->kd, f->other);
+	}
+	return 0;
+}
+
+/* Once, without KVM: that is no deadlock. */
+static void test_full_fake(const void *unused)
+{
+	struct kvm_userspace_memory_region region = {
+		.slot = SLOT_MAIN, .memory_size = MAIN_PAGES * PAGE,
+	};
+	struct full f = { .vcpu = memfd_create("vcpu", 0), .other = memfd_create("other", 0) };
+	struct kvmdirty_slot *slot;
+
+	(void)unused;
+	alarm(60);
+	fake_kvm = true;
+	CHECK_EQ(kvmdirty_open(dup(STDOUT_FILENO), NULL, &f.kd), 0);
+	CHECK_EQ(kvmdirty_add_vcpu(f.kd, f.vcpu), 0);
+	CHECK_EQ(kvmdirty_track(f.kd, &region, &slot), 0);
+	CHECK_EQ(kvmdirty_harvest_each(slot, full_meanwhile, &f, 0, 0, NULL), 0);
+	CHECK_EQ(pthread_join(f.thread, NULL), 0);
+	CHECK_EQ(f.added, 0);
+	CHECK_EQ(f.ret, 1);
+	CHECK_EQ(kvmdirty_untrack(slot, KVMDIRTY_UNTRACK_DROP), 0);
+	full_thread(&f);
+	CHECK_EQ(f.ret, -ENXIO);
+	kvmdirty_close(f.kd);
+}
+
 /* Once, not for each back end: the best of those that the kernel has. */
 static void test_best(const void *unused)
 {
@@ -1554,6 +1613,7 @@ static const struct {
 	{ "best", test_best, true },
 	{ "pageset", test_pageset, false },
 	{ "calls_back_fake", test_calls_back_fake, false },
+	{ "full_fake", test_full_fake, false },
 };
 
 static int tell_usage(const char *me, int status)
