@@ -1149,7 +1149,8 @@ static void harvest(struct mlog *l, int ex, const struct harvest *h)
 	if (bad) {
 		CHECK(ret == -1 && errno == EINVAL, "a bad consumer gave %d", ret);
 		CHECK(h->overlap || (out.nr_runs == h->capacity && out.flags == h->flags),
-		      "EINVAL changed the arguments: nr_runs %u, flags %#x", out.nr_runs, out.flags);
+		      "EINVAL changed the arguments: nr_runs %u, flags %#x", out.nr_runs,
+		      out.flags);
 		log_unchanged(l);
 		return;
 	}
@@ -1170,7 +1171,8 @@ static void harvest(struct mlog *l, int ex, const struct harvest *h)
 		CHECK(errno == EFAULT && !h->overlap && h->array.room < min(hi, h->capacity),
 		      "HARVEST of %u pages in %u to %u runs gave %d", b.yes, lo, hi, ret);
 		CHECK(out.nr_runs == h->capacity && out.flags == h->flags,
-		      "EFAULT changed the arguments: nr_runs %u, flags %#x", out.nr_runs, out.flags);
+		      "EFAULT changed the arguments: nr_runs %u, flags %#x", out.nr_runs,
+		      out.flags);
 		l->spill = true;
 		log_moved(l, false);
 		return;
