@@ -1105,6 +1105,13 @@ struct harvest {
 	__u64 reserved[2];
 };
 
+/* A call that failed can be made again as it was; an array may be over it. */
+static void harvest_unchanged(const struct harvest *h, const struct kvm_dirty_slot_runs *args)
+{
+	CHECK(h->overlap || (args->nr_runs == h->capacity && args->flags == h->flags),
+	      "an error changed the arguments: nr_runs %u, flags %#x", args->nr_runs, args->flags);
+}
+
 static void harvest(struct mlog *l, int ex, const struct harvest *h)
 {
 	struct kvm_dirty_slot_runs *good = (void *)arena, *args, out;
@@ -1148,9 +1155,7 @@ static void harvest(struct mlog *l, int ex, const struct harvest *h)
 	}
 	if (bad) {
 		CHECK(ret == -1 && errno == EINVAL, "a bad consumer gave %d", ret);
-		CHECK(h->overlap || (out.nr_runs == h->capacity && out.flags == h->flags),
-		      "EINVAL changed the arguments: nr_runs %u, flags %#x", out.nr_runs,
-		      out.flags);
+		harvest_unchanged(h, &out);
 		log_unchanged(l);
 		return;
 	}
@@ -1170,9 +1175,7 @@ static void harvest(struct mlog *l, int ex, const struct harvest *h)
 	if (ret) {
 		CHECK(errno == EFAULT && !h->overlap && h->array.room < min(hi, h->capacity),
 		      "HARVEST of %u pages in %u to %u runs gave %d", b.yes, lo, hi, ret);
-		CHECK(out.nr_runs == h->capacity && out.flags == h->flags,
-		      "EFAULT changed the arguments: nr_runs %u, flags %#x", out.nr_runs,
-		      out.flags);
+		harvest_unchanged(h, &out);
 		l->spill = true;
 		log_moved(l, false);
 		return;

@@ -1532,6 +1532,7 @@ TEST(harvest_under_signals)
 		ret = __dsr_runs(v->fd, KVM_DIRTY_SLOT_LOG_HARVEST, runs, cap, 0, &args);
 		CHECK(!ret || errno == EINTR, "HARVEST gave %d", ret);
 		if (ret) {
+			CHECK_EQ(args.nr_runs, cap);
 			eintr++;
 			continue;
 		}
@@ -1727,7 +1728,6 @@ TEST(logging_off_and_on)
 	dsr_free(v);
 }
 
-/* A dead log keeps what the reader of the mapping has not confirmed. */
 static void *manual_thread(void *arg)
 {
 	uint64_t both = KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE | KVM_DIRTY_LOG_INITIALLY_SET;
@@ -1765,6 +1765,7 @@ TEST(logging_on_while_manual_protect_changes)
 	dsr_free(v);
 }
 
+/* A dead log keeps what the reader of the mapping has not confirmed. */
 TEST(slot_deleted_mapped)
 {
 	struct dsr *v = dsr_new(.entries = 256, .nr_vcpus = 1);
