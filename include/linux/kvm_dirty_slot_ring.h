@@ -4,7 +4,7 @@
 
 /*
  * What the rest of KVM may call of the dirty slot rings.  All of it is in
- * virt/kvm/dirty_slot_ring.c; the ABI is in the uapi header of the same name.
+ * virt/kvm/dirty_slot/; the ABI is in the uapi header of the same name.
  */
 
 #include <linux/compiler.h>
@@ -17,6 +17,7 @@
 
 struct kvm;
 struct kvm_dirty_slot_mask;
+struct kvm_dirty_slot_vm;
 struct kvm_enable_cap;
 struct kvm_memory_slot;
 struct kvm_vcpu;
@@ -31,20 +32,25 @@ struct module;
  *	kvm->lock and kvm->slots_lock
  * @flags: KVM_DIRTY_SLOT_RING_*
  * @nr_rings: vCPUs that have a ring in every log.  Protected by slots_lock
+ * @vm: all logs, from when it is enabled on
  */
 struct kvm_dirty_slot_ring_vm {
 	u32 entries;
 	u32 flags;
 	u32 nr_rings;
+	struct kvm_dirty_slot_vm *vm;
 };
 
 /**
  * struct kvm_dirty_slot_ring_vcpu - the feature's state in struct kvm_vcpu
  * @hw_seq: odd while there may be writes through this vCPU that are not marked
  *	yet, as with Intel's PML.  Written by the vCPU's thread only
+ * @nr: 1 + vcpu_idx, or 0 as long as it has none.  Written once, before the vCPU
+ *	is online
  */
 struct kvm_dirty_slot_ring_vcpu {
 	u32 hw_seq;
+	u32 nr;
 };
 
 /**
@@ -64,6 +70,7 @@ void kvm_dirty_slot_ring_init(struct module *module);
 int kvm_dirty_slot_ring_enable(struct kvm *kvm, struct kvm_enable_cap *cap);
 int kvm_dirty_slot_ring_add_vcpu(struct kvm_vcpu *vcpu);
 bool kvm_dirty_slot_ring_check_request(struct kvm_vcpu *vcpu);
+void kvm_dirty_slot_ring_destroy(struct kvm *kvm);
 
 int kvm_dirty_slot_log_create(struct kvm *kvm, struct kvm_memory_slot *memslot);
 void kvm_dirty_slot_log_stop(struct kvm *kvm,
@@ -83,8 +90,13 @@ int kvm_vm_ioctl_get_dirty_slot_log_fd(struct kvm *kvm, void __user *argp);
  * @masks: the pages
  * @nr: of @masks, at least 1
  *
- * What kvm_arch_mmu_enable_log_dirty_pt_masked() does, for many masks that are
- * in no order.  The caller flushes TLBs.
+ * Each architecture that selects HAVE_KVM_DIRTY_SLOT_RING has one.  What
+ * kvm_arch_mmu_enable_log_dirty_pt_masked() does, for many masks that are in no
+ * order, but without slots_lock, which that one may count on: whatever slots_lock
+ * protects, such as caches of pages for splitting huge ones, is not to be used.
+ * The caller may belong to another process than the VM: nothing is allocated on
+ * its account.  A huge page is protected as a whole, for the next write to split
+ * it.  The caller flushes TLBs.
  *
  * Context: mmu_lock is held for write, kvm->srcu for read; slots_lock is not.
  * Return: how many of @masks were done, from the first on.  At least one; to do
@@ -111,7 +123,8 @@ unsigned int kvm_arch_dirty_slot_protect(struct kvm *kvm,
  * guest can write anything, and kvm_dirty_slot_ring_hw_flushed() when all that
  * was buffered has been marked dirty; likewise around making a page writable and
  * marking it, where that is not under mmu_lock.  KVM_DIRTY_HARVEST_SYNC waits
- * for vCPUs that are between the two.
+ * for vCPUs that are between the two, so that they must not wait for userspace
+ * there, not even in a fault of memory that they access.
  *
  * Context: the vCPU's thread.
  */
@@ -159,6 +172,10 @@ static inline int kvm_dirty_slot_ring_add_vcpu(struct kvm_vcpu *vcpu)
 static inline bool kvm_dirty_slot_ring_check_request(struct kvm_vcpu *vcpu)
 {
 	return false;
+}
+
+static inline void kvm_dirty_slot_ring_destroy(struct kvm *kvm)
+{
 }
 
 static inline int kvm_dirty_slot_log_create(struct kvm *kvm,

@@ -84,18 +84,38 @@ TRACE_EVENT(kvm_dirty_slot_ring_exit,
 );
 
 /*
+ * A call on a log has come to: 0 waiting for hardware and for other calls, 1 taking
+ * pages and copying them out, 2 re-protecting them (with the wait for mmu_lock),
+ * 3 flushing TLBs, 4 its end.  What passes between two of them, in one thread, is
+ * the time that the former takes.
+ */
+TRACE_EVENT(kvm_dirty_slot_log_phase,
+	    TP_PROTO(int vm, u32 slot, u32 phase),
+	    TP_ARGS(vm, slot, phase),
+
+	    TP_STRUCT__entry(__field(int, vm)
+			     __field(u32, slot)
+			     __field(u32, phase)
+	    ),
+
+	    TP_fast_assign(__entry->vm = vm;
+			   __entry->slot = slot;
+			   __entry->phase = phase;
+	    ),
+
+	    TP_printk("vm %d slot 0x%x phase %u",
+		      __entry->vm, __entry->slot, __entry->phase)
+);
+
+/*
  * A harvest ended.  "collected" are pages that the mapping's reader had taken
  * and that were only re-protected; "used" is what was in the rings when it
- * began, stale entries too; "ret" is what the caller gets.  The times add up to
- * the call: waiting for other calls and for hardware, taking pages and copying
- * them out, re-protecting them (with the wait for mmu_lock), flushing TLBs.
+ * began, stale entries too; "ret" is what the caller gets.
  */
 TRACE_EVENT(kvm_dirty_slot_log_harvest,
 	    TP_PROTO(int vm, u32 slot, u32 runs, u64 pages, u64 collected,
-		     u64 used, u32 flags, int ret, u64 wait_ns, u64 collect_ns,
-		     u64 protect_ns, u64 flush_ns),
-	    TP_ARGS(vm, slot, runs, pages, collected, used, flags, ret, wait_ns,
-		    collect_ns, protect_ns, flush_ns),
+		     u64 used, u32 flags, int ret),
+	    TP_ARGS(vm, slot, runs, pages, collected, used, flags, ret),
 
 	    TP_STRUCT__entry(__field(int, vm)
 			     __field(u32, slot)
@@ -105,10 +125,6 @@ TRACE_EVENT(kvm_dirty_slot_log_harvest,
 			     __field(u64, collected)
 			     __field(u64, used)
 			     __field(int, ret)
-			     __field(u64, wait_ns)
-			     __field(u64, collect_ns)
-			     __field(u64, protect_ns)
-			     __field(u64, flush_ns)
 	    ),
 
 	    TP_fast_assign(__entry->vm = vm;
@@ -119,25 +135,18 @@ TRACE_EVENT(kvm_dirty_slot_log_harvest,
 			   __entry->collected = collected;
 			   __entry->used = used;
 			   __entry->ret = ret;
-			   __entry->wait_ns = wait_ns;
-			   __entry->collect_ns = collect_ns;
-			   __entry->protect_ns = protect_ns;
-			   __entry->flush_ns = flush_ns;
 	    ),
 
-	    TP_printk("vm %d slot 0x%x runs %u pages %llu collected %llu used %llu flags 0x%x ret %d wait %llu collect %llu protect %llu flush %llu ns",
+	    TP_printk("vm %d slot 0x%x runs %u pages %llu collected %llu used %llu flags 0x%x ret %d",
 		      __entry->vm, __entry->slot, __entry->runs, __entry->pages,
 		      __entry->collected, __entry->used, __entry->flags,
-		      __entry->ret, __entry->wait_ns, __entry->collect_ns,
-		      __entry->protect_ns, __entry->flush_ns)
+		      __entry->ret)
 );
 
 /* KVM_DIRTY_SLOT_LOG_RESET ended; fields as above. */
 TRACE_EVENT(kvm_dirty_slot_log_reset,
-	    TP_PROTO(int vm, u32 slot, u64 pages, u64 used, u32 flags, int ret,
-		     u64 wait_ns, u64 collect_ns, u64 protect_ns, u64 flush_ns),
-	    TP_ARGS(vm, slot, pages, used, flags, ret, wait_ns, collect_ns,
-		    protect_ns, flush_ns),
+	    TP_PROTO(int vm, u32 slot, u64 pages, u64 used, u32 flags, int ret),
+	    TP_ARGS(vm, slot, pages, used, flags, ret),
 
 	    TP_STRUCT__entry(__field(int, vm)
 			     __field(u32, slot)
@@ -145,10 +154,6 @@ TRACE_EVENT(kvm_dirty_slot_log_reset,
 			     __field(u64, used)
 			     __field(u32, flags)
 			     __field(int, ret)
-			     __field(u64, wait_ns)
-			     __field(u64, collect_ns)
-			     __field(u64, protect_ns)
-			     __field(u64, flush_ns)
 	    ),
 
 	    TP_fast_assign(__entry->vm = vm;
@@ -157,17 +162,37 @@ TRACE_EVENT(kvm_dirty_slot_log_reset,
 			   __entry->used = used;
 			   __entry->flags = flags;
 			   __entry->ret = ret;
-			   __entry->wait_ns = wait_ns;
-			   __entry->collect_ns = collect_ns;
-			   __entry->protect_ns = protect_ns;
-			   __entry->flush_ns = flush_ns;
 	    ),
 
-	    TP_printk("vm %d slot 0x%x pages %llu used %llu flags 0x%x ret %d wait %llu collect %llu protect %llu flush %llu ns",
+	    TP_printk("vm %d slot 0x%x pages %llu used %llu flags 0x%x ret %d",
 		      __entry->vm, __entry->slot, __entry->pages, __entry->used,
-		      __entry->flags, __entry->ret, __entry->wait_ns,
-		      __entry->collect_ns, __entry->protect_ns,
-		      __entry->flush_ns)
+		      __entry->flags, __entry->ret)
+);
+
+/* A harvest of all logs of a VM ended; "logs" is how many it had to look at. */
+TRACE_EVENT(kvm_dirty_slot_vm_harvest,
+	    TP_PROTO(int vm, u32 logs, u32 runs, u64 pages, u32 flags, int ret),
+	    TP_ARGS(vm, logs, runs, pages, flags, ret),
+
+	    TP_STRUCT__entry(__field(int, vm)
+			     __field(u32, logs)
+			     __field(u32, runs)
+			     __field(u32, flags)
+			     __field(u64, pages)
+			     __field(int, ret)
+	    ),
+
+	    TP_fast_assign(__entry->vm = vm;
+			   __entry->logs = logs;
+			   __entry->runs = runs;
+			   __entry->flags = flags;
+			   __entry->pages = pages;
+			   __entry->ret = ret;
+	    ),
+
+	    TP_printk("vm %d logs %u runs %u pages %llu flags 0x%x ret %d",
+		      __entry->vm, __entry->logs, __entry->runs, __entry->pages,
+		      __entry->flags, __entry->ret)
 );
 
 #endif /* _TRACE_KVM_DIRTY_SLOT_RING_H */

@@ -41,7 +41,8 @@ struct kvm_dirty_slot_ring_exit {
 
 /**
  * struct kvm_dirty_slot_log_fd - argument of KVM_GET_DIRTY_SLOT_LOG_FD
- * @slot: as_id << 16 | id of a memslot that logs dirty pages
+ * @slot: as_id << 16 | id of a memslot that logs dirty pages, or
+ *	KVM_DIRTY_SLOT_ALL for all that do so now or later
  * @flags: must be zero
  */
 struct kvm_dirty_slot_log_fd {
@@ -49,15 +50,23 @@ struct kvm_dirty_slot_log_fd {
 	__u32 flags;
 };
 
+#define KVM_DIRTY_SLOT_ALL		0xffffffffU
+
 /**
  * struct kvm_dirty_slot_log_info - what KVM_DIRTY_SLOT_LOG_INFO tells
  * @slot: as_id << 16 | id
  * @nr_rings: rings that exist now, one for each vCPU created so far
- * @entries: entries of each ring
+ * @entries: entries of each ring: as the capability said, but no more than the
+ *	memslot has pages, rounded up to a power of two
  * @flags: KVM_DIRTY_SLOT_LOG_DEAD or zero
  * @stride: distance from one ring to the next in the mapping, in bytes
  * @npages: size of the memslot, in pages
  * @base_gfn: where the memslot is (or last was) in guest physical memory
+ * @log: the log's number in the VM; they count up and are not used again
+ * @pad: zero
+ * @consumers_size: size of the area of the consumers, at the start of the
+ *	mapping, in bytes
+ * @rings_offset: where ring 0 is in the mapping, in bytes
  * @reserved: zero
  */
 struct kvm_dirty_slot_log_info {
@@ -68,7 +77,11 @@ struct kvm_dirty_slot_log_info {
 	__u64 stride;
 	__u64 npages;
 	__u64 base_gfn;
-	__u64 reserved[4];
+	__u32 log;
+	__u32 pad;
+	__u64 consumers_size;
+	__u64 rings_offset;
+	__u64 reserved;
 };
 
 /* kvm_dirty_slot_log_info.flags: the slot stopped logging */
@@ -109,6 +122,45 @@ struct kvm_dirty_slot_runs {
 #define KVM_DIRTY_HARVEST_MORE		(1 << 1)
 
 /**
+ * struct kvm_dirty_vm_run - pages of one memslot that follow one another
+ * @slot: the memslot, as_id << 16 | id
+ * @log: which of the logs it had, one after the other: see
+ *	kvm_dirty_slot_log_info.log
+ * @offset: the first page, in pages from the start of the memslot
+ * @npages: how many, at least one
+ */
+struct kvm_dirty_vm_run {
+	__u32 slot;
+	__u32 log;
+	__u32 offset;
+	__u32 npages;
+};
+
+/**
+ * struct kvm_dirty_vm_harvest - argument of KVM_DIRTY_VM_LOG_HARVEST
+ * @runs: userspace address of an array of struct kvm_dirty_vm_run
+ * @nr_runs: in, the capacity of the array (at least 1); out, the runs stored,
+ *	those of one log one after the other
+ * @flags: in, KVM_DIRTY_HARVEST_SYNC or zero; out, KVM_DIRTY_HARVEST_MORE,
+ *	KVM_DIRTY_HARVEST_LAYOUT or zero
+ * @nr_pages: out, pages in the runs stored
+ * @reserved: must be zero
+ */
+struct kvm_dirty_vm_harvest {
+	__u64 runs;
+	__u32 nr_runs;
+	__u32 flags;
+	__u64 nr_pages;
+	__u64 reserved[4];
+};
+
+/*
+ * Out, of KVM_DIRTY_VM_LOG_HARVEST (ignored on input): logs came or went since
+ * the last call on this file, or since it was opened
+ */
+#define KVM_DIRTY_HARVEST_LAYOUT	(1 << 2)
+
+/**
  * struct kvm_dirty_slot_reset - argument of KVM_DIRTY_SLOT_LOG_RESET
  * @nr_pages: out, pages re-protected
  * @flags: in, zero; out, KVM_DIRTY_RESET_OVERFLOW or zero
@@ -126,10 +178,14 @@ struct kvm_dirty_slot_reset {
 #define KVM_DIRTY_RESET_OVERFLOW	(1 << 0)
 
 /*
- * The mapping of a log fd: ring n, that of the n-th vCPU created, starts at
- * n * stride with the two pages below, then come the entries, an array of
- * struct kvm_dirty_run.  Entry i stands at index i % entries.  The counts are
- * free running and never wrap; reset <= consumer <= producer <= reset + entries.
+ * The mapping of the log fd of a memslot begins with an area of consumers: that of
+ * ring n, which is the n-th created vCPU's, is at n * KVM_DIRTY_SLOT_CONSUMER_STRIDE.
+ * The area, or pages of it, can be mapped writable; all else cannot.
+ *
+ * Ring n is at rings_offset + n * stride: a page for struct kvm_dirty_slot_ring_kern,
+ * then the entries, an array of struct kvm_dirty_run.  Entry i stands at index
+ * i % entries.  The counts are free running and never wrap;
+ * reset <= consumer <= producer <= reset + entries.
  *
  *	[reset, consumer)	collected by userspace, not yet re-protected
  *	[consumer, producer)	logged, not yet collected
@@ -141,15 +197,17 @@ struct kvm_dirty_slot_reset {
  */
 
 /**
- * struct kvm_dirty_slot_ring_user - the consumer page, at offset 0, read-write
+ * struct kvm_dirty_slot_ring_user - a consumer, read-write
  * @consumer: written by userspace, and by HARVEST on its behalf
  */
 struct kvm_dirty_slot_ring_user {
 	__u64 consumer;
 };
 
+#define KVM_DIRTY_SLOT_CONSUMER_STRIDE		64
+
 /**
- * struct kvm_dirty_slot_ring_kern - the kernel page, at page 1, read-only
+ * struct kvm_dirty_slot_ring_kern - the first page of a ring, read-only
  * @producer: written by the kernel only
  * @reset: written by the kernel only
  * @overflowed: written by the kernel only, pages of this vCPU that found the
@@ -165,9 +223,8 @@ struct kvm_dirty_slot_ring_kern {
 	__u64 overflowed;
 };
 
-#define KVM_DIRTY_SLOT_RING_USER_PAGE		0
-#define KVM_DIRTY_SLOT_RING_KERN_PAGE		1
-#define KVM_DIRTY_SLOT_RING_ENTRIES_PAGE	2
+#define KVM_DIRTY_SLOT_RING_KERN_PAGE		0
+#define KVM_DIRTY_SLOT_RING_ENTRIES_PAGE	1
 
 /* 0xAE is KVMIO, spelled out so that linux/kvm.h is not needed */
 
@@ -179,5 +236,7 @@ struct kvm_dirty_slot_ring_kern {
 #define KVM_DIRTY_SLOT_LOG_RESET	_IOWR(0xAE, 0xf3, struct kvm_dirty_slot_reset)
 #define KVM_DIRTY_SLOT_LOG_MARK		_IOWR(0xAE, 0xf4, struct kvm_dirty_slot_runs)
 #define KVM_DIRTY_SLOT_LOG_DISCARD	_IOWR(0xAE, 0xf5, struct kvm_dirty_slot_runs)
+/* on the log fd of KVM_DIRTY_SLOT_ALL */
+#define KVM_DIRTY_VM_LOG_HARVEST	_IOWR(0xAE, 0xf6, struct kvm_dirty_vm_harvest)
 
 #endif /* _UAPI_LINUX_KVM_DIRTY_SLOT_RING_H */

@@ -1,0 +1,464 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * HARVEST and RESET of one log.
+ *
+ * A call notes, under log->mutex, how far each ring goes and what is in flight;
+ * then it takes that, batch after batch.  It holds the mutex while it takes, and
+ * not while it copies a batch out and re-protects it: so it does not matter to
+ * others whether it waits for userspace, and several calls can work on one log.
+ * Each page goes to the one that takes it.
+ *
+ * What userspace has collected itself is re-protected in one go under the mutex:
+ * whoever finds reset where its consumer is may rely on it.
+ */
+
+#include <linux/kvm_host.h>
+#include <linux/sched/signal.h>
+#include <linux/uaccess.h>
+
+#include "batch.h"
+
+/*
+ * Take.  All of it under log->mutex.
+ */
+
+/* So many entries more may be looked at before signals are. */
+static bool call_spend(struct kvm_dirty_slot_call *c, u32 n)
+{
+	c->budget -= min(n, c->budget);
+	if (likely(c->budget))
+		return false;
+	c->budget = CALL_STEP;
+	cond_resched();
+	return signal_pending(current);
+}
+
+/* Give entries that were read back to the vCPU. */
+static void ring_give_back(struct kvm_dirty_slot_ring *ring, u64 cursor)
+{
+	smp_store_release(&ring->kern->reset, cursor); /* B */
+}
+
+/*
+ * Take what a ring's entries say.  Taken is also what else is logged in the words
+ * of those pages: neighbours get into one run without sorting, and a walk of the
+ * page tables serves them all.  They have entries of their own, which become
+ * stale.  But an entry that is stale itself is no reason to look at its word: what
+ * has been logged there since the call began need not be in the answer.
+ */
+static enum take take_ring(struct kvm_dirty_slot_log *log,
+			   struct kvm_dirty_slot_call *c,
+			   struct kvm_dirty_slot_span *span)
+{
+	struct kvm_dirty_slot_ring *ring = log_nth_ring(log, span->ring);
+	const struct kvm_dirty_run *runs = ring->runs;
+	u64 reset = ring->kern->reset, cursor = reset, end;
+	enum take took = TAKE_DONE;
+	u32 offset, last = log->entries - 1;
+
+	/* Others may have got further meanwhile. */
+	while ((s64)(span->limit - cursor) > 0) {
+		u64 from = cursor;
+
+		end = cursor + min_t(u64, span->limit - cursor, c->budget);
+		for (; cursor != end; cursor++) {
+			offset = runs[cursor & last].offset;
+			if (!batch_take(log, c, offset / BITS_PER_LONG,
+					BIT(offset % BITS_PER_LONG), ~0UL))
+				break;
+		}
+		if (cursor != end)
+			took = TAKE_FULL;
+		else if (call_spend(c, cursor - from) && cursor != span->limit)
+			took = TAKE_SIGNAL;
+		if (took)
+			break;
+	}
+	if (cursor != reset) {
+		/* First, for reset never to be seen ahead of it. */
+		WRITE_ONCE(ring->user->consumer, cursor);
+		ring_give_back(ring, cursor);
+	}
+	if (took || span->in_flight == NO_PAGE)
+		return took;
+
+	/* E */
+	offset = span->in_flight;
+	if (!batch_take(log, c, offset / BITS_PER_LONG,
+			BIT(offset % BITS_PER_LONG), ~0UL))
+		return TAKE_FULL;
+	return TAKE_DONE;
+}
+
+/*
+ * Take what is in no ring.  One pass upwards and around, so that it ends however
+ * fast pages are added.
+ */
+static enum take take_overflow(struct kvm_dirty_slot_log *log,
+			       struct kvm_dirty_slot_call *c)
+{
+	unsigned long word, end;
+
+	for (;;) {
+		end = c->around ? c->start : log->nr_words;
+		word = kvm_dirty_summary_next(&log->overflow, c->word);
+		if (word >= end) {
+			if (c->around || !c->start)
+				return TAKE_DONE;
+			c->around = true;
+			c->word = 0;
+			continue;
+		}
+		c->word = word;
+		/* First, as a mark that finds it set leaves it at that. */
+		kvm_dirty_summary_clear(&log->overflow, word);
+		if (!batch_take(log, c, word, ~0UL, ~0UL)) {
+			kvm_dirty_slot_log_spill(log, word);
+			return TAKE_FULL;
+		}
+		c->word = word + 1;
+		if (call_spend(c, 1))
+			return TAKE_SIGNAL;
+	}
+}
+
+/* Fill a batch; note where to go on if that is not all. */
+static enum take log_take(struct kvm_dirty_slot_log *log,
+			  struct kvm_dirty_slot_call *c, u32 max_runs)
+{
+	struct kvm_dirty_slot_span *span;
+	enum take took;
+
+	batch_reset(c, max_runs);
+	for (; c->span < c->nr_spans; c->span++) {
+		span = &c->spans[c->span];
+		if (span->ring == SPAN_OVERFLOW)
+			took = take_overflow(log, c);
+		else
+			took = take_ring(log, c, span);
+		if (took) {
+			log->next = min(span->ring, log_nr_rings(log));
+			log->next_word = c->word;
+			return took;
+		}
+	}
+	return TAKE_DONE;
+}
+
+/*
+ * Re-protect what userspace collected from the mapping, [reset, consumer) of
+ * each ring: only those very pages, as nobody was told of their neighbours.
+ */
+static int log_reset_collected(struct kvm_dirty_slot_log *log,
+			       struct kvm_dirty_slot_call *c, u64 *nr_pages)
+{
+	struct kvm_dirty_slot_ring *ring;
+	u32 i, offset, last = log->entries - 1;
+	bool stop = false;
+
+	*nr_pages = 0;
+	if (!c->collected)
+		return 0;
+
+	batch_reset(c, 0);
+	for (i = 0; i < c->nr_spans && !stop; i++) {
+		if (c->spans[i].ring == SPAN_OVERFLOW)
+			continue;
+		ring = log_nth_ring(log, c->spans[i].ring);
+		while (ring->cursor != ring->consumer && !stop) {
+			offset = ring->runs[ring->cursor & last].offset;
+			if (c->nr_masks == BATCH_MASKS) {
+				kvm_dirty_slot_batch_protect(log, c);
+				*nr_pages += c->nr_pages;
+				batch_reset(c, 0);
+			}
+			batch_take(log, c, offset / BITS_PER_LONG,
+				   BIT(offset % BITS_PER_LONG),
+				   BIT(offset % BITS_PER_LONG));
+			ring->cursor++;
+			stop = call_spend(c, 1);
+		}
+	}
+	kvm_dirty_slot_batch_protect(log, c);
+	*nr_pages += c->nr_pages;
+	log_phase(log, KVM_DIRTY_SLOT_PHASE_FLUSH);
+	kvm_dirty_slot_call_flush(c);
+	log_phase(log, KVM_DIRTY_SLOT_PHASE_COLLECT);
+
+	for (i = 0; i < c->nr_spans; i++) {
+		if (c->spans[i].ring == SPAN_OVERFLOW)
+			continue;
+		ring = log_nth_ring(log, c->spans[i].ring);
+		if (ring->cursor != ring->kern->reset)
+			ring_give_back(ring, ring->cursor);
+	}
+	if (c->kvm)
+		atomic64_add(*nr_pages,
+			     &c->kvm->stat.generic.dirty_slot_log_reset_pages);
+	return stop ? -EINTR : 0;
+}
+
+/**
+ * kvm_dirty_slot_log_ready - has a ring so many entries, or the overflow anything?
+ * @log: the log
+ * @level: entries, stale or not
+ */
+bool kvm_dirty_slot_log_ready(struct kvm_dirty_slot_log *log, u32 level)
+{
+	u32 i, n = log_nr_rings(log);
+
+	if (!kvm_dirty_summary_empty(&log->overflow))
+		return true;
+	for (i = 0; i < n; i++) {
+		i = kvm_dirty_summary_next(&log->busy, i);
+		if (i < n && ring_used(log_nth_ring(log, i)) >= level)
+			return true;
+	}
+	return false;
+}
+
+/*
+ * Who waits for events, not for states, has seen the one that made it call, and
+ * vCPUs that find half a ring used, or something in the overflow, cause no other.
+ */
+static void log_wake_again(struct kvm_dirty_slot_log *log)
+{
+	if (kvm_dirty_slot_log_ready(log, log->wake_level))
+		irq_work_queue(&log->wake);
+}
+
+/**
+ * kvm_dirty_slot_log_drain - take what is in a log when it is called
+ * @log: the log
+ * @c: the call, with its kvm; the caller flushes TLBs
+ * @sink: where to put it
+ * @all: look at all rings, and fail if userspace's consumers are no good;
+ *	otherwise look at those that may have something
+ *
+ * Context: sleeps, and waits for userspace; without locks.
+ * Return: 0, also if something was stored before one of these: -EINVAL if a
+ * consumer is out of bounds, -EINTR, -EFAULT from storing.
+ */
+int kvm_dirty_slot_log_drain(struct kvm_dirty_slot_log *log,
+			     struct kvm_dirty_slot_call *c,
+			     struct kvm_dirty_slot_sink *sink, bool all)
+{
+	enum take took;
+	u64 collected;
+	int r;
+
+	sink->more = true;
+	if (mutex_lock_interruptible(&log->mutex))
+		return sink->stored ? 0 : -EINTR;
+	log_phase(log, KVM_DIRTY_SLOT_PHASE_COLLECT);
+
+	r = kvm_dirty_slot_log_look_at(log, c, all);
+	if (r)
+		goto unlock;
+	r = log_reset_collected(log, c, &collected);
+	sink->collected += collected;
+	if (r)
+		goto unlock;
+
+	for (;;) {
+		took = log_take(log, c, sink->left);
+		if (!c->nr_masks)
+			break;
+		atomic_inc(&log->outstanding);
+		mutex_unlock(&log->mutex);
+
+		sink->more = took != TAKE_DONE;
+		r = sink->store(sink, log, c);
+		if (r) {
+			kvm_dirty_slot_batch_undo(log, c);
+		} else {
+			/* From here on the pages are the caller's. */
+			sink->stored = true;
+			sink->left -= c->nr_runs;
+			kvm_dirty_slot_batch_protect(log, c);
+		}
+		/* What is back in the log can be seen by who sees no others. */
+		smp_mb__before_atomic();
+		atomic_dec(&log->outstanding);
+
+		if (r || took == TAKE_DONE || !sink->left ||
+		    signal_pending(current) ||
+		    mutex_lock_interruptible(&log->mutex))
+			goto out;
+	}
+	sink->more = took != TAKE_DONE;
+	if (took == TAKE_SIGNAL)
+		r = -EINTR;
+unlock:
+	mutex_unlock(&log->mutex);
+out:
+	if (r)
+		sink->more = true;
+	if (sink->stored)
+		r = 0;
+	if (!sink->more)
+		log_wake_again(log);
+	return r;
+}
+
+/*
+ * The calls.
+ */
+
+struct slot_sink {
+	struct kvm_dirty_slot_sink sink;
+	struct kvm_dirty_slot_runs args;
+	void __user *argp;
+};
+
+static int slot_store(struct kvm_dirty_slot_sink *sink,
+		      const struct kvm_dirty_slot_log *log,
+		      const struct kvm_dirty_slot_call *c)
+{
+	struct slot_sink *s = container_of(sink, struct slot_sink, sink);
+	struct kvm_dirty_run __user *runs = u64_to_user_ptr(s->args.runs);
+	struct kvm_dirty_slot_runs args = s->args;
+
+	if (copy_to_user(runs + args.nr_runs, c->runs,
+			 c->nr_runs * sizeof(*runs)))
+		return -EFAULT;
+
+	args.nr_runs += c->nr_runs;
+	args.nr_pages += c->nr_pages;
+	args.flags = sink->more ? KVM_DIRTY_HARVEST_MORE : 0;
+	if (copy_to_user(s->argp, &args, sizeof(args)))
+		return -EFAULT;
+	s->args = args;
+	return 0;
+}
+
+/**
+ * kvm_dirty_slot_log_harvest - KVM_DIRTY_SLOT_LOG_HARVEST
+ * @log: the log
+ * @argp: struct kvm_dirty_slot_runs in userspace
+ */
+long kvm_dirty_slot_log_harvest(struct kvm_dirty_slot_log *log, void __user *argp)
+{
+	struct slot_sink s = { .sink.store = slot_store, .argp = argp };
+	struct kvm_dirty_slot_runs *args = &s.args;
+	struct kvm_dirty_slot_call *c;
+	bool sync, dead;
+	u32 flags;
+	int r;
+
+	if (copy_from_user(args, argp, sizeof(*args)))
+		return -EFAULT;
+	if (args->flags & ~(KVM_DIRTY_HARVEST_SYNC | KVM_DIRTY_HARVEST_MORE) ||
+	    !args->nr_runs || args->reserved[0] || args->reserved[1])
+		return -EINVAL;
+
+	/*
+	 * Learn now, with nothing taken, if it cannot be written; as it is, so
+	 * that who gets EINTR can make the same call again.
+	 */
+	if (copy_to_user(argp, args, sizeof(*args)))
+		return -EFAULT;
+	sync = args->flags & KVM_DIRTY_HARVEST_SYNC;
+	s.sink.left = args->nr_runs;
+	args->nr_runs = 0;
+	args->nr_pages = 0;
+	args->flags = 0;
+
+	c = kvm_dirty_slot_call_get(log);
+	if (!c)
+		return -ENOMEM;
+	log_phase(log, KVM_DIRTY_SLOT_PHASE_WAIT);
+	c->kvm = kvm_dirty_slot_log_get_kvm(log, &dead);
+	r = c->kvm && READ_ONCE(c->kvm->vm_dead) ? -EIO : 0;
+	if (!r && c->kvm && sync)
+		r = kvm_dirty_slot_sync_hw(c->kvm, true);
+	if (!r)
+		r = kvm_dirty_slot_log_drain(log, c, &s.sink, true);
+
+	log_phase(log, KVM_DIRTY_SLOT_PHASE_FLUSH);
+	kvm_dirty_slot_call_flush(c);
+	log_phase(log, KVM_DIRTY_SLOT_PHASE_END);
+
+	if (!r && dead && !args->nr_runs && !s.sink.more && !s.sink.collected &&
+	    !c->others)
+		r = -ENODEV;
+	flags = s.sink.more ? KVM_DIRTY_HARVEST_MORE : 0;
+	/* If it was not stored, or otherwise; who cannot have it calls again. */
+	if ((!r || r == -ENODEV) && (!s.sink.stored || flags != args->flags)) {
+		args->flags = flags;
+		if (copy_to_user(argp, args, sizeof(*args)) && !s.sink.stored)
+			r = -EFAULT;
+	}
+	trace_kvm_dirty_slot_log_harvest(log->pid, log->slot, args->nr_runs,
+					 args->nr_pages, s.sink.collected,
+					 c->used, args->flags | sync, r);
+	if (c->kvm) {
+		atomic64_inc(&c->kvm->stat.generic.dirty_slot_log_harvests);
+		atomic64_add(args->nr_pages,
+			     &c->kvm->stat.generic.dirty_slot_log_harvested_pages);
+		kvm_put_kvm(c->kvm);
+	}
+	kvm_dirty_slot_call_put(log, c);
+	return r;
+}
+
+/**
+ * kvm_dirty_slot_log_reset - KVM_DIRTY_SLOT_LOG_RESET
+ * @log: the log
+ * @argp: struct kvm_dirty_slot_reset in userspace
+ */
+long kvm_dirty_slot_log_reset(struct kvm_dirty_slot_log *log, void __user *argp)
+{
+	struct kvm_dirty_slot_reset args;
+	struct kvm_dirty_slot_call *c;
+	bool empty, dead;
+	int r;
+
+	if (copy_from_user(&args, argp, sizeof(args)))
+		return -EFAULT;
+	if (args.flags & ~KVM_DIRTY_RESET_OVERFLOW || args.pad ||
+	    args.reserved[0] || args.reserved[1])
+		return -EINVAL;
+	args.nr_pages = 0;
+	args.flags = 0;
+	if (copy_to_user(argp, &args, sizeof(args)))
+		return -EFAULT;
+
+	c = kvm_dirty_slot_call_get(log);
+	if (!c)
+		return -ENOMEM;
+	log_phase(log, KVM_DIRTY_SLOT_PHASE_WAIT);
+	c->used = 0;
+	c->kvm = kvm_dirty_slot_log_get_kvm(log, &dead);
+	r = c->kvm && READ_ONCE(c->kvm->vm_dead) ? -EIO : 0;
+	if (!r && mutex_lock_interruptible(&log->mutex))
+		r = -EINTR;
+	if (r)
+		goto end;
+	log_phase(log, KVM_DIRTY_SLOT_PHASE_COLLECT);
+
+	r = kvm_dirty_slot_log_look_at(log, c, true);
+	if (!r) {
+		empty = !kvm_dirty_slot_log_ready(log, 1);
+		r = log_reset_collected(log, c, &args.nr_pages);
+		if (!r && dead && empty && !c->others)
+			r = -ENODEV;
+		if (!kvm_dirty_summary_empty(&log->overflow))
+			args.flags |= KVM_DIRTY_RESET_OVERFLOW;
+	}
+	mutex_unlock(&log->mutex);
+	log_wake_again(log);
+end:
+	log_phase(log, KVM_DIRTY_SLOT_PHASE_END);
+	trace_kvm_dirty_slot_log_reset(log->pid, log->slot, args.nr_pages,
+				       c->used, args.flags, r);
+	if (c->kvm) {
+		atomic64_inc(&c->kvm->stat.generic.dirty_slot_log_resets);
+		kvm_put_kvm(c->kvm);
+	}
+	kvm_dirty_slot_call_put(log, c);
+	/* The pages are re-protected; all that can be lost here is their count. */
+	if (copy_to_user(argp, &args, sizeof(args)) && !r)
+		r = -EFAULT;
+	return r;
+}
