@@ -96,6 +96,7 @@
  * so does who clears it; marks of vCPUs look at it after they have set busy.
  */
 
+#include <linux/bits.h>
 #include <linux/irq_work.h>
 #include <linux/kref.h>
 #include <linux/kvm_host.h>
@@ -215,7 +216,7 @@ struct kvm_dirty_slot_log {
 #define CONSUMER_PAGES(rings)	DIV_ROUND_UP(rings, CONSUMERS_PER_PAGE)
 
 /* More than there can be memslots at once; the rest is for deleted ones. */
-#define VM_MAX_LOGS		(1UL << 17)
+#define VM_MAX_LOGS		BIT(17)
 
 /* All logs of a VM.  The VM holds one reference, each log and each file one. */
 struct kvm_dirty_slot_vm {
