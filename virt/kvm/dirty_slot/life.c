@@ -337,7 +337,7 @@ bool kvm_dirty_slot_log_release(struct kvm_memory_slot *memslot)
 		return false;
 
 	/* Not if the memslot could not be made after all; a VM that goes has some. */
-	was_live = log->live || !refcount_read(&log->kvm->users_count);
+	was_live = READ_ONCE(log->live) || !refcount_read(&log->kvm->users_count);
 	memslot->dirty_slot_log = NULL;
 	memslot->dirty_bitmap = NULL;
 
