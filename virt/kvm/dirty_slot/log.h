@@ -188,8 +188,8 @@ struct kvm_dirty_slot_log {
 	 * never held while userspace is waited for.
 	 */
 	struct mutex mutex;
-	u32 next;		/* where the next harvest goes on: a ring, or... */
-	unsigned long next_word; /* ...nr_rings, and the overflow at this word */
+	u32 next;		/* where the next harvest begins: a ring, or nr_rings */
+	unsigned long next_word; /* and where in the overflow */
 	bool gp_started;	/* for the rings that are leaving... */
 	unsigned long gp;	/* ...a grace period of kvm->srcu */
 
@@ -250,6 +250,8 @@ struct kvm_dirty_slot_vm {
 #define CALL_SPANS		46
 /* Entries that are looked at, stale or not, between two looks at signals. */
 #define CALL_STEP		4096
+/* So many pages, and a batch, may a call have beyond the entries it has read. */
+#define CALL_AHEAD		4096
 
 /* What a call has to take from one ring, or from the overflow. */
 struct kvm_dirty_slot_span {
@@ -283,6 +285,8 @@ struct kvm_dirty_slot_call {
 	bool collected;		/* userspace has collected something */
 	bool gp_done, leave;	/* see "Quiet" */
 	u32 budget;		/* of CALL_STEP */
+	s64 ahead;		/* of CALL_AHEAD */
+	bool served;		/* it has something of @span */
 	u64 used;		/* entries in all rings, for traces */
 
 	/* A batch: taken from the bitmap, to be copied out and re-protected. */

@@ -235,6 +235,7 @@ static int drain_all(struct vm_file *f, struct kvm *kvm,
 	struct kvm_dirty_slot_vm *vm = f->vm;
 	u32 start = READ_ONCE(f->next), at = start, end = VM_MAX_LOGS;
 	struct kvm_dirty_slot_log *log;
+	u32 left;
 	int r;
 
 	sink->more = false;
@@ -247,7 +248,8 @@ static int drain_all(struct vm_file *f, struct kvm *kvm,
 			end = start;
 			continue;
 		}
-		if (!sink->left) {
+		left = sink->left;
+		if (!left) {
 			sink->more = true;
 			r = 0;
 		} else {
@@ -256,7 +258,10 @@ static int drain_all(struct vm_file *f, struct kvm *kvm,
 		}
 		log_put(log);
 		if (r || sink->more) {
-			WRITE_ONCE(f->next, at - 1);
+			/* As log_stop_at(): if it had its turn, it is the next one's. */
+			if (left == sink->left)
+				at--;
+			WRITE_ONCE(f->next, at % VM_MAX_LOGS);
 			return r;
 		}
 	}
