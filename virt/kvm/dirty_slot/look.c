@@ -99,7 +99,8 @@ static void log_settle(struct kvm_dirty_slot_log *log,
 		log->gp_started = false;
 	}
 
-	if (!READ_ONCE(log->active) || c->others ||
+	/* One without a memslot stays there until the VM's table lets it go. */
+	if (!READ_ONCE(log->active) || c->others || !READ_ONCE(log->kvm) ||
 	    !kvm_dirty_summary_empty(&log->busy) ||
 	    !kvm_dirty_summary_empty(&log->overflow))
 		return;
