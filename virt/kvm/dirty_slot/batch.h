@@ -12,6 +12,21 @@
 
 #include "log.h"
 
+/*
+ * See invariant 6.  Whoever sees that nobody holds a log any more also sees what is
+ * in it by then.
+ */
+static inline void log_hold(struct kvm_dirty_slot_log *log)
+{
+	atomic_inc(&log->outstanding);
+}
+
+static inline void log_unhold(struct kvm_dirty_slot_log *log)
+{
+	smp_mb__before_atomic();
+	atomic_dec(&log->outstanding);
+}
+
 /* Start a batch; without @max_runs it does not turn pages into runs. */
 static inline void batch_reset(struct kvm_dirty_slot_call *c,
 			       unsigned int max_runs)

@@ -295,7 +295,7 @@ int kvm_dirty_slot_log_drain(struct kvm_dirty_slot_log *log,
 		took = log_take(log, c, sink->left);
 		if (!c->nr_masks)
 			break;
-		atomic_inc(&log->outstanding);
+		log_hold(log);
 		mutex_unlock(&log->mutex);
 
 		sink->more = took != TAKE_DONE;
@@ -308,9 +308,7 @@ int kvm_dirty_slot_log_drain(struct kvm_dirty_slot_log *log,
 			sink->left -= c->nr_runs;
 			kvm_dirty_slot_batch_protect(log, c);
 		}
-		/* What is back in the log can be seen by who sees no others. */
-		smp_mb__before_atomic();
-		atomic_dec(&log->outstanding);
+		log_unhold(log);
 
 		if (r || took == TAKE_DONE || !sink->left ||
 		    signal_pending(current) ||
