@@ -254,6 +254,7 @@ bool kvm_dirty_slot_log_ready(struct kvm_dirty_slot_log *log, u32 level)
  */
 static void log_wake_again(struct kvm_dirty_slot_log *log)
 {
+	smp_mb(); /* with ring_push_wake(): see it, or it sees reset */
 	if (kvm_dirty_slot_log_ready(log, log->wake_level))
 		irq_work_queue(&log->wake);
 }
