@@ -177,7 +177,7 @@ struct kvm_dirty_slot_log {
 	raw_spinlock_t mark_lock;
 	bool active;		/* it is in vm->index, see "Quiet" */
 	bool listed;		/* it is in vm->logs; cleared under mark_lock */
-	bool live;		/* its memslot was seen to be one */
+	bool live;		/* its memslot is, or was, one */
 
 	/* Protects kvm, which is NULL when the slot has stopped logging. */
 	spinlock_t kvm_lock;
@@ -370,6 +370,7 @@ int kvm_dirty_slot_log_open(struct kvm_dirty_slot_log *log);
 int kvm_dirty_slot_vm_open(struct kvm_dirty_slot_vm *vm);
 int kvm_dirty_slot_vm_add(struct kvm_dirty_slot_vm *vm,
 			  struct kvm_dirty_slot_log *log);
+void kvm_dirty_slot_vm_changed(struct kvm_dirty_slot_vm *vm);
 void kvm_dirty_slot_vm_remove(struct kvm_dirty_slot_log *log, bool keep);
 
 /* life.c */

@@ -51,8 +51,6 @@ int kvm_dirty_slot_vm_add(struct kvm_dirty_slot_vm *vm,
 	xa_lock(&vm->logs);
 	r = __xa_alloc(&vm->logs, &log->index, log,
 		       XA_LIMIT(0, VM_MAX_LOGS - 1), GFP_KERNEL_ACCOUNT);
-	if (!r)
-		WRITE_ONCE(vm->layout, vm->layout + 1);
 	xa_unlock(&vm->logs);
 	if (!r)
 		return 0;
@@ -60,6 +58,17 @@ int kvm_dirty_slot_vm_add(struct kvm_dirty_slot_vm *vm,
 	log->listed = false;
 	log_put(log);
 	return -ENOMEM;
+}
+
+/**
+ * kvm_dirty_slot_vm_changed - a log came or went, as the VM's files shall say
+ * @vm: the VM
+ */
+void kvm_dirty_slot_vm_changed(struct kvm_dirty_slot_vm *vm)
+{
+	xa_lock(&vm->logs);
+	WRITE_ONCE(vm->layout, vm->layout + 1);
+	xa_unlock(&vm->logs);
 }
 
 /* Under the table's lock; true if the caller has to put the table's reference. */
@@ -93,8 +102,9 @@ void kvm_dirty_slot_vm_remove(struct kvm_dirty_slot_log *log, bool keep)
 	struct kvm_dirty_slot_vm *vm = log->vm;
 	bool put = false;
 
+	if (keep)
+		kvm_dirty_slot_vm_changed(vm);
 	xa_lock(&vm->logs);
-	WRITE_ONCE(vm->layout, vm->layout + 1);
 	if (vm->nr_files && keep)
 		kvm_dirty_slot_log_activate(log);
 	else
@@ -175,17 +185,9 @@ static int vm_store(struct kvm_dirty_slot_sink *sink,
  * A log is in the table before its memslot is one, and before the bits of pages
  * that start dirty are set: until then there is nothing to be had.
  */
-static bool log_is_live(struct kvm_dirty_slot_log *log, struct kvm *kvm)
+static bool log_is_live(struct kvm_dirty_slot_log *log)
 {
-	int idx;
-
-	if (!READ_ONCE(log->live) && kvm) {
-		idx = srcu_read_lock(&kvm->srcu);
-		if (kvm_dirty_slot_log_memslot(log, kvm))
-			WRITE_ONCE(log->live, true);
-		srcu_read_unlock(&kvm->srcu, idx);
-	}
-	return READ_ONCE(log->live);
+	return smp_load_acquire(&log->live); /* with kvm_dirty_slot_log_start() */
 }
 
 /* Drain one log; its kvm is the call's, or NULL. */
@@ -197,9 +199,9 @@ static int drain_log(struct kvm_dirty_slot_log *log, struct kvm *kvm,
 	bool dead;
 	int r;
 
-	dead = !READ_ONCE(log->kvm);
-	if (!dead && !log_is_live(log, kvm))
+	if (!log_is_live(log))
 		return 0;
+	dead = !READ_ONCE(log->kvm);
 	c = kvm_dirty_slot_call_get(log);
 	if (!c) {
 		sink->more = true;
@@ -353,7 +355,7 @@ static __poll_t vm_poll(struct file *file, poll_table *wait)
 	while (!(events & EPOLLIN) && (log = vm_next_log(vm, &at, VM_MAX_LOGS))) {
 		/* Of a deleted memslot there is nothing more to come. */
 		level = READ_ONCE(log->kvm) ? log->wake_level : 1;
-		if (kvm_dirty_slot_log_ready(log, level))
+		if (log_is_live(log) && kvm_dirty_slot_log_ready(log, level))
 			events |= EPOLLIN | EPOLLRDNORM;
 		log_put(log);
 	}
