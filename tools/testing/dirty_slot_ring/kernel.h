@@ -61,6 +61,16 @@ extern __thread void (*shim_preempted)(void);
 /* Per thread: what runs before each write to user memory, or NULL. */
 extern __thread void (*shim_before_copy)(void);
 
+/*
+ * Per thread: no delays, but shim_at_step() once, at the shim_steps'th place where one
+ * could be; it is put off while the thread holds spinlocks, or mutexes if it wants
+ * them itself.
+ */
+extern __thread bool shim_calm, shim_step_locks;
+extern __thread unsigned int shim_steps;
+extern __thread void (*shim_at_step)(void);
+extern __thread int shim_spinlocks, shim_mutexes;	/* held */
+
 /* Allocations not freed yet. */
 extern long shim_allocated;
 void *shim_alloc(size_t size);
@@ -476,8 +486,10 @@ void synchronize_srcu(struct srcu_struct *s);
 #define srcu_read_lock_held(s)	(shim_reading > 0)
 
 #define spin_lock_init(l)	pthread_mutex_init(&(l)->m, NULL)
-#define spin_lock(l)		(shim_jitter(), (void)pthread_mutex_lock(&(l)->m))
-#define spin_unlock(l)		((void)pthread_mutex_unlock(&(l)->m))
+#define spin_lock(l) \
+	(shim_jitter(), pthread_mutex_lock(&(l)->m), (void)++shim_spinlocks)
+#define spin_unlock(l) \
+	(--shim_spinlocks, (void)pthread_mutex_unlock(&(l)->m))
 #define raw_spin_lock_init(l)	spin_lock_init(l)
 #define raw_spin_lock(l)	spin_lock(l)
 #define raw_spin_unlock(l)	spin_unlock(l)
@@ -487,8 +499,10 @@ void synchronize_srcu(struct srcu_struct *s);
 #define raw_spin_unlock_irqrestore(l, flags)	do { (void)(flags); spin_unlock(l); } while (0)
 
 #define mutex_init(l)		pthread_mutex_init(&(l)->m, NULL)
-#define mutex_lock(l)		(shim_jitter(), (void)pthread_mutex_lock(&(l)->m))
-#define mutex_unlock(l)		((void)pthread_mutex_unlock(&(l)->m))
+#define mutex_lock(l) \
+	(shim_jitter(), pthread_mutex_lock(&(l)->m), (void)++shim_mutexes)
+#define mutex_unlock(l) \
+	(--shim_mutexes, pthread_mutex_unlock(&(l)->m), shim_jitter())
 
 static inline int mutex_lock_interruptible(struct mutex *l)
 {
@@ -500,6 +514,7 @@ static inline int mutex_lock_interruptible(struct mutex *l)
 
 static inline void read_lock(rwlock_t *l)
 {
+	shim_spinlocks++;
 	if (!pthread_rwlock_tryrdlock(&l->l))
 		return;
 	__atomic_add_fetch(&l->waiters, 1, __ATOMIC_RELAXED);
@@ -509,6 +524,7 @@ static inline void read_lock(rwlock_t *l)
 
 static inline void read_unlock(rwlock_t *l)
 {
+	shim_spinlocks--;
 	pthread_rwlock_unlock(&l->l);
 }
 
@@ -517,6 +533,7 @@ static inline void write_lock(rwlock_t *l)
 #ifdef BREAK_WRITE_LOCK
 	read_lock(l);
 #else
+	shim_spinlocks++;
 	if (!pthread_rwlock_trywrlock(&l->l))
 		return;
 	__atomic_add_fetch(&l->waiters, 1, __ATOMIC_RELAXED);
@@ -527,7 +544,7 @@ static inline void write_lock(rwlock_t *l)
 
 static inline void write_unlock(rwlock_t *l)
 {
-	pthread_rwlock_unlock(&l->l);
+	read_unlock(l);
 }
 
 static inline bool rwlock_needbreak(rwlock_t *l)

@@ -23,6 +23,10 @@ __thread void (*shim_preempted)(void);
 long shim_allocated;
 
 __thread void (*shim_before_copy)(void);
+__thread bool shim_calm, shim_step_locks;
+__thread unsigned int shim_steps;
+__thread void (*shim_at_step)(void);
+__thread int shim_spinlocks, shim_mutexes;
 __thread int shim_reading;
 bool tdp_mmu_enabled = true;
 struct shim_x86_ops kvm_x86_ops;
@@ -55,8 +59,16 @@ static u32 shim_random(void)
 void shim_jitter(void)
 {
 	void (*preempted)(void) = shim_preempted;
-	u32 r = shim_random(), n;
+	u32 r, n;
 
+	if (shim_calm) {
+		if (!shim_steps || shim_spinlocks || (shim_step_locks && shim_mutexes))
+			return;
+		if (!--shim_steps)
+			shim_at_step();
+		return;
+	}
+	r = shim_random();
 	if (preempted && !(r % 16)) {
 		shim_preempted = NULL;
 		preempted();
@@ -345,7 +357,7 @@ static u64 *sptep_of(gfn_t gfn, int level, bool make)
 		if (!make)
 			return NULL;
 		new = shim_alloc(PAGE_SIZE);
-		/* A huge page is split; it is protected, as memslots here log. */
+		/* A huge page is split; it is protected, or there had been no fault. */
 		for (i = 0; is_large_pte(spte) && i < SPTE_ENT_PER_PAGE; i++)
 			new[i] = gfn_spte(round_down(gfn, SPTE_ENT_PER_PAGE) + i, 0);
 		if (cmpxchg(sptep, spte, (uintptr_t)new | SPTE_MMU_PRESENT_MASK) != spte)
@@ -358,6 +370,8 @@ static u64 leaf(gfn_t gfn)
 {
 	u64 *sptep = sptep_of(gfn, PG_LEVEL_4K, false);
 
+	if (!sptep)
+		sptep = sptep_of(gfn, PG_LEVEL_2M, false);
 	return sptep ? READ_ONCE(*sptep) : 0;
 }
 
@@ -410,7 +424,10 @@ static void zap(struct kvm *kvm, const struct kvm_memory_slot *slot)
 	kvm_flush_remote_tlbs(kvm);
 }
 
-/* A memslot that logs has its huge pages protected as a whole. */
+/*
+ * A memslot that logs has its huge pages protected as a whole, unless all of its
+ * pages start out dirty.
+ */
 static void map_huge(struct kvm *kvm, const struct kvm_memory_slot *slot)
 {
 	unsigned long i;
@@ -418,7 +435,8 @@ static void map_huge(struct kvm *kvm, const struct kvm_memory_slot *slot)
 	read_lock(&kvm->mmu_lock);
 	for (i = 0; i + SPTE_ENT_PER_PAGE <= slot->npages; i += SPTE_ENT_PER_PAGE)
 		__atomic_store_n(sptep_of(slot->base_gfn + i, PG_LEVEL_2M, true),
-				 gfn_spte(slot->base_gfn + i, PT_PAGE_SIZE_MASK),
+				 gfn_spte(slot->base_gfn + i, PT_PAGE_SIZE_MASK |
+					  (kvm->init_set ? PT_WRITABLE_MASK : 0)),
 				 __ATOMIC_RELEASE);
 	read_unlock(&kvm->mmu_lock);
 }
@@ -439,8 +457,11 @@ static void clear_dirty_pt_masked(gfn_t gfn, unsigned long mask)
 			for (level = sim_root.role.level; pt && level > PG_LEVEL_4K; level--) {
 				spte = smp_load_acquire(&pt[at >> (SPTE_LEVEL_BITS * (level - 1)) &
 							    (SPTE_ENT_PER_PAGE - 1)]);
+				if (is_large_pte(spte))
+					__atomic_fetch_and(&pt[at >> (SPTE_LEVEL_BITS * (level - 1)) &
+							       (SPTE_ENT_PER_PAGE - 1)],
+							   ~PT_WRITABLE_MASK, __ATOMIC_SEQ_CST);
 				pt = NULL;
-				/* A huge page is protected here, always. */
 				if (is_shadow_present_pte(spte) && !is_large_pte(spte))
 					pt = table_of(spte);
 			}
@@ -626,8 +647,7 @@ u64 sim_write(struct kvm_vcpu *vcpu, gfn_t gfn)
 		}
 		if (s->tlb[gfn] == s->tlb_time)
 			break;
-		sptep = sptep_of(gfn, PG_LEVEL_4K, false);
-		old = sptep ? READ_ONCE(*sptep) : 0;
+		old = leaf(gfn);
 		if (!(old & PT_WRITABLE_MASK)) {
 			sim_exit(vcpu);
 			idx = srcu_read_lock(&vcpu->kvm->srcu);
@@ -642,7 +662,8 @@ u64 sim_write(struct kvm_vcpu *vcpu, gfn_t gfn)
 				sim_exit(vcpu);
 				continue;
 			}
-			if (cmpxchg(sptep, old, old | shadow_dirty_mask) != old)
+			sptep = sptep_of(gfn, PG_LEVEL_4K, false);
+			if (!sptep || cmpxchg(sptep, old, old | shadow_dirty_mask) != old)
 				continue;
 			s->pml[s->nr_pml++] = gfn;
 		}
@@ -750,8 +771,9 @@ int sim_create_slot(int id, gfn_t base_gfn, unsigned long npages, void *test)
 	if (!r) {
 		if (sim_config->huge)
 			map_huge(kvm, slot);
-		atomic_inc(&kvm->nr_memslots_dirty_logging);
 		replace(kvm, id, slot);
+		atomic_inc(&kvm->nr_memslots_dirty_logging);
+		kvm_dirty_slot_log_start(slot);
 	} else {
 		shim_free(slot);
 	}

@@ -114,7 +114,8 @@ static const struct test_case cases[] = {
 		.capacity = 50, .harvesters = 4, .device = true,
 	}, {
 		.name = "huge", .what = "huge pages, which writes split",
-		.vm = { .npages = 4096, .nr_vcpus = 2, .entries = 64, .huge = true },
+		.vm = { .npages = 4096, .nr_vcpus = 2, .entries = 64, .huge = true,
+			.init_set = true },
 		.kvm_writes = 16, .irq_writes = 1,
 		.capacity = 1000, .harvesters = 1, .strict = true,
 	}, {
