@@ -30,6 +30,7 @@ struct vm_sink {
 	struct kvm_dirty_slot_sink sink;
 	struct kvm_dirty_vm_harvest args;
 	void __user *argp;
+	const struct vm_file *f;
 };
 
 /**
@@ -147,6 +148,12 @@ static struct kvm_dirty_slot_log *vm_next_log(struct kvm_dirty_slot_vm *vm,
 	return log;
 }
 
+/* What there is to be told of @layout, the VM's, as read after the logs were found. */
+static u32 layout_flag(const struct vm_file *f, u32 layout)
+{
+	return layout != READ_ONCE(f->layout) ? KVM_DIRTY_HARVEST_LAYOUT : 0;
+}
+
 static int vm_store(struct kvm_dirty_slot_sink *sink,
 		    const struct kvm_dirty_slot_log *log,
 		    const struct kvm_dirty_slot_call *c)
@@ -173,8 +180,9 @@ static int vm_store(struct kvm_dirty_slot_sink *sink,
 
 	args.nr_runs += c->nr_runs;
 	args.nr_pages += c->nr_pages;
-	/* There are other logs. */
-	args.flags = KVM_DIRTY_HARVEST_MORE;
+	/* There are other logs; and this may be all that the caller gets to know. */
+	args.flags = KVM_DIRTY_HARVEST_MORE |
+		     layout_flag(s->f, READ_ONCE(s->f->vm->layout));
 	if (copy_to_user(s->argp, &args, sizeof(args)))
 		return -EFAULT;
 	s->args = args;
@@ -271,7 +279,7 @@ static int drain_all(struct vm_file *f, struct kvm *kvm,
 
 static long vm_harvest(struct vm_file *f, void __user *argp)
 {
-	struct vm_sink s = { .sink.store = vm_store, .argp = argp };
+	struct vm_sink s = { .sink.store = vm_store, .argp = argp, .f = f };
 	struct kvm_dirty_vm_harvest *args = &s.args;
 	struct kvm_dirty_slot_vm *vm = f->vm;
 	bool sync, dead, flush = false;
@@ -312,9 +320,9 @@ static long vm_harvest(struct vm_file *f, void __user *argp)
 	if (!r || r == -ENODEV) {
 		/* After the logs, so that whatever they are, they are known. */
 		layout = READ_ONCE(vm->layout);
-		args->flags = s.sink.more ? KVM_DIRTY_HARVEST_MORE : 0;
-		if (layout != READ_ONCE(f->layout))
-			args->flags |= KVM_DIRTY_HARVEST_LAYOUT;
+		args->flags = layout_flag(f, layout);
+		if (s.sink.more)
+			args->flags |= KVM_DIRTY_HARVEST_MORE;
 		if (!copy_to_user(argp, args, sizeof(*args)))
 			WRITE_ONCE(f->layout, layout);
 		else if (!s.sink.stored)
