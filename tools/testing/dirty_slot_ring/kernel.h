@@ -466,7 +466,7 @@ typedef struct {
  * Sleepable RCU as it is promised and no better: a grace period waits for those
  * readers that came before it and for no others, and is over as soon as they are.
  */
-#define SHIM_MAX_THREADS	64
+#define SHIM_MAX_THREADS	512	/* that ever read */
 
 struct srcu_struct {
 	unsigned long gp;	/* counts grace periods, from 1 on */
