@@ -230,14 +230,14 @@ static void fair(unsigned int vcpus, u32 room, bool overflow)
 	const struct sim_config c = {
 		.npages = (vcpus + 8) * FAIR_PAGES, .nr_vcpus = vcpus, .entries = 64,
 	};
-	unsigned int i, part, last[64] = { 0 };
+	unsigned int i, part, last[64] = { 0 }, last_word[8] = { 0 };
 	struct kvm_dirty_slot_runs args;
 	u32 j;
 	int fd;
 
 	begin(&c);
 	fd = open_log(0);
-	for (i = 1; i < 10 * parts; i++) {
+	for (i = 1; i < 40 * parts; i++) {
 		fill_rings(vcpus, overflow);
 		args = (struct kvm_dirty_slot_runs){ .runs = (uintptr_t)runs, .nr_runs = room };
 		if (sim_ioctl(fd, KVM_DIRTY_SLOT_LOG_HARVEST, &args) || !args.nr_runs)
@@ -245,6 +245,13 @@ static void fair(unsigned int vcpus, u32 room, bool overflow)
 		for (j = 0; j < args.nr_runs; j++) {
 			part = min_t(u32, runs[j].offset / FAIR_PAGES, vcpus);
 			last[part] = i;
+			if (part == vcpus)
+				last_word[runs[j].offset / FAIR_PAGES - vcpus] = i;
+		}
+		for (j = 0; overflow && j < 8; j++) {
+			if (i - last_word[j] > 8 * (parts + 1))
+				fail("%u vCPUs, room for %u: nothing of the overflow's word %u in %u "
+				     "calls", vcpus, room, j, i - last_word[j]);
 		}
 		for (part = 0; part < parts; part++) {
 			if (i - last[part] > parts + 1)
@@ -631,6 +638,9 @@ static void nodev_is_final(void (*a)(void), bool fault)
 			harvest_vm(vm_fd, MAX_RUNS);
 		}
 		res = harvest(slot_fd, MAX_RUNS);
+		if (n % 2 && res.r != -ENODEV)
+			fail("step %u: there are %llu pages, which the VM's file did not have", n,
+			     res.pages);
 		if (nodev && res.r != -ENODEV)
 			fail("step %u: there are %llu pages after -ENODEV", n, res.pages);
 		expect("the end", harvest(slot_fd, MAX_RUNS), -ENODEV, 0);

@@ -1009,7 +1009,7 @@ int main(int argc, char **argv)
 		if (!wanted(name, argc, argv))
 			continue;
 		case_name = name;
-		alarm(30 + ms / 100);
+		alarm(20 + ms / 500);
 		run_nth_case(i, ms);
 		if (shim_allocated)
 			fail("%ld allocations were not freed", shim_allocated);

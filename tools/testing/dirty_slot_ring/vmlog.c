@@ -89,7 +89,10 @@ static void *vcpu_thread(void *arg)
 		how = random_u32(&rnd);
 		gfn = how % 8 ? gfn - gfn % STRIDE + how / 8 % STRIDE : how / 8 % nr;
 		how = random_u32(&rnd) % 64;
-		if (how < 8) {
+		if (how == 8) {
+			sim_exit(vcpu);
+			val = write_as_kvm(NULL, gfn);
+		} else if (how < 8) {
 			sim_exit(vcpu);
 			val = write_as_vcpu(vcpu, gfn, (gfn + 100) % nr);
 		} else {
