@@ -73,6 +73,7 @@ bool kvm_dirty_slot_ring_check_request(struct kvm_vcpu *vcpu);
 void kvm_dirty_slot_ring_destroy(struct kvm *kvm);
 
 int kvm_dirty_slot_log_create(struct kvm *kvm, struct kvm_memory_slot *memslot);
+void kvm_dirty_slot_log_start(const struct kvm_memory_slot *memslot);
 void kvm_dirty_slot_log_stop(struct kvm *kvm,
 			     const struct kvm_memory_slot *memslot);
 bool kvm_dirty_slot_log_release(struct kvm_memory_slot *memslot);
@@ -182,6 +183,10 @@ static inline int kvm_dirty_slot_log_create(struct kvm *kvm,
 					    struct kvm_memory_slot *memslot)
 {
 	return -ENXIO;
+}
+
+static inline void kvm_dirty_slot_log_start(const struct kvm_memory_slot *memslot)
+{
 }
 
 static inline void kvm_dirty_slot_log_stop(struct kvm *kvm,

@@ -3,9 +3,10 @@
 #define DIRTY_SLOT_RING_KERNEL_H
 
 /*
- * As much of the kernel as virt/kvm/dirty_slot_ring.c and the kernel's own
- * virt/kvm/dirty_ring.c need, for userspace.  It comes before the first line of
- * the code (gcc -include); the headers that the code names are empty files.
+ * As much of the kernel as virt/kvm/dirty_slot/, arch/x86/kvm/mmu/dirty_slot.c and
+ * the kernel's own virt/kvm/dirty_ring.c need, for userspace.  It comes before the
+ * first line of the code (gcc -include); the headers that the code names are empty
+ * files.
  *
  * Atomic operations and barriers are compiler builtins of the kernel's strength
  * and not more, so that ThreadSanitizer sees exactly the order that the code
@@ -57,6 +58,19 @@ extern __thread bool shim_in_task;
 /* Per thread: what runs in it when it is preempted, or NULL. */
 extern __thread void (*shim_preempted)(void);
 
+/* Per thread: what runs before each write to user memory, or NULL. */
+extern __thread void (*shim_before_copy)(void);
+
+/*
+ * Per thread: no delays, but shim_at_step() once, at the shim_steps'th place where one
+ * could be; it is put off while the thread holds spinlocks, or mutexes if it wants
+ * them itself.
+ */
+extern __thread bool shim_calm, shim_step_locks;
+extern __thread unsigned int shim_steps;
+extern __thread void (*shim_at_step)(void);
+extern __thread int shim_spinlocks, shim_mutexes;	/* held */
+
 /* Allocations not freed yet. */
 extern long shim_allocated;
 void *shim_alloc(size_t size);
@@ -107,6 +121,7 @@ typedef unsigned int vm_fault_t;
 #define barrier()		__asm__ __volatile__("" : : : "memory")
 
 #define ARRAY_SIZE(a)		(sizeof(a) / sizeof((a)[0]))
+#define IS_ENABLED(option)	0
 #define DIV_ROUND_UP(n, d)	(((n) + (d) - 1) / (d))
 #define round_down(n, d)	((n) / (d) * (d))
 #define round_up(n, d)		(DIV_ROUND_UP(n, d) * (d))
@@ -133,6 +148,8 @@ typedef unsigned int vm_fault_t;
 	({ bool _c = (c); if (unlikely(_c)) shim_warn(#c); _c; })
 #define WARN_ON(c)		WARN_ON_ONCE(c)
 #define KVM_BUG_ON(c, kvm)	WARN_ON_ONCE(c)
+
+#define RCU_LOCKDEP_WARN(c, what)	do { if (c) shim_warn(what); } while (0)
 
 #define lockdep_assert_held(l)		do { } while (0)
 #define lockdep_assert_held_write(l)	do { } while (0)
@@ -237,6 +254,11 @@ static inline bool is_power_of_2(unsigned long n)
 	return n && !(n & (n - 1));
 }
 
+static inline unsigned long roundup_pow_of_two(unsigned long n)
+{
+	return n > 1 ? 1UL << (BITS_PER_LONG - __builtin_clzl(n - 1)) : 1;
+}
+
 static inline unsigned int ilog2(unsigned long n)
 {
 	return __fls(n);
@@ -278,6 +300,7 @@ typedef struct {
 #define atomic_set(v, i)	WRITE_ONCE((v)->counter, i)
 #define atomic_inc(v)		((void)__atomic_add_fetch(&(v)->counter, 1, __ATOMIC_RELAXED))
 #define atomic_inc_return(v)	__atomic_add_fetch(&(v)->counter, 1, __ATOMIC_SEQ_CST)
+#define atomic_dec(v)		((void)__atomic_sub_fetch(&(v)->counter, 1, __ATOMIC_RELAXED))
 #define atomic_dec_and_test(v)	(!__atomic_sub_fetch(&(v)->counter, 1, __ATOMIC_SEQ_CST))
 #define atomic64_read(v)	READ_ONCE((v)->counter)
 #define atomic64_set(v, i)	WRITE_ONCE((v)->counter, i)
@@ -293,13 +316,7 @@ static inline unsigned long atomic_long_fetch_or(unsigned long mask, atomic_long
 
 /* Pages are about to leave the log: wrong to protect them now, and not later. */
 #ifdef BREAK_PROTECT_FIRST
-extern bool shim_protects_first;
 void shim_protect_word(void *word, unsigned long mask);
-
-static void __attribute__((constructor)) shim_break_protect(void)
-{
-	shim_protects_first = true;
-}
 #else
 #define shim_protect_word(word, mask)	do { } while (0)
 #endif
@@ -315,6 +332,11 @@ static inline unsigned long atomic_long_fetch_andnot(unsigned long mask, atomic_
 	return old;
 }
 
+static inline u64 atomic64_fetch_and(u64 mask, atomic64_t *v)
+{
+	return __atomic_fetch_and(&v->counter, mask, __ATOMIC_SEQ_CST);
+}
+
 static inline void atomic_long_or(unsigned long mask, atomic_long_t *v)
 {
 	__atomic_fetch_or(&v->counter, mask, __ATOMIC_RELAXED);
@@ -327,9 +349,9 @@ static inline void atomic_long_andnot(unsigned long mask, atomic_long_t *v)
 
 #define xchg(p, v) \
 	({ __typeof__(*(p)) _v; \
-	   shim_protect_word(p, READ_ONCE(*(p))); \
+	   shim_protect_word(p, (unsigned long)READ_ONCE(*(p))); \
 	   shim_jitter(); \
-	   _v = __atomic_exchange_n(p, v, __ATOMIC_SEQ_CST); \
+	   _v = __atomic_exchange_n(p, (__typeof__(_v))(v), __ATOMIC_SEQ_CST); \
 	   shim_jitter(); \
 	   _v; })
 #define cmpxchg(p, o, n) \
@@ -385,6 +407,19 @@ static inline void bitmap_set(unsigned long *map, unsigned long start, unsigned 
 		map[BIT_WORD(start)] |= BIT_MASK(start);
 }
 
+typedef atomic_t refcount_t;
+
+#define refcount_read(r)	((unsigned int)atomic_read(r))
+
+static inline bool refcount_inc_not_zero(refcount_t *r)
+{
+	int old = atomic_read(r);
+
+	while (old && !try_cmpxchg(&r->counter, &old, old + 1))
+		;
+	return old;
+}
+
 struct kref {
 	atomic_t refcount;
 };
@@ -427,13 +462,34 @@ typedef struct {
 	int waiters;
 } rwlock_t;
 
+/*
+ * Sleepable RCU as it is promised and no better: a grace period waits for those
+ * readers that came before it and for no others, and is over as soon as they are.
+ */
+#define SHIM_MAX_THREADS	512	/* that ever read */
+
 struct srcu_struct {
-	pthread_rwlock_t l;
+	unsigned long gp;	/* counts grace periods, from 1 on */
+	struct {
+		unsigned long since;	/* gp when it began to read, or 0 */
+	} ____cacheline_aligned reader[SHIM_MAX_THREADS];
 };
 
+extern __thread int shim_reading;	/* depth; there is one srcu_struct at a time */
+
+void init_srcu_struct(struct srcu_struct *s);
+int srcu_read_lock(struct srcu_struct *s);
+void srcu_read_unlock(struct srcu_struct *s, int idx);
+unsigned long start_poll_synchronize_srcu(struct srcu_struct *s);
+bool poll_state_synchronize_srcu(struct srcu_struct *s, unsigned long cookie);
+void synchronize_srcu(struct srcu_struct *s);
+#define srcu_read_lock_held(s)	(shim_reading > 0)
+
 #define spin_lock_init(l)	pthread_mutex_init(&(l)->m, NULL)
-#define spin_lock(l)		(shim_jitter(), (void)pthread_mutex_lock(&(l)->m))
-#define spin_unlock(l)		((void)pthread_mutex_unlock(&(l)->m))
+#define spin_lock(l) \
+	(shim_jitter(), pthread_mutex_lock(&(l)->m), (void)++shim_spinlocks)
+#define spin_unlock(l) \
+	(--shim_spinlocks, (void)pthread_mutex_unlock(&(l)->m))
 #define raw_spin_lock_init(l)	spin_lock_init(l)
 #define raw_spin_lock(l)	spin_lock(l)
 #define raw_spin_unlock(l)	spin_unlock(l)
@@ -443,8 +499,10 @@ struct srcu_struct {
 #define raw_spin_unlock_irqrestore(l, flags)	do { (void)(flags); spin_unlock(l); } while (0)
 
 #define mutex_init(l)		pthread_mutex_init(&(l)->m, NULL)
-#define mutex_lock(l)		(shim_jitter(), (void)pthread_mutex_lock(&(l)->m))
-#define mutex_unlock(l)		((void)pthread_mutex_unlock(&(l)->m))
+#define mutex_lock(l) \
+	(shim_jitter(), pthread_mutex_lock(&(l)->m), (void)++shim_mutexes)
+#define mutex_unlock(l) \
+	(--shim_mutexes, pthread_mutex_unlock(&(l)->m), shim_jitter())
 
 static inline int mutex_lock_interruptible(struct mutex *l)
 {
@@ -456,6 +514,7 @@ static inline int mutex_lock_interruptible(struct mutex *l)
 
 static inline void read_lock(rwlock_t *l)
 {
+	shim_spinlocks++;
 	if (!pthread_rwlock_tryrdlock(&l->l))
 		return;
 	__atomic_add_fetch(&l->waiters, 1, __ATOMIC_RELAXED);
@@ -465,6 +524,7 @@ static inline void read_lock(rwlock_t *l)
 
 static inline void read_unlock(rwlock_t *l)
 {
+	shim_spinlocks--;
 	pthread_rwlock_unlock(&l->l);
 }
 
@@ -473,6 +533,7 @@ static inline void write_lock(rwlock_t *l)
 #ifdef BREAK_WRITE_LOCK
 	read_lock(l);
 #else
+	shim_spinlocks++;
 	if (!pthread_rwlock_trywrlock(&l->l))
 		return;
 	__atomic_add_fetch(&l->waiters, 1, __ATOMIC_RELAXED);
@@ -483,7 +544,7 @@ static inline void write_lock(rwlock_t *l)
 
 static inline void write_unlock(rwlock_t *l)
 {
-	pthread_rwlock_unlock(&l->l);
+	read_unlock(l);
 }
 
 static inline bool rwlock_needbreak(rwlock_t *l)
@@ -501,18 +562,6 @@ static inline int cond_resched_rwlock_write(rwlock_t *l)
 	sched_yield();
 	write_lock(l);
 	return 1;
-}
-
-static inline int srcu_read_lock(struct srcu_struct *s)
-{
-	pthread_rwlock_rdlock(&s->l);
-	return 0;
-}
-
-static inline void srcu_read_unlock(struct srcu_struct *s, int idx)
-{
-	(void)idx;
-	pthread_rwlock_unlock(&s->l);
 }
 
 static inline u64 ktime_get_ns(void)
@@ -551,6 +600,8 @@ static inline u64 ktime_get_ns(void)
 #define __vmalloc(size, gfp)	shim_alloc(size)
 #define __vcalloc(n, size, gfp)	shim_alloc((size_t)(n) * (size))
 #define vzalloc(size)		shim_alloc(size)
+#define get_zeroed_page(gfp)	((unsigned long)shim_alloc(PAGE_SIZE))
+#define free_page(addr)		shim_free((void *)(addr))
 #define kfree(p)		shim_free(p)
 #define kvfree(p)		shim_free(p)
 #define vfree(p)		shim_free(p)
@@ -559,6 +610,8 @@ static inline u64 ktime_get_ns(void)
 
 static inline unsigned long copy_to_user(void *to, const void *from, unsigned long n)
 {
+	if (shim_before_copy)
+		shim_before_copy();
 	if (shim_fails())
 		return n;
 	memcpy(to, from, n);
@@ -567,7 +620,94 @@ static inline unsigned long copy_to_user(void *to, const void *from, unsigned lo
 
 static inline unsigned long copy_from_user(void *to, const void *from, unsigned long n)
 {
-	return copy_to_user(to, from, n);
+	if (shim_fails())
+		return n;
+	memcpy(to, from, n);
+	return 0;
+}
+
+/*
+ * Lists, and a table of pointers by number.
+ */
+
+struct list_head {
+	struct list_head *next, *prev;
+};
+
+#define INIT_LIST_HEAD(h)	((h)->next = (h)->prev = (h))
+#define list_for_each_entry(p, head, member)				\
+	for ((p) = container_of((head)->next, __typeof__(*(p)), member);	\
+	     &(p)->member != (head);					\
+	     (p) = container_of((p)->member.next, __typeof__(*(p)), member))
+
+static inline void list_add_tail(struct list_head *entry, struct list_head *head)
+{
+	entry->next = head;
+	entry->prev = head->prev;
+	head->prev->next = entry;
+	head->prev = entry;
+}
+
+#define SHIM_XA_ENTRIES		4096
+
+struct xarray {
+	spinlock_t lock;
+	void *entry[SHIM_XA_ENTRIES];
+};
+
+struct xa_limit {
+	u32 max, min;
+};
+
+#define XA_LIMIT(from, to)	((struct xa_limit){ .min = (from), .max = (to) })
+#define XA_FLAGS_ALLOC		0
+#define XA_FLAGS_ACCOUNT	0
+#define XA_PRESENT		0
+#define xa_init_flags(xa, flags)	spin_lock_init(&(xa)->lock)
+#define xa_destroy(xa)		((void)(xa))
+#define xa_lock(xa)		spin_lock(&(xa)->lock)
+#define xa_unlock(xa)		spin_unlock(&(xa)->lock)
+
+static inline void *xa_load(struct xarray *xa, unsigned long i)
+{
+	return i < SHIM_XA_ENTRIES ? __atomic_load_n(&xa->entry[i], __ATOMIC_ACQUIRE) : NULL;
+}
+
+static inline void *xa_find(struct xarray *xa, unsigned long *i, unsigned long max, int filter)
+{
+	void *entry;
+
+	(void)filter;
+	for (; *i <= max && *i < SHIM_XA_ENTRIES; ++*i) {
+		entry = xa_load(xa, *i);
+		if (entry)
+			return entry;
+	}
+	return NULL;
+}
+
+#define xa_for_each(xa, i, p)						\
+	for ((i) = 0; ((p) = xa_find(xa, &(i), ULONG_MAX, XA_PRESENT)); (i)++)
+
+static inline int __xa_alloc(struct xarray *xa, u32 *id, void *entry, struct xa_limit limit,
+			     gfp_t gfp)
+{
+	u32 i;
+
+	(void)gfp;
+	for (i = limit.min; i <= limit.max && i < SHIM_XA_ENTRIES; i++) {
+		if (xa_load(xa, i))
+			continue;
+		*id = i;
+		__atomic_store_n(&xa->entry[i], entry, __ATOMIC_RELEASE);
+		return 0;
+	}
+	return -EBUSY;
+}
+
+static inline void *__xa_erase(struct xarray *xa, unsigned long i)
+{
+	return __atomic_exchange_n(&xa->entry[i], NULL, __ATOMIC_SEQ_CST);
 }
 
 /*
@@ -692,6 +832,8 @@ static inline void vm_flags_clear(struct vm_area_struct *vma, unsigned long clea
 	vm_flags_mod(vma, 0, clear);
 }
 
+#define virt_to_page(addr)	((struct page *)(uintptr_t)(addr))
+
 static inline struct page *vmalloc_to_page(const void *addr)
 {
 	return (struct page *)(uintptr_t)addr;
@@ -744,9 +886,8 @@ static inline void get_page(struct page *page)
 #include SHIM_UPSTREAM_RING
 #endif
 
-#define SIM_MAX_VCPUS			8
-#define SIM_MAX_SLOTS			2
-#define SIM_LEVELS			4
+#define SIM_MAX_VCPUS			1024
+#define SIM_MAX_SLOTS			16
 
 struct kvm_memory_slot {
 	gfn_t base_gfn;
@@ -755,6 +896,8 @@ struct kvm_memory_slot {
 	struct kvm_dirty_slot_log *dirty_slot_log;
 	u16 as_id;
 	short id;
+	bool invalid;		/* KVM_MEMSLOT_INVALID: it is about to go */
+	void *test;		/* whatever who runs the test makes of it */
 };
 
 struct kvm_memslots {
@@ -805,17 +948,14 @@ struct kvm {
 	struct srcu_struct srcu;
 	struct kvm_memslots *memslots;
 	struct kvm_vcpu *vcpus[SIM_MAX_VCPUS];
-	atomic_t online_vcpus, nr_memslots_dirty_logging, users;
+	refcount_t users_count;
+	atomic_t online_vcpus, nr_memslots_dirty_logging;
 	int max_vcpus, userspace_pid;
 	u32 dirty_ring_size;
-	bool dirty_ring_with_bitmap, init_set;
+	bool dirty_ring_with_bitmap, init_set, vm_dead;
 	struct kvm_dirty_slot_ring_vm dirty_slot_ring;
 	struct { struct kvm_vm_stat_generic generic; } stat;
-
-	/* The page table, a radix tree: level 0 has a leaf SPTE for each page. */
-	u64 *spte[SIM_LEVELS];
-	size_t spte_size[SIM_LEVELS];
-	u64 log_mask;		/* the SPTE bit that logging clears */
+	struct { struct list_head tdp_mmu_roots; } arch;
 };
 
 static inline bool kvm_dirty_slot_ring_enabled(struct kvm *kvm)
@@ -837,7 +977,8 @@ static inline int kvm_arch_nr_memslot_as_ids(struct kvm *kvm)
 static inline struct kvm_memslots *__kvm_memslots(struct kvm *kvm, int as_id)
 {
 	(void)as_id;
-	return kvm->memslots;
+	/* The kernel counts on the dependency. */
+	return __atomic_load_n(&kvm->memslots, __ATOMIC_ACQUIRE);
 }
 
 static inline struct kvm_memory_slot *id_to_memslot(struct kvm_memslots *slots, int id)
@@ -850,18 +991,22 @@ static inline struct kvm_memory_slot *id_to_memslot(struct kvm_memslots *slots, 
 		if (!((memslot) = (slots)->slot[bkt])) { } else
 
 #define kvm_for_each_vcpu(i, vcpu, kvm)					\
-	for ((i) = 0; (i) < (unsigned long)atomic_read(&(kvm)->online_vcpus) && \
+	for ((i) = 0; (i) < (unsigned long)__atomic_load_n(&(kvm)->online_vcpus.counter, \
+	     __ATOMIC_ACQUIRE) && \
 	     ((vcpu) = (kvm)->vcpus[i], true); (i)++)
+
+/* The last reference is gone; in sim.c. */
+void shim_destroy_vm(struct kvm *kvm);
 
 static inline bool kvm_get_kvm_safe(struct kvm *kvm)
 {
-	atomic_inc(&kvm->users);
-	return true;
+	return refcount_inc_not_zero(&kvm->users_count);
 }
 
 static inline void kvm_put_kvm(struct kvm *kvm)
 {
-	WARN_ON(atomic_dec_and_test(&kvm->users));
+	if (atomic_dec_and_test(&kvm->users_count))
+		shim_destroy_vm(kvm);
 }
 
 static inline void kvm_make_request(int req, struct kvm_vcpu *vcpu)
@@ -875,18 +1020,71 @@ static inline bool kvm_check_request(int req, struct kvm_vcpu *vcpu)
 	       __atomic_fetch_and(&vcpu->requests, ~BIT_ULL(req), __ATOMIC_SEQ_CST) & BIT_ULL(req);
 }
 
-void kvm_arch_mmu_enable_log_dirty_pt_masked(struct kvm *kvm, struct kvm_memory_slot *slot,
-					     gfn_t gfn_offset, unsigned long mask);
 void kvm_flush_remote_tlbs(struct kvm *kvm);
 bool kvm_vcpu_kick(struct kvm_vcpu *vcpu);
 
-/* Of the page table, for what stands in for arch/x86/kvm. */
-#define SPTE_PRESENT		BIT_ULL(0)
-#define SPTE_WRITABLE		BIT_ULL(1)
-#define SPTE_DIRTY		BIT_ULL(6)
+/* Not when arch/x86/kvm/mmu/dirty_slot.c is compiled, which has one. */
+#ifdef BREAK_PROTECT_FIRST
+#define kvm_arch_dirty_slot_protect(kvm, memslot, masks, nr) \
+	((void)(kvm), (void)(memslot), (void)(masks), (unsigned int)(nr))
+#endif
 
 #ifdef BREAK_FLUSH
 #define kvm_flush_remote_tlbs(kvm)	((void)(kvm))
 #endif
+
+/*
+ * The TDP MMU's page tables, for arch/x86/kvm/mmu/dirty_slot.c and for sim.c: a
+ * physical address is a pointer here, and a frame has its gfn for a number.
+ */
+
+#define PT_WRITABLE_MASK		BIT_ULL(1)
+#define PT_PAGE_SIZE_MASK		BIT_ULL(7)
+#define SPTE_MMU_PRESENT_MASK		BIT_ULL(11)
+#define SPTE_BASE_ADDR_MASK		(((1ULL << 52) - 1) & ~(u64)(PAGE_SIZE - 1))
+#define SPTE_LEVEL_BITS			9
+#define SPTE_ENT_PER_PAGE		(1 << SPTE_LEVEL_BITS)
+#define PT64_ROOT_4LEVEL		4
+#define PG_LEVEL_4K			1
+#define PG_LEVEL_2M			2
+#define shadow_dirty_mask		BIT_ULL(6)
+
+struct kvm_mmu_page {
+	struct list_head link;
+	u64 *spt;
+	struct {
+		int level, as_id;
+		bool invalid, write_protect;
+	} role;
+};
+
+extern bool tdp_mmu_enabled;
+extern struct shim_x86_ops {
+	int cpu_dirty_log_size;
+} kvm_x86_ops;
+
+#define __va(pa)			((void *)(uintptr_t)(pa))
+#define kvm_ad_enabled()		true
+#define kvm_memslots_have_rmaps(kvm)	((void)(kvm), false)
+#define kvm_mmu_page_as_id(sp)		((sp)->role.as_id)
+#define kvm_mmu_page_ad_need_write_protect(sp)	((sp)->role.write_protect)
+#define is_shadow_present_pte(spte)	((spte) & SPTE_MMU_PRESENT_MASK)
+#define is_large_pte(spte)		((spte) & PT_PAGE_SIZE_MASK)
+#define is_dirty_spte(spte)		((spte) & shadow_dirty_mask)
+#define spte_to_pfn(spte)		(((spte) & SPTE_BASE_ADDR_MASK) >> PAGE_SHIFT)
+#define kvm_set_pfn_dirty(pfn)		((void)(pfn))
+#define trace_kvm_tdp_mmu_spte_changed(as_id, gfn, level, old, new) \
+	((void)(as_id), (void)(gfn), (void)(old), (void)(new))
+
+void kvm_mmu_enable_log_dirty_pt_masked(struct kvm *kvm, struct kvm_memory_slot *slot,
+					gfn_t gfn_offset, unsigned long mask, bool may_split);
+
+/* What race.c's peers call: with locks that this one may count on, as it may split. */
+static inline void
+kvm_arch_mmu_enable_log_dirty_pt_masked(struct kvm *kvm, struct kvm_memory_slot *slot,
+					gfn_t gfn_offset, unsigned long mask)
+{
+	kvm_mmu_enable_log_dirty_pt_masked(kvm, slot, gfn_offset, mask, true);
+}
 
 #endif /* DIRTY_SLOT_RING_KERNEL_H */

@@ -22,10 +22,20 @@ __thread bool shim_in_task = true;
 __thread void (*shim_preempted)(void);
 long shim_allocated;
 
-static struct kvm_memslots sim_slots, sim_no_slots;
-static struct kvm_memory_slot sim_slot;
+__thread void (*shim_before_copy)(void);
+__thread bool shim_calm, shim_step_locks;
+__thread unsigned int shim_steps;
+__thread void (*shim_at_step)(void);
+__thread int shim_spinlocks, shim_mutexes;
+__thread int shim_reading;
+bool tdp_mmu_enabled = true;
+struct shim_x86_ops kvm_x86_ops;
+
 static struct sim_vcpu *sim_vcpus[SIM_MAX_VCPUS];
-static struct file sim_files[16];
+static const struct sim_config *sim_config;
+static unsigned long sim_nr_gfns;
+static struct file sim_files[32];
+static pthread_mutex_t sim_files_lock = PTHREAD_MUTEX_INITIALIZER;
 
 void shim_warn(const char *what)
 {
@@ -49,8 +59,16 @@ static u32 shim_random(void)
 void shim_jitter(void)
 {
 	void (*preempted)(void) = shim_preempted;
-	u32 r = shim_random(), n;
+	u32 r, n;
 
+	if (shim_calm) {
+		if (!shim_steps || shim_spinlocks || (shim_step_locks && shim_mutexes))
+			return;
+		if (!--shim_steps)
+			shim_at_step();
+		return;
+	}
+	r = shim_random();
 	if (preempted && !(r % 16)) {
 		shim_preempted = NULL;
 		preempted();
@@ -97,6 +115,73 @@ void shim_free(const void *p)
 		return;
 	__atomic_sub_fetch(&shim_allocated, 1, __ATOMIC_RELAXED);
 	free((void *)p);
+}
+
+/*
+ * SRCU.
+ */
+
+static int shim_nr_threads;
+static __thread int shim_thread = -1;
+
+void init_srcu_struct(struct srcu_struct *s)
+{
+	s->gp = 1;
+}
+
+int srcu_read_lock(struct srcu_struct *s)
+{
+	if (shim_reading++)
+		return 0;
+	if (shim_thread < 0) {
+		shim_thread = __atomic_fetch_add(&shim_nr_threads, 1, __ATOMIC_SEQ_CST);
+		if (shim_thread >= SHIM_MAX_THREADS)
+			shim_warn("more threads than SHIM_MAX_THREADS");
+	}
+	/* An addition, for ThreadSanitizer: see what was before this grace period. */
+	__atomic_store_n(&s->reader[shim_thread].since,
+			 __atomic_fetch_add(&s->gp, 0, __ATOMIC_SEQ_CST), __ATOMIC_SEQ_CST);
+	smp_mb();
+	return 0;
+}
+
+void srcu_read_unlock(struct srcu_struct *s, int idx)
+{
+	(void)idx;
+	if (--shim_reading)
+		return;
+	shim_jitter();
+	__atomic_store_n(&s->reader[shim_thread].since, 0, __ATOMIC_SEQ_CST);
+}
+
+unsigned long start_poll_synchronize_srcu(struct srcu_struct *s)
+{
+	return __atomic_add_fetch(&s->gp, 1, __ATOMIC_SEQ_CST);
+}
+
+/* Who began to read since the grace period did sees all that was before. */
+bool poll_state_synchronize_srcu(struct srcu_struct *s, unsigned long cookie)
+{
+	unsigned long since;
+	int i;
+
+	smp_mb();
+	for (i = 0; i < min(__atomic_load_n(&shim_nr_threads, __ATOMIC_SEQ_CST),
+			    SHIM_MAX_THREADS); i++) {
+		since = __atomic_load_n(&s->reader[i].since, __ATOMIC_SEQ_CST);
+		if (since && since < cookie)
+			return false;
+	}
+	smp_mb();
+	return true;
+}
+
+void synchronize_srcu(struct srcu_struct *s)
+{
+	unsigned long cookie = start_poll_synchronize_srcu(s);
+
+	while (!poll_state_synchronize_srcu(s, cookie))
+		sched_yield();
 }
 
 /*
@@ -174,6 +259,20 @@ int sim_poll(int fd, unsigned int ms)
 	return events;
 }
 
+unsigned long sim_edge(int fd)
+{
+	poll_table table = { 0 };
+
+	if (!sim_files[fd].wait)
+		sim_files[fd].f_op->poll(&sim_files[fd], &table);
+	return woken(sim_files[fd].wait);
+}
+
+bool sim_wait_edge(int fd, unsigned long seen, unsigned int ms)
+{
+	return wait_woken(sim_files[fd].wait, seen, ms);
+}
+
 /*
  * Files.
  */
@@ -184,13 +283,13 @@ int anon_inode_getfd(const char *name, const struct file_operations *fops, void 
 
 	(void)name;
 	(void)flags;
-	for (fd = 0; fd < ARRAY_SIZE(sim_files); fd++) {
-		if (sim_files[fd].f_op)
-			continue;
+	pthread_mutex_lock(&sim_files_lock);
+	for (fd = 0; fd < ARRAY_SIZE(sim_files) && sim_files[fd].f_op; fd++)
+		;
+	if (fd < ARRAY_SIZE(sim_files))
 		sim_files[fd] = (struct file){ .private_data = priv, .f_op = fops };
-		return fd;
-	}
-	return -EMFILE;
+	pthread_mutex_unlock(&sim_files_lock);
+	return fd < ARRAY_SIZE(sim_files) ? (int)fd : -EMFILE;
 }
 
 long sim_ioctl(int fd, unsigned int cmd, void *arg)
@@ -215,89 +314,198 @@ void *sim_mmap(int fd, unsigned long pgoff, bool writable)
 void sim_close(int fd)
 {
 	sim_files[fd].f_op->release(NULL, &sim_files[fd]);
+	pthread_mutex_lock(&sim_files_lock);
 	sim_files[fd].f_op = NULL;
+	pthread_mutex_unlock(&sim_files_lock);
 }
 
 /*
- * The page table.
+ * The page tables.  Under mmu_lock, or as the fast page fault does it, without: no
+ * table goes before the VM does.
  */
 
-static u64 *sptep_of(struct kvm *kvm, int level, gfn_t gfn)
+#define SPTE_LEAF	(SPTE_MMU_PRESENT_MASK)
+
+static struct kvm_mmu_page sim_root, sim_old_root;
+
+static u64 gfn_spte(gfn_t gfn, u64 bits)
 {
-	return &kvm->spte[level][gfn >> (9 * level)];
+	return gfn << PAGE_SHIFT | SPTE_LEAF | bits;
 }
 
-/* A writable SPTE if @writable; never takes write access away. */
-static void install_spte(struct kvm *kvm, gfn_t gfn, u64 spte)
+static u64 *table_of(u64 spte)
 {
-	int level;
+	return __va(spte & SPTE_BASE_ADDR_MASK);
+}
 
-	for (level = SIM_LEVELS - 1; level > 0; level--) {
-		if (!READ_ONCE(*sptep_of(kvm, level, gfn)))
-			WRITE_ONCE(*sptep_of(kvm, level, gfn), SPTE_PRESENT);
+/* The entry of @gfn at @level; NULL if there is no table, and shall be none. */
+static u64 *sptep_of(gfn_t gfn, int level, bool make)
+{
+	u64 *pt = sim_root.spt, *sptep, *new, spte;
+	int l, i;
+
+	for (l = sim_root.role.level;; l--) {
+		sptep = &pt[gfn >> (SPTE_LEVEL_BITS * (l - 1)) & (SPTE_ENT_PER_PAGE - 1)];
+		if (l == level)
+			return sptep;
+		/* The kernel counts on the dependency. */
+		spte = smp_load_acquire(sptep);
+		if (is_shadow_present_pte(spte) && !is_large_pte(spte)) {
+			pt = table_of(spte);
+			continue;
+		}
+		if (!make)
+			return NULL;
+		new = shim_alloc(PAGE_SIZE);
+		/* A huge page is split; it is protected, or there had been no fault. */
+		for (i = 0; is_large_pte(spte) && i < SPTE_ENT_PER_PAGE; i++)
+			new[i] = gfn_spte(round_down(gfn, SPTE_ENT_PER_PAGE) + i, 0);
+		if (cmpxchg(sptep, spte, (uintptr_t)new | SPTE_MMU_PRESENT_MASK) != spte)
+			shim_free(new);
+		pt = table_of(smp_load_acquire(sptep));
 	}
-	__atomic_fetch_or(sptep_of(kvm, 0, gfn), spte, __ATOMIC_RELAXED);
+}
+
+static u64 leaf(gfn_t gfn)
+{
+	u64 *sptep = sptep_of(gfn, PG_LEVEL_4K, false);
+
+	if (!sptep)
+		sptep = sptep_of(gfn, PG_LEVEL_2M, false);
+	return sptep ? READ_ONCE(*sptep) : 0;
+}
+
+/* Never takes write access away. */
+static void install_spte(gfn_t gfn, u64 bits)
+{
+	__atomic_fetch_or(sptep_of(gfn, PG_LEVEL_4K, true), gfn_spte(gfn, bits),
+			  __ATOMIC_RELAXED);
 }
 
 void sim_map_page(gfn_t gfn)
 {
-	install_spte(sim_kvm, gfn, SPTE_PRESENT);
+	install_spte(gfn, 0);
+}
+
+static u64 dbit(void)
+{
+	return kvm_x86_ops.cpu_dirty_log_size ? shadow_dirty_mask : PT_WRITABLE_MASK;
+}
+
+bool sim_unlogged(gfn_t gfn)
+{
+	return leaf(gfn) & dbit();
+}
+
+static void free_tables(u64 *pt, int level)
+{
+	int i;
+
+	for (i = 0; level > PG_LEVEL_4K && i < SPTE_ENT_PER_PAGE; i++) {
+		if (is_shadow_present_pte(pt[i]) && !is_large_pte(pt[i]))
+			free_tables(table_of(pt[i]), level - 1);
+	}
+	shim_free(pt);
+}
+
+/* As it was before there was a memslot. */
+static void zap(struct kvm *kvm, const struct kvm_memory_slot *slot)
+{
+	unsigned long i;
+	u64 *sptep;
+
+	write_lock(&kvm->mmu_lock);
+	for (i = 0; i < slot->npages; i++) {
+		sptep = sptep_of(slot->base_gfn + i, PG_LEVEL_4K, false);
+		if (sptep)
+			WRITE_ONCE(*sptep, 0);
+	}
+	write_unlock(&kvm->mmu_lock);
+	kvm_flush_remote_tlbs(kvm);
 }
 
 /*
- * One walk from the root for each leaf table, then from entry to entry up to the
- * last one of the mask, as the TDP MMU's iterator does.  Under mmu_lock.
+ * A memslot that logs has its huge pages protected as a whole, unless all of its
+ * pages start out dirty.
  */
-static void protect(struct kvm *kvm, struct kvm_memory_slot *slot, gfn_t gfn_offset,
-		    unsigned long mask)
+static void map_huge(struct kvm *kvm, const struct kvm_memory_slot *slot)
 {
-	gfn_t gfn = slot->base_gfn + gfn_offset + __ffs(mask);
-	gfn_t end = slot->base_gfn + gfn_offset + __fls(mask) + 1;
-	bool walk = true;
-	u64 *sptep;
+	unsigned long i;
+
+	read_lock(&kvm->mmu_lock);
+	for (i = 0; i + SPTE_ENT_PER_PAGE <= slot->npages; i += SPTE_ENT_PER_PAGE)
+		__atomic_store_n(sptep_of(slot->base_gfn + i, PG_LEVEL_2M, true),
+				 gfn_spte(slot->base_gfn + i, PT_PAGE_SIZE_MASK |
+					  (kvm->init_set ? PT_WRITABLE_MASK : 0)),
+				 __ATOMIC_RELEASE);
+	read_unlock(&kvm->mmu_lock);
+}
+
+/*
+ * clear_dirty_pt_masked() of the TDP MMU: down from the root once for each page
+ * table, then from entry to entry, until all pages of the mask are done.
+ */
+static void clear_dirty_pt_masked(gfn_t gfn, unsigned long mask)
+{
+	gfn_t at = gfn + __ffs(mask), end = gfn + BITS_PER_LONG;
+	u64 *pt = NULL, spte;
 	int level;
 
-	mask >>= __ffs(mask);
-	for (; gfn < end; gfn++, mask >>= 1) {
-		if (!(gfn % 512))
-			walk = true;
-		for (level = SIM_LEVELS - 1; walk && level > 0; level--) {
-			if (!READ_ONCE(*sptep_of(kvm, level, gfn)))
+	for (; mask && at < end; at++) {
+		if (!pt || !(at % SPTE_ENT_PER_PAGE)) {
+			pt = sim_root.spt;
+			for (level = sim_root.role.level; pt && level > PG_LEVEL_4K; level--) {
+				spte = smp_load_acquire(&pt[at >> (SPTE_LEVEL_BITS * (level - 1)) &
+							    (SPTE_ENT_PER_PAGE - 1)]);
+				if (is_large_pte(spte))
+					__atomic_fetch_and(&pt[at >> (SPTE_LEVEL_BITS * (level - 1)) &
+							       (SPTE_ENT_PER_PAGE - 1)],
+							   ~PT_WRITABLE_MASK, __ATOMIC_SEQ_CST);
+				pt = NULL;
+				if (is_shadow_present_pte(spte) && !is_large_pte(spte))
+					pt = table_of(spte);
+			}
+			if (!pt)
 				break;
 		}
-		if (walk && level)
+		if (!(mask & BIT(at - gfn)))
 			continue;
-		walk = false;
-
-		sptep = sptep_of(kvm, 0, gfn);
-		if (READ_ONCE(*sptep) & kvm->log_mask && mask & 1)
-			__atomic_fetch_and(sptep, ~kvm->log_mask, __ATOMIC_RELAXED);
+		mask &= ~BIT(at - gfn);
+		spte = READ_ONCE(pt[at % SPTE_ENT_PER_PAGE]);
+		if (!is_shadow_present_pte(spte) || !(spte & dbit()))
+			continue;
+		spte = __atomic_fetch_and(&pt[at % SPTE_ENT_PER_PAGE], ~dbit(), __ATOMIC_SEQ_CST);
+		kvm_set_pfn_dirty(spte_to_pfn(spte));
 	}
 }
 
-/* Set by a build with BREAK_PROTECT_FIRST. */
-extern bool shim_protects_first;
-bool shim_protects_first;
-
-void kvm_arch_mmu_enable_log_dirty_pt_masked(struct kvm *kvm, struct kvm_memory_slot *slot,
-					     gfn_t gfn_offset, unsigned long mask)
+void kvm_mmu_enable_log_dirty_pt_masked(struct kvm *kvm, struct kvm_memory_slot *slot,
+					gfn_t gfn_offset, unsigned long mask, bool may_split)
 {
-	if (!shim_protects_first)
-		protect(kvm, slot, gfn_offset, mask);
+	(void)kvm;
+	(void)may_split;
+	clear_dirty_pt_masked(slot->base_gfn + gfn_offset, mask);
 }
 
-/* What it calls before it clears bits. */
+/* What a build with BREAK_PROTECT_FIRST calls before it clears bits. */
 #undef shim_protect_word
 void shim_protect_word(void *word, unsigned long mask);
 void shim_protect_word(void *word, unsigned long mask)
 {
-	if (!mask)
-		return;
-	write_lock(&sim_kvm->mmu_lock);
-	protect(sim_kvm, &sim_slot,
-		((unsigned long *)word - sim_slot.dirty_bitmap) * BITS_PER_LONG, mask);
-	write_unlock(&sim_kvm->mmu_lock);
-	kvm_flush_remote_tlbs(sim_kvm);
+	struct kvm_memory_slot *slot;
+	unsigned long *p = word;
+	int i, bkt;
+
+	kvm_for_each_memslot(slot, bkt, __kvm_memslots(sim_kvm, 0)) {
+		if (!mask || p < slot->dirty_bitmap ||
+		    p >= slot->dirty_bitmap + BITS_TO_LONGS(slot->npages))
+			continue;
+		i = p - slot->dirty_bitmap;
+		write_lock(&sim_kvm->mmu_lock);
+		clear_dirty_pt_masked(slot->base_gfn + i * BITS_PER_LONG, mask);
+		write_unlock(&sim_kvm->mmu_lock);
+		kvm_flush_remote_tlbs(sim_kvm);
+	}
 }
 
 /*
@@ -312,7 +520,7 @@ static struct sim_vcpu *to_sim(struct kvm_vcpu *vcpu)
 /* Comes back when no vCPU writes through what its TLB held before. */
 void kvm_flush_remote_tlbs(struct kvm *kvm)
 {
-	u32 wanted[SIM_MAX_VCPUS];
+	static __thread u32 wanted[SIM_MAX_VCPUS];
 	unsigned long i;
 	struct kvm_vcpu *vcpu;
 	struct sim_vcpu *s;
@@ -372,6 +580,7 @@ static bool enter(struct sim_vcpu *s)
 void sim_exit(struct kvm_vcpu *vcpu)
 {
 	struct sim_vcpu *s = to_sim(vcpu);
+	struct kvm *kvm = vcpu->kvm;
 	unsigned int i;
 	int idx;
 
@@ -380,26 +589,32 @@ void sim_exit(struct kvm_vcpu *vcpu)
 	WRITE_ONCE(s->kicked, false);
 	__atomic_store_n(&s->in_guest, false, __ATOMIC_SEQ_CST);
 	shim_jitter();
-	idx = srcu_read_lock(&vcpu->kvm->srcu);
+	idx = srcu_read_lock(&kvm->srcu);
 	for (i = 0; i < s->nr_pml; i++)
-		mark_page_dirty_in_slot(vcpu->kvm, vcpu->kvm->memslots->slot[0], vcpu, s->pml[i]);
-	srcu_read_unlock(&vcpu->kvm->srcu, idx);
+		mark_page_dirty_in_slot(kvm, sim_slot_of(kvm, s->pml[i]), vcpu, s->pml[i]);
+	srcu_read_unlock(&kvm->srcu, idx);
 	s->nr_pml = 0;
 	kvm_dirty_slot_ring_hw_flushed(&vcpu->dirty_slot_ring);
 }
 
-void sim_fault(struct kvm_vcpu *vcpu, gfn_t gfn)
+bool sim_fault(struct kvm_vcpu *vcpu, gfn_t gfn)
 {
 	struct kvm *kvm = vcpu->kvm;
-	const struct sim_config *config = to_sim(vcpu)->config;
-	const struct kvm_memory_slot *memslot = kvm->memslots->slot[0];
-	u64 *sptep = sptep_of(kvm, 0, gfn), old = READ_ONCE(*sptep);
+	const struct kvm_memory_slot *memslot = sim_slot_of(kvm, gfn);
+	u64 *sptep, old = 0;
 
-	if (config->fast_fault && old & SPTE_PRESENT) {
+	if (!memslot || memslot->invalid)
+		return false;
+
+	sptep = to_sim(vcpu)->config->fast_fault ? sptep_of(gfn, PG_LEVEL_4K, false) : NULL;
+	if (sptep)
+		old = READ_ONCE(*sptep);
+	if (is_shadow_present_pte(old)) {
 		/* As fast_pf_fix_direct_spte(). */
 		if (kvm_dirty_slot_ring_enabled(kvm))
 			kvm_dirty_slot_ring_hw_enter(&vcpu->dirty_slot_ring);
-		if (!(old & SPTE_WRITABLE) && cmpxchg(sptep, old, old | SPTE_WRITABLE) == old) {
+		if (!(old & PT_WRITABLE_MASK) &&
+		    cmpxchg(sptep, old, old | PT_WRITABLE_MASK) == old) {
 			shim_jitter();
 			mark_page_dirty_in_slot(kvm, memslot, vcpu, gfn);
 		}
@@ -409,15 +624,17 @@ void sim_fault(struct kvm_vcpu *vcpu, gfn_t gfn)
 		read_lock(&kvm->mmu_lock);
 		mark_page_dirty_in_slot(kvm, memslot, vcpu, gfn);
 		shim_jitter();
-		install_spte(kvm, gfn, SPTE_PRESENT | SPTE_WRITABLE | SPTE_DIRTY);
+		install_spte(gfn, PT_WRITABLE_MASK | shadow_dirty_mask);
 		read_unlock(&kvm->mmu_lock);
 	}
+	return true;
 }
 
 u64 sim_write(struct kvm_vcpu *vcpu, gfn_t gfn)
 {
 	struct sim_vcpu *s = to_sim(vcpu);
-	u64 *sptep = sptep_of(vcpu->kvm, 0, gfn), old;
+	u64 *sptep, old;
+	bool there;
 	int idx;
 
 	for (;;) {
@@ -430,20 +647,23 @@ u64 sim_write(struct kvm_vcpu *vcpu, gfn_t gfn)
 		}
 		if (s->tlb[gfn] == s->tlb_time)
 			break;
-		old = READ_ONCE(*sptep);
-		if (!(old & SPTE_WRITABLE)) {
+		old = leaf(gfn);
+		if (!(old & PT_WRITABLE_MASK)) {
 			sim_exit(vcpu);
 			idx = srcu_read_lock(&vcpu->kvm->srcu);
-			sim_fault(vcpu, gfn);
+			there = sim_fault(vcpu, gfn);
 			srcu_read_unlock(&vcpu->kvm->srcu, idx);
+			if (!there)
+				return 0;
 			continue;
 		}
-		if (s->config->pml && !(old & SPTE_DIRTY)) {
+		if (s->config->pml && !(old & shadow_dirty_mask)) {
 			if (s->nr_pml == ARRAY_SIZE(s->pml)) {
 				sim_exit(vcpu);
 				continue;
 			}
-			if (cmpxchg(sptep, old, old | SPTE_DIRTY) != old)
+			sptep = sptep_of(gfn, PG_LEVEL_4K, false);
+			if (!sptep || cmpxchg(sptep, old, old | shadow_dirty_mask) != old)
 				continue;
 			s->pml[s->nr_pml++] = gfn;
 		}
@@ -456,7 +676,7 @@ u64 sim_write(struct kvm_vcpu *vcpu, gfn_t gfn)
 }
 
 /*
- * The VM.
+ * Helpers of what follows.
  */
 
 static void init_rwlock(pthread_rwlock_t *l, int kind)
@@ -483,57 +703,193 @@ static void *reserve(size_t size)
 	return p;
 }
 
+/*
+ * Memslots.  A change makes a new set of them; who was in a read side section when
+ * it came may still use the old one.
+ */
+
+static const struct kvm_memslots no_slots;
+
+struct kvm_memory_slot *sim_slot(int id)
+{
+	return id_to_memslot(__kvm_memslots(sim_kvm, 0), id);
+}
+
+struct kvm_memory_slot *sim_slot_of(struct kvm *kvm, gfn_t gfn)
+{
+	struct kvm_memory_slot *slot;
+	int bkt;
+
+	kvm_for_each_memslot(slot, bkt, __kvm_memslots(kvm, 0)) {
+		if (gfn >= slot->base_gfn && gfn - slot->base_gfn < slot->npages)
+			return slot;
+	}
+	return NULL;
+}
+
+/* Under slots_lock.  Returns the memslot that was there, for nobody to use. */
+static struct kvm_memory_slot *replace(struct kvm *kvm, int id, struct kvm_memory_slot *slot)
+{
+	struct kvm_memslots *old = kvm->memslots, *new = shim_alloc(sizeof(*new));
+	struct kvm_memory_slot *was = old->slot[id];
+
+	*new = *old;
+	new->slot[id] = slot;
+	__atomic_store_n(&kvm->memslots, new, __ATOMIC_RELEASE);
+	synchronize_srcu(&kvm->srcu);
+	if (old != &no_slots)
+		shim_free(old);
+	return was;
+}
+
+static struct kvm_memory_slot *copy_of(const struct kvm_memory_slot *slot)
+{
+	struct kvm_memory_slot *copy = shim_alloc(sizeof(*copy));
+
+	*copy = *slot;
+	return copy;
+}
+
+int sim_create_slot(int id, gfn_t base_gfn, unsigned long npages, void *test)
+{
+	struct kvm *kvm = sim_kvm;
+	struct kvm_memory_slot *slot = shim_alloc(sizeof(*slot));
+	unsigned long i;
+	int r = 0;
+
+	*slot = (struct kvm_memory_slot){
+		.id = id, .base_gfn = base_gfn, .npages = npages, .test = test,
+	};
+	mutex_lock(&kvm->slots_lock);
+	if (kvm_dirty_slot_ring_enabled(kvm)) {
+		r = kvm_dirty_slot_log_create(kvm, slot);
+		/* As kvm_prepare_memory_region() does it. */
+		for (i = 0; !r && kvm->init_set && i < npages; i++)
+			set_bit(i, slot->dirty_bitmap);
+		shim_jitter();
+	}
+	if (!r) {
+		if (sim_config->huge)
+			map_huge(kvm, slot);
+		replace(kvm, id, slot);
+		atomic_inc(&kvm->nr_memslots_dirty_logging);
+		kvm_dirty_slot_log_start(slot);
+	} else {
+		shim_free(slot);
+	}
+	mutex_unlock(&kvm->slots_lock);
+	return r;
+}
+
+void sim_change_slot(int id)
+{
+	struct kvm *kvm = sim_kvm;
+	struct kvm_memory_slot *old;
+
+	mutex_lock(&kvm->slots_lock);
+	old = kvm->memslots->slot[id];
+	kvm_dirty_slot_log_stop(kvm, old);
+	shim_free(replace(kvm, id, copy_of(old)));
+	mutex_unlock(&kvm->slots_lock);
+}
+
+/* Detach what it logs with, as kvm_free_memslot() does. */
+static void free_slot(struct kvm *kvm, struct kvm_memory_slot *slot)
+{
+	kvm_dirty_slot_log_release(slot);
+	atomic_dec(&kvm->nr_memslots_dirty_logging);
+	shim_free(slot);
+}
+
+void sim_delete_slot(int id)
+{
+	struct kvm *kvm = sim_kvm;
+	struct kvm_memory_slot *old, *invalid;
+
+	mutex_lock(&kvm->slots_lock);
+	old = kvm->memslots->slot[id];
+	kvm_dirty_slot_log_stop(kvm, old);
+	/* In two steps, for nobody to map its pages once they have been unmapped. */
+	invalid = copy_of(old);
+	invalid->invalid = true;
+	replace(kvm, id, invalid);
+	zap(kvm, old);
+	shim_free(old);
+	free_slot(kvm, replace(kvm, id, NULL));
+	mutex_unlock(&kvm->slots_lock);
+}
+
+/*
+ * The VM.
+ */
+
+int sim_add_vcpu(void)
+{
+	struct kvm *kvm = sim_kvm;
+	unsigned int i = atomic_read(&kvm->online_vcpus);
+	struct sim_vcpu *s = shim_alloc(sizeof(*s));
+	int r;
+
+	sim_vcpus[i] = s;
+	s->config = sim_config;
+	s->tlb_time = 1;
+	if (sim_config->memory)
+		s->tlb = reserve(sim_nr_gfns * sizeof(*s->tlb));
+	s->vcpu.kvm = kvm;
+	s->vcpu.vcpu_id = i;
+	s->vcpu.vcpu_idx = i;
+	s->vcpu.run = &s->run;
+	s->vcpu.sim = s;
+	mutex_lock(&kvm->lock);
+	r = kvm_dirty_slot_ring_add_vcpu(&s->vcpu);
+	kvm->vcpus[i] = &s->vcpu;
+	/* Pairs with kvm_for_each_vcpu(), by the dependency on the index. */
+	__atomic_add_fetch(&kvm->online_vcpus.counter, 1, __ATOMIC_RELEASE);
+	mutex_unlock(&kvm->lock);
+	return r;
+}
+
 struct kvm *sim_create(const struct sim_config *config)
 {
 	struct kvm_enable_cap cap = {
 		.cap = KVM_CAP_DIRTY_SLOT_RING, .args = { config->entries, config->flags },
 	};
 	struct kvm *kvm = shim_alloc(sizeof(*kvm));
-	struct sim_vcpu *s;
 	unsigned int i;
 	int r = 0;
 
 	sim_kvm = kvm;
+	sim_config = config;
+	sim_nr_gfns = config->nr_gfns ?: config->npages;
 	/* Faults shall not starve a harvest, which the kernel's lock sees to. */
 	init_rwlock(&kvm->mmu_lock.l, PTHREAD_RWLOCK_PREFER_WRITER_NONRECURSIVE_NP);
-	init_rwlock(&kvm->srcu.l, PTHREAD_RWLOCK_PREFER_READER_NP);
+	init_srcu_struct(&kvm->srcu);
 	mutex_init(&kvm->lock);
 	mutex_init(&kvm->slots_lock);
-	atomic_set(&kvm->users, 1);
+	atomic_set(&kvm->users_count, 1);
 	kvm->max_vcpus = SIM_MAX_VCPUS;
 	kvm->init_set = config->init_set;
-	kvm->log_mask = config->pml ? SPTE_DIRTY : SPTE_WRITABLE;
-	for (i = 0; i < SIM_LEVELS; i++) {
-		kvm->spte_size[i] = ((config->npages >> (9 * i)) + 1) * sizeof(u64);
-		kvm->spte[i] = reserve(kvm->spte_size[i]);
-	}
-	if (config->memory)
-		sim_memory = reserve(config->npages * sizeof(u64));
+	kvm->memslots = (struct kvm_memslots *)&no_slots;
+	kvm_x86_ops.cpu_dirty_log_size = config->pml ? ARRAY_SIZE(((struct sim_vcpu *)0)->pml) : 0;
 
-	sim_slot = (struct kvm_memory_slot){ .npages = config->npages };
-	sim_slots.slot[0] = &sim_slot;
-	kvm->memslots = &sim_slots;
+	/* One root is in use, another one is not any more. */
+	INIT_LIST_HEAD(&kvm->arch.tdp_mmu_roots);
+	sim_old_root = (struct kvm_mmu_page){ .role = { .level = 4, .invalid = true } };
+	sim_root = (struct kvm_mmu_page){
+		.role = { .level = PT64_ROOT_4LEVEL }, .spt = shim_alloc(PAGE_SIZE),
+	};
+	list_add_tail(&sim_old_root.link, &kvm->arch.tdp_mmu_roots);
+	list_add_tail(&sim_root.link, &kvm->arch.tdp_mmu_roots);
+	if (config->memory)
+		sim_memory = reserve(sim_nr_gfns * sizeof(u64));
+
 	if (config->entries)
 		r = kvm_dirty_slot_ring_enable(kvm, &cap);
-
 	/* Half of the vCPUs are there before the log, half come after it. */
 	for (i = 0; i < config->nr_vcpus; i++) {
-		if (i == config->nr_vcpus / 2 && config->entries)
-			r = r ?: kvm_dirty_slot_log_create(kvm, &sim_slot);
-		s = shim_alloc(sizeof(*s));
-		sim_vcpus[i] = s;
-		s->config = config;
-		s->tlb_time = 1;
-		if (config->memory)
-			s->tlb = reserve(config->npages * sizeof(*s->tlb));
-		s->vcpu.kvm = kvm;
-		s->vcpu.vcpu_id = i;
-		s->vcpu.vcpu_idx = i;
-		s->vcpu.run = &s->run;
-		s->vcpu.sim = s;
-		r = r ?: kvm_dirty_slot_ring_add_vcpu(&s->vcpu);
-		kvm->vcpus[i] = &s->vcpu;
-		atomic_inc(&kvm->online_vcpus);
+		if (i == config->nr_vcpus / 2 && config->npages)
+			r = r ?: sim_create_slot(0, 0, config->npages, NULL);
+		r = r ?: sim_add_vcpu();
 	}
 	if (r) {
 		fprintf(stderr, "FAIL: cannot create the log: %s\n", strerror(-r));
@@ -542,37 +898,30 @@ struct kvm *sim_create(const struct sim_config *config)
 	return kvm;
 }
 
-void sim_delete_slot(void)
+void shim_destroy_vm(struct kvm *kvm)
 {
-	struct kvm *kvm = sim_kvm;
+	unsigned int i;
 
-	mutex_lock(&kvm->slots_lock);
-	kvm_dirty_slot_log_stop(kvm, &sim_slot);
-	/* Readers of kvm->srcu are gone when it comes back. */
-	pthread_rwlock_wrlock(&kvm->srcu.l);
-	kvm->memslots = &sim_no_slots;
-	pthread_rwlock_unlock(&kvm->srcu.l);
-	kvm_dirty_slot_log_release(&sim_slot);
-	mutex_unlock(&kvm->slots_lock);
+	for (i = 0; i < SIM_MAX_SLOTS; i++) {
+		if (kvm->memslots->slot[i])
+			free_slot(kvm, kvm->memslots->slot[i]);
+	}
+	kvm_dirty_slot_ring_destroy(kvm);
+	if (kvm->memslots != &no_slots)
+		shim_free(kvm->memslots);
+	for (i = 0; i < (unsigned int)atomic_read(&kvm->online_vcpus); i++) {
+		if (sim_vcpus[i]->tlb)
+			munmap(sim_vcpus[i]->tlb, sim_nr_gfns * sizeof(u32));
+		shim_free(sim_vcpus[i]);
+	}
+	if (sim_memory)
+		munmap(sim_memory, sim_nr_gfns * sizeof(u64));
+	sim_memory = NULL;
+	free_tables(sim_root.spt, sim_root.role.level);
+	shim_free(kvm);
 }
 
 void sim_destroy(void)
 {
-	struct kvm *kvm = sim_kvm;
-	unsigned long npages = sim_slot.npages;
-	unsigned int i;
-
-	if (kvm->memslots == &sim_slots)
-		sim_delete_slot();
-	for (i = 0; i < (unsigned int)atomic_read(&kvm->online_vcpus); i++) {
-		if (sim_vcpus[i]->tlb)
-			munmap(sim_vcpus[i]->tlb, npages * sizeof(u32));
-		shim_free(sim_vcpus[i]);
-	}
-	if (sim_memory)
-		munmap(sim_memory, npages * sizeof(u64));
-	sim_memory = NULL;
-	for (i = 0; i < SIM_LEVELS; i++)
-		munmap(kvm->spte[i], kvm->spte_size[i]);
-	shim_free(kvm);
+	kvm_put_kvm(sim_kvm);
 }

@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * Is any write lost, is any page reported twice?  virt/kvm/dirty_slot_ring.c
- * itself, as a userspace program: vCPUs and others write to pages while
- * consumers of every kind take pages out of the log and copy them.
+ * Is any write lost, is any page reported twice?  virt/kvm/dirty_slot/ itself, as
+ * a userspace program: vCPUs and others write to pages while consumers of every
+ * kind take pages out of the log of one memslot and copy them.  Here is also what
+ * all cases share; vmlog.c has those of the whole VM's log, fixed.c those in which
+ * all that happens happens in one order.
  *
  * In each case, again and again: let all of them run, stop the writers, take
  * what is left, then
@@ -24,11 +26,13 @@
 #include <stdarg.h>
 #include <time.h>
 
-#include "sim.h"
+#include "stress.h"
 
 #define MAX_CAPACITY	8192
 #define RECENT		32
 #define ROUND_MS	25
+#define MAX_VCPUS	8
+#define MAX_HARVESTERS	4
 
 struct test_case {
 	const char *name, *what;
@@ -38,12 +42,14 @@ struct test_case {
 	bool strict;			/* the only consumer sees all there is */
 	bool sync;
 	bool mapped;			/* reads the mapping and calls RESET */
+	bool hostile;			/* consumers out of bounds, all the time */
 	bool steal;			/* KVM_GET_DIRTY_LOG */
 	bool discard;
 	bool device;			/* writes without a vCPU, and MARK */
 	unsigned int kvm_writes;	/* of 64, made by KVM in the vCPU's thread... */
 	unsigned int irq_writes;	/* ...or in an interrupt there */
 	unsigned int sparse, words;	/* write to so many places, words of each */
+	unsigned int pause;		/* of 16 writes, so many come after a while */
 	bool wait;			/* harvest when poll() says so */
 	unsigned int inject;		/* chance, in 256, of a fault or signal */
 };
@@ -101,8 +107,31 @@ static const struct test_case cases[] = {
 		.vm = { .npages = 4096, .nr_vcpus = 2, .entries = 64 },
 		.kvm_writes = 1, .irq_writes = 1,
 		.capacity = 128, .harvesters = 2, .device = true, .discard = true, .inject = 24,
+	}, {
+		.name = "harvesters", .what = "4 threads harvest one log at once",
+		.vm = { .npages = 4096, .nr_vcpus = 3, .entries = 64, .fast_fault = true },
+		.kvm_writes = 4, .irq_writes = 1,
+		.capacity = 50, .harvesters = 4, .device = true,
+	}, {
+		.name = "huge", .what = "huge pages, which writes split",
+		.vm = { .npages = 4096, .nr_vcpus = 2, .entries = 64, .huge = true,
+			.init_set = true },
+		.kvm_writes = 16, .irq_writes = 1,
+		.capacity = 1000, .harvesters = 1, .strict = true,
+	}, {
+		.name = "quiet", .what = "rings that stop and go, and leave and come back",
+		.vm = { .npages = 64, .nr_vcpus = 3, .entries = 64 },
+		.kvm_writes = 60, .capacity = 100, .harvesters = 1, .strict = true, .pause = 2,
+	}, {
+		.name = "hostile", .what = "consumers that are out of bounds all the time",
+		.vm = { .npages = 2048, .nr_vcpus = 2, .entries = 64, .fast_fault = true },
+		.kvm_writes = 4, .irq_writes = 1,
+		.capacity = 100, .harvesters = 2, .hostile = true,
 	},
 };
+
+const char *case_name = "";
+void (*on_mark)(const struct kvm_memory_slot *memslot, gfn_t gfn);
 
 static const struct test_case *test;
 static int fd;
@@ -118,18 +147,18 @@ static struct {
 	struct kvm_dirty_slot_ring_user *user;
 	struct kvm_dirty_slot_ring_kern *kern;
 	struct kvm_dirty_run *runs;
-} rings[SIM_MAX_VCPUS];
+} rings[MAX_VCPUS];
 
 /* The last writes of each vCPU, page (24 bits) and value, for the strict test. */
-static u64 recent[SIM_MAX_VCPUS][RECENT];
+static u64 recent[MAX_VCPUS][RECENT];
 
-static void __printf(1, 2) __noreturn fail(const char *fmt, ...)
+void fail(const char *fmt, ...)
 {
 	va_list args;
 
 	va_start(args, fmt);
 	flockfile(stdout);
-	printf("# FAIL %s: ", test ? test->name : "");
+	printf("# FAIL %s: ", case_name);
 	vprintf(fmt, args);
 	printf("\n");
 	va_end(args);
@@ -147,7 +176,7 @@ static void hung(int sig)
 	_exit(1);
 }
 
-static u32 random_u32(u64 *state)
+u32 random_u32(u64 *state)
 {
 	*state ^= *state << 13;
 	*state ^= *state >> 7;
@@ -161,8 +190,15 @@ void mark_page_dirty_in_slot(struct kvm *kvm, const struct kvm_memory_slot *mems
 {
 	if (!memslot || !memslot->dirty_slot_log)
 		return;
+	if (on_mark)
+		on_mark(memslot, gfn);
+	kvm_dirty_slot_log_mark(kvm, memslot, vcpu, gfn - memslot->base_gfn);
+}
+
+static void count_mark(const struct kvm_memory_slot *memslot, gfn_t gfn)
+{
+	(void)memslot;
 	__atomic_add_fetch(&marks[gfn], 1, __ATOMIC_RELAXED);
-	kvm_dirty_slot_log_mark(kvm, memslot, vcpu, gfn);
 }
 
 /*
@@ -188,31 +224,54 @@ static gfn_t next_page(u64 *rnd, gfn_t last)
 	}
 }
 
-/* KVM writes to guest memory, not through the page table, then marks the page. */
-static u64 write_as_kvm(struct kvm_vcpu *vcpu, gfn_t gfn)
+u64 write_as_kvm(struct kvm_vcpu *vcpu, gfn_t gfn)
 {
 	struct kvm *kvm = sim_kvm;
 	int idx = srcu_read_lock(&kvm->srcu);
-	u64 val = __atomic_add_fetch(&sim_memory[gfn], 1, __ATOMIC_RELAXED);
+	struct kvm_memory_slot *memslot = sim_slot_of(kvm, gfn);
+	u64 val = 0;
 
-	mark_page_dirty_in_slot(kvm, kvm->memslots->slot[0], vcpu, gfn);
+	if (memslot) {
+		val = __atomic_add_fetch(&sim_memory[gfn], 1, __ATOMIC_RELAXED);
+		mark_page_dirty_in_slot(kvm, memslot, vcpu, gfn);
+	}
 	srcu_read_unlock(&kvm->srcu, idx);
 	return val;
 }
 
 /*
- * kvm_arch_vcpu_put(), as the scheduler calls it in the vCPU's own thread, perhaps
- * in the midst of a mark, writes to guest memory: steal time.
+ * What comes in the midst of a mark in the vCPU's own thread and writes to guest
+ * memory: kvm_arch_vcpu_put(), as the scheduler calls it (steal time), or an
+ * interrupt.
  */
 static __thread struct kvm_vcpu *loaded;
+static __thread gfn_t steal_time;
 
 static void preempted(void)
 {
-	static __thread u64 rnd = 1;
+	static __thread unsigned int n;
 
-	loaded->scheduled_out = true;
-	write_as_kvm(loaded, next_page(&rnd, 0));
-	loaded->scheduled_out = false;
+	if (n++ % 4) {
+		loaded->scheduled_out = true;
+		write_as_kvm(loaded, steal_time);
+		loaded->scheduled_out = false;
+	} else {
+		shim_in_task = false;
+		write_as_kvm(loaded, steal_time);
+		shim_in_task = true;
+	}
+}
+
+u64 write_as_vcpu(struct kvm_vcpu *vcpu, gfn_t gfn, gfn_t other)
+{
+	u64 val;
+
+	loaded = vcpu;
+	steal_time = other;
+	shim_preempted = preempted;
+	val = write_as_kvm(vcpu, gfn);
+	shim_preempted = NULL;
+	return val;
 }
 
 static void end_of_round(void)
@@ -237,12 +296,13 @@ static void *vcpu_thread(void *arg)
 		}
 		gfn = next_page(&rnd, gfn);
 		how = random_u32(&rnd) % 64;
+		if (how % 16 < test->pause) {
+			sim_exit(vcpu);
+			usleep(random_u32(&rnd) % 256);
+		}
 		if (how < test->kvm_writes) {
 			sim_exit(vcpu);
-			loaded = vcpu;
-			shim_preempted = preempted;
-			val = write_as_kvm(vcpu, gfn);
-			shim_preempted = NULL;
+			val = write_as_vcpu(vcpu, gfn, next_page(&rnd, 0));
 		} else if (how < test->kvm_writes + test->irq_writes) {
 			/* An interrupt's; the CPU has this vCPU loaded. */
 			sim_exit(vcpu);
@@ -343,21 +403,28 @@ static void take_page(gfn_t gfn)
 static void map_rings(void)
 {
 	struct kvm_dirty_slot_log_info info;
-	unsigned long page;
+	unsigned long at;
 	unsigned int i;
 
 	if (sim_ioctl(fd, KVM_DIRTY_SLOT_LOG_INFO, &info))
 		fail("INFO");
-	if (info.nr_rings != test->vm.nr_vcpus || info.entries != test->vm.entries)
+	if (info.nr_rings != test->vm.nr_vcpus || info.entries != test->vm.entries ||
+	    info.slot || info.npages != test->vm.npages || info.base_gfn || info.flags ||
+	    info.consumers_size < SIM_MAX_VCPUS * KVM_DIRTY_SLOT_CONSUMER_STRIDE)
 		fail("INFO tells of %u rings of %u entries", info.nr_rings, info.entries);
 	for (i = 0; i < info.nr_rings; i++) {
-		page = i * info.stride / PAGE_SIZE;
-		rings[i].user = sim_mmap(fd, page + KVM_DIRTY_SLOT_RING_USER_PAGE, true);
-		rings[i].kern = sim_mmap(fd, page + KVM_DIRTY_SLOT_RING_KERN_PAGE, false);
-		rings[i].runs = sim_mmap(fd, page + KVM_DIRTY_SLOT_RING_ENTRIES_PAGE, false);
-		if (!rings[i].user || !rings[i].kern || !rings[i].runs)
+		at = i * KVM_DIRTY_SLOT_CONSUMER_STRIDE;
+		rings[i].user = sim_mmap(fd, at / PAGE_SIZE, true) + at % PAGE_SIZE;
+		at = (info.rings_offset + i * info.stride) / PAGE_SIZE;
+		rings[i].kern = sim_mmap(fd, at + KVM_DIRTY_SLOT_RING_KERN_PAGE, false);
+		rings[i].runs = sim_mmap(fd, at + KVM_DIRTY_SLOT_RING_ENTRIES_PAGE, false);
+		if (!rings[i].kern || !rings[i].runs)
 			fail("cannot map ring %u", i);
+		if (sim_mmap(fd, at, true))
+			fail("a page of ring %u can be mapped writable", i);
 	}
+	if (sim_mmap(fd, (info.rings_offset + i * info.stride) / PAGE_SIZE, false))
+		fail("there is a ring beyond the last");
 }
 
 /* What the mapping shows, whenever one looks.  None of the three goes back. */
@@ -384,7 +451,7 @@ static int harvest_once(struct consumer *c, bool sync, u64 *nr_pages)
 	int r;
 
 	r = sim_ioctl(fd, KVM_DIRTY_SLOT_LOG_HARVEST, &args);
-	for (i = 0; i < test->vm.nr_vcpus; i++)
+	for (i = 0; i < test->vm.nr_vcpus && !test->hostile; i++)
 		check_markers(i);
 	if (r)
 		return r;
@@ -408,11 +475,20 @@ static int harvest_once(struct consumer *c, bool sync, u64 *nr_pages)
 /* All there is; -ENODEV if the slot has stopped logging and all was harvested. */
 static int harvest_all(struct consumer *c, bool sync, u64 *nr_pages)
 {
+	unsigned int i;
 	int r;
 
 	*nr_pages = 0;
 	do {
 		r = harvest_once(c, sync, nr_pages);
+		if (r == -EINVAL && test->hostile) {
+			for (i = 0; i < test->vm.nr_vcpus; i++)
+				__atomic_store_n(&rings[i].user->consumer,
+						 __atomic_load_n(&rings[i].kern->reset,
+								 __ATOMIC_ACQUIRE),
+						 __ATOMIC_RELEASE);
+			continue;
+		}
 		if (r < 0 && r != -ENODEV &&
 		    !(shim_inject && (r == -EINTR || r == -EFAULT)))
 			fail("HARVEST: %s", strerror(-r));
@@ -422,7 +498,7 @@ static int harvest_all(struct consumer *c, bool sync, u64 *nr_pages)
 
 static void strict_harvest(struct consumer *c)
 {
-	u64 before[SIM_MAX_VCPUS][RECENT], nr_pages;
+	u64 before[MAX_VCPUS][RECENT], nr_pages;
 	unsigned int i, n;
 	gfn_t gfn;
 
@@ -503,6 +579,33 @@ static void read_mapping(struct consumer *c)
 		harvest_all(c, test->sync, &nr_pages);
 }
 
+/*
+ * Consumers behind reset and ahead of producer: one in between would say that pages
+ * had been collected.
+ */
+static void *hostile_thread(void *arg)
+{
+	u64 rnd = 777, reset, val;
+	u32 r;
+
+	(void)arg;
+	while (!READ_ONCE(stopped_logging)) {
+		if (READ_ONCE(stop)) {
+			end_of_round();
+			continue;
+		}
+		r = random_u32(&rnd);
+		reset = __atomic_load_n(&rings[r % test->vm.nr_vcpus].kern->reset,
+					__ATOMIC_ACQUIRE);
+		val = r & 0x100 ? reset - 1 - r % 64 : reset + (1ULL << (32 + r / 512 % 31));
+		__atomic_store_n(&rings[r % test->vm.nr_vcpus].user->consumer, val,
+				 __ATOMIC_RELAXED);
+		if (!(r / 1024 % 64))
+			usleep(30);
+	}
+	return NULL;
+}
+
 static void *mapping_thread(void *arg)
 {
 	while (!READ_ONCE(stopped_logging)) {
@@ -536,7 +639,7 @@ static void *steal_thread(void *arg)
 		}
 		memset(map, 0, words * sizeof(*map));
 		mutex_lock(&kvm->slots_lock);
-		memslot = kvm->memslots->slot[0];
+		memslot = sim_slot(0);
 		if (memslot) {
 			write_lock(&kvm->mmu_lock);
 			for (i = 0; i < words; i++) {
@@ -644,7 +747,7 @@ static void check_round(struct consumer *c)
 	compare("after a last harvest");
 	check_counts();
 	for (i = 0; i < test->vm.npages; i++) {
-		if (sim_kvm->spte[0][i] & sim_kvm->log_mask)
+		if (sim_unlogged(i))
 			fail("page %lu is not in the log, and writes to it would not be", i);
 	}
 	harvest_all(c, true, &nr_pages);
@@ -663,7 +766,7 @@ static void check_deletion(struct consumer *c)
 		gfn = next_page(&rnd, gfn);
 		write_as_kvm(i % 2 ? sim_kvm->vcpus[0] : NULL, gfn);
 	}
-	sim_delete_slot();
+	sim_delete_slot(0);
 	while (harvest_all(c, true, &nr_pages) != -ENODEV)
 		;
 	compare("after the slot was deleted");
@@ -689,7 +792,7 @@ static void start(pthread_t *threads, unsigned int *n, void *(*fn)(void *), void
 		fail("no more threads");
 }
 
-static u64 now_ms(void)
+u64 now_ms(void)
 {
 	struct timespec t;
 
@@ -700,7 +803,7 @@ static u64 now_ms(void)
 static void run_case(unsigned int ms)
 {
 	struct kvm_dirty_slot_log_fd arg = { 0 };
-	struct consumer own, consumers[2];
+	struct consumer own, consumers[MAX_HARVESTERS];
 	unsigned int i, nr = 0, rounds = 0, nr_threads;
 	unsigned long npages = test->vm.npages, k;
 	pthread_t threads[16];
@@ -714,6 +817,7 @@ static void run_case(unsigned int ms)
 	copy = calloc(npages, sizeof(*copy));
 	marks = calloc(npages, sizeof(*marks));
 	reports = calloc(npages, sizeof(*reports));
+	on_mark = count_mark;
 	init_consumer(&own);
 	for (i = 0; i < ARRAY_SIZE(consumers); i++)
 		init_consumer(&consumers[i]);
@@ -723,16 +827,11 @@ static void run_case(unsigned int ms)
 	if (fd < 0)
 		fail("no file descriptor: %s", strerror(-fd));
 	map_rings();
-	if (test->vm.init_set) {
-		/* As kvm_mmu_slot_apply_flags() leaves it to KVM. */
-		for (k = 0; k < npages; k++) {
-			set_bit(k, sim_kvm->memslots->slot[0]->dirty_bitmap);
-			marks[k]++;
-		}
-	}
+	for (k = 0; k < npages && test->vm.init_set; k++)
+		marks[k]++;
 
 	nr_threads = test->vm.nr_vcpus + test->harvesters + test->mapped + test->steal +
-		     test->discard + test->device;
+		     test->discard + test->device + test->hostile;
 	pthread_barrier_init(&round_ends, NULL, nr_threads + 1);
 	pthread_barrier_init(&round_begins, NULL, nr_threads + 1);
 	for (i = 0; i < test->vm.nr_vcpus; i++)
@@ -741,6 +840,8 @@ static void run_case(unsigned int ms)
 		start(threads, &nr, harvest_thread, &consumers[i]);
 	if (test->mapped)
 		start(threads, &nr, mapping_thread, &consumers[0]);
+	if (test->hostile)
+		start(threads, &nr, hostile_thread, NULL);
 	if (test->steal)
 		start(threads, &nr, steal_thread, NULL);
 	if (test->discard)
@@ -774,8 +875,7 @@ static void run_case(unsigned int ms)
 
 	sim_close(fd);
 	sim_destroy();
-	if (shim_allocated)
-		fail("%ld allocations were not freed", shim_allocated);
+	on_mark = NULL;
 	pthread_barrier_destroy(&round_ends);
 	pthread_barrier_destroy(&round_begins);
 	free_consumer(&own);
@@ -786,16 +886,61 @@ static void run_case(unsigned int ms)
 	free(reports);
 }
 
+static void run_test_case(const struct test_case *which, unsigned int ms)
+{
+	static struct test_case now;
+
+	now = *which;
+	now.vm.memory = true;
+	test = &now;
+	run_case(ms);
+}
+
+/* All cases, one after the other; *@n of them so far. */
+static const char *nth_case(unsigned int n, const char **what)
+{
+	const struct stress_case *c;
+
+	if (n < ARRAY_SIZE(cases)) {
+		*what = cases[n].what;
+		return cases[n].name;
+	}
+	n -= ARRAY_SIZE(cases);
+	for (c = vm_cases; c->name && n; c++)
+		n--;
+	for (c = c->name ? c : fixed_cases; c->name && n; c++)
+		n--;
+	*what = c->what;
+	return c->name;
+}
+
+static void run_nth_case(unsigned int n, unsigned int ms)
+{
+	const struct stress_case *c;
+
+	if (n < ARRAY_SIZE(cases)) {
+		run_test_case(&cases[n], ms);
+		return;
+	}
+	n -= ARRAY_SIZE(cases);
+	for (c = vm_cases; c->name && n; c++)
+		n--;
+	for (c = c->name ? c : fixed_cases; n; c++)
+		n--;
+	c->run(ms);
+}
+
 static void usage(FILE *f)
 {
+	const char *name, *what;
 	unsigned int i;
 
 	fprintf(f, "stress [-t MS] [CASE]...\n\n"
 		"Runs the cases (all by default) and prints TAP; the first failure ends it, with\n"
 		"exit status 1.\n\n"
 		"  -t MS  how long each case goes on (default: 500)\n\n");
-	for (i = 0; i < ARRAY_SIZE(cases); i++)
-		fprintf(f, "  %-12s %s\n", cases[i].name, cases[i].what);
+	for (i = 0; (name = nth_case(i, &what)); i++)
+		fprintf(f, "  %-12s %s\n", name, what);
 }
 
 static bool wanted(const char *name, int argc, char **argv)
@@ -811,12 +956,13 @@ static bool wanted(const char *name, int argc, char **argv)
 
 static void check_names(int argc, char **argv)
 {
+	const char *name, *what;
 	unsigned int i;
 
 	for (; argc; argc--, argv++) {
-		for (i = 0; i < ARRAY_SIZE(cases) && strcmp(*argv, cases[i].name); i++)
+		for (i = 0; (name = nth_case(i, &what)) && strcmp(*argv, name); i++)
 			;
-		if (i == ARRAY_SIZE(cases)) {
+		if (!name) {
 			fprintf(stderr, "stress: no such case: %s; see stress --help\n", *argv);
 			exit(2);
 		}
@@ -831,7 +977,7 @@ int main(int argc, char **argv)
 		{ }
 	};
 	unsigned int i, n = 0, ms = 500;
-	struct test_case now;
+	const char *name, *what;
 	char *end;
 	int c;
 
@@ -859,15 +1005,15 @@ int main(int argc, char **argv)
 
 	signal(SIGALRM, hung);
 	setvbuf(stdout, NULL, _IOLBF, 0);
-	for (i = 0; i < ARRAY_SIZE(cases); i++) {
-		if (!wanted(cases[i].name, argc, argv))
+	for (i = 0; (name = nth_case(i, &what)); i++) {
+		if (!wanted(name, argc, argv))
 			continue;
-		now = cases[i];
-		now.vm.memory = true;
-		test = &now;
-		alarm(20 + ms / 100);
-		run_case(ms);
-		printf("ok %u %s: %s\n", ++n, test->name, test->what);
+		case_name = name;
+		alarm(20 + ms / 500);
+		run_nth_case(i, ms);
+		if (shim_allocated)
+			fail("%ld allocations were not freed", shim_allocated);
+		printf("ok %u %s: %s\n", ++n, name, what);
 	}
 	printf("1..%u\n", n);
 	return 0;

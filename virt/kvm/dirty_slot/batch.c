@@ -48,6 +48,7 @@ struct kvm_dirty_slot_call *kvm_dirty_slot_call_get(struct kvm_dirty_slot_log *l
 
 	c->kvm = NULL;
 	c->flush = false;
+	c->used = 0;
 	c->max_spans = CALL_SPANS;
 	c->nr_rings = log_nr_rings(log);
 	spans = c->nr_rings + 1;

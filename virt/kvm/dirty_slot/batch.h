@@ -12,6 +12,21 @@
 
 #include "log.h"
 
+/*
+ * See invariant 6.  Whoever sees that nobody holds a log any more also sees what is
+ * in it by then.
+ */
+static inline void log_hold(struct kvm_dirty_slot_log *log)
+{
+	atomic_inc(&log->outstanding);
+}
+
+static inline void log_unhold(struct kvm_dirty_slot_log *log)
+{
+	smp_mb__before_atomic();
+	atomic_dec(&log->outstanding);
+}
+
 /* Start a batch; without @max_runs it does not turn pages into runs. */
 static inline void batch_reset(struct kvm_dirty_slot_call *c,
 			       unsigned int max_runs)
@@ -64,8 +79,9 @@ void kvm_dirty_slot_batch_put_back(struct kvm_dirty_slot_log *log,
 
 /*
  * If one of the pages @own of a word is logged, take what is logged of its pages
- * @want into the batch.  False if there was no room for all of them; the rest
- * stays in the log, with a place in the index.
+ * @want into the batch; of its pages @own, if there may be no room for more.  False
+ * if there was none for all of these; the rest stays in the log, with a place in the
+ * index.
  */
 static __always_inline bool batch_take(struct kvm_dirty_slot_log *log,
 				       struct kvm_dirty_slot_call *c,
@@ -85,7 +101,7 @@ static __always_inline bool batch_take(struct kvm_dirty_slot_log *log,
 	if (unlikely(c->nr_runs > c->plenty)) {
 		if (c->max_runs == BATCH_RUNS)
 			return false;
-		seen &= want;
+		seen &= own;
 		taken = kvm_dirty_slot_batch_fit(c, word * BITS_PER_LONG, seen);
 		all = taken == seen;
 		taken &= atomic_long_fetch_andnot(taken, (atomic_long_t *)p);

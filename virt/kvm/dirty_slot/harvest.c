@@ -45,6 +45,11 @@ static void ring_give_back(struct kvm_dirty_slot_ring *ring, u64 cursor)
  * page tables serves them all.  They have entries of their own, which become
  * stale.  But an entry that is stale itself is no reason to look at its word: what
  * has been logged there since the call began need not be in the answer.
+ *
+ * Nor is one that looks as if it were not, because its page was dirtied again after
+ * a neighbour's entry had it taken: a guest could have each of its pages reported 64
+ * times.  A call that has much more than the entries it has read takes no neighbours
+ * until it has read as many.
  */
 static enum take take_ring(struct kvm_dirty_slot_log *log,
 			   struct kvm_dirty_slot_call *c,
@@ -55,18 +60,22 @@ static enum take take_ring(struct kvm_dirty_slot_log *log,
 	u64 reset = ring->kern->reset, cursor = reset, end;
 	enum take took = TAKE_DONE;
 	u32 offset, last = log->entries - 1;
+	unsigned long own;
 
 	/* Others may have got further meanwhile. */
 	while ((s64)(span->limit - cursor) > 0) {
-		u64 from = cursor;
+		unsigned long want = c->ahead < CALL_AHEAD ? ~0UL : 0;
+		u64 from = cursor, pages = c->nr_pages;
 
 		end = cursor + min_t(u64, span->limit - cursor, c->budget);
 		for (; cursor != end; cursor++) {
 			offset = runs[cursor & last].offset;
-			if (!batch_take(log, c, offset / BITS_PER_LONG,
-					BIT(offset % BITS_PER_LONG), ~0UL))
+			own = BIT(offset % BITS_PER_LONG);
+			if (!batch_take(log, c, offset / BITS_PER_LONG, own,
+					own | want))
 				break;
 		}
+		c->ahead += (s64)(c->nr_pages - pages) - (s64)(cursor - from);
 		if (cursor != end)
 			took = TAKE_FULL;
 		else if (call_spend(c, cursor - from) && cursor != span->limit)
@@ -84,8 +93,8 @@ static enum take take_ring(struct kvm_dirty_slot_log *log,
 
 	/* E */
 	offset = span->in_flight;
-	if (!batch_take(log, c, offset / BITS_PER_LONG,
-			BIT(offset % BITS_PER_LONG), ~0UL))
+	own = BIT(offset % BITS_PER_LONG);
+	if (!batch_take(log, c, offset / BITS_PER_LONG, own, own))
 		return TAKE_FULL;
 	return TAKE_DONE;
 }
@@ -98,6 +107,7 @@ static enum take take_overflow(struct kvm_dirty_slot_log *log,
 			       struct kvm_dirty_slot_call *c)
 {
 	unsigned long word, end;
+	u64 before;
 
 	for (;;) {
 		end = c->around ? c->start : log->nr_words;
@@ -112,8 +122,11 @@ static enum take take_overflow(struct kvm_dirty_slot_log *log,
 		c->word = word;
 		/* First, as a mark that finds it set leaves it at that. */
 		kvm_dirty_summary_clear(&log->overflow, word);
+		before = c->nr_pages;
 		if (!batch_take(log, c, word, ~0UL, ~0UL)) {
 			kvm_dirty_slot_log_spill(log, word);
+			/* If it had its turn, and only then, it is another's. */
+			c->word += c->nr_pages != before;
 			return TAKE_FULL;
 		}
 		c->word = word + 1;
@@ -122,23 +135,41 @@ static enum take take_overflow(struct kvm_dirty_slot_log *log,
 	}
 }
 
+/*
+ * The call may end here.  What of the log has had its turn comes last in the next
+ * one, even if it was not done: with small arrays, who writes fast would be served
+ * for ever, and the others never.
+ */
+static void log_stop_at(struct kvm_dirty_slot_log *log,
+			struct kvm_dirty_slot_call *c,
+			const struct kvm_dirty_slot_span *span)
+{
+	u32 at = min(span->ring, c->nr_rings) + c->served;
+
+	log->next = at > c->nr_rings ? 0 : at;
+	if (span->ring == SPAN_OVERFLOW)
+		log->next_word = c->word;
+}
+
 /* Fill a batch; note where to go on if that is not all. */
 static enum take log_take(struct kvm_dirty_slot_log *log,
 			  struct kvm_dirty_slot_call *c, u32 max_runs)
 {
 	struct kvm_dirty_slot_span *span;
 	enum take took;
+	u64 before;
 
 	batch_reset(c, max_runs);
-	for (; c->span < c->nr_spans; c->span++) {
+	for (; c->span < c->nr_spans; c->span++, c->served = false) {
 		span = &c->spans[c->span];
+		before = c->nr_pages;
 		if (span->ring == SPAN_OVERFLOW)
 			took = take_overflow(log, c);
 		else
 			took = take_ring(log, c, span);
+		c->served |= c->nr_pages != before;
 		if (took) {
-			log->next = min(span->ring, log_nr_rings(log));
-			log->next_word = c->word;
+			log_stop_at(log, c, span);
 			return took;
 		}
 	}
@@ -223,6 +254,7 @@ bool kvm_dirty_slot_log_ready(struct kvm_dirty_slot_log *log, u32 level)
  */
 static void log_wake_again(struct kvm_dirty_slot_log *log)
 {
+	smp_mb(); /* with ring_push_wake(): see it, or it sees reset */
 	if (kvm_dirty_slot_log_ready(log, log->wake_level))
 		irq_work_queue(&log->wake);
 }
@@ -264,7 +296,7 @@ int kvm_dirty_slot_log_drain(struct kvm_dirty_slot_log *log,
 		took = log_take(log, c, sink->left);
 		if (!c->nr_masks)
 			break;
-		atomic_inc(&log->outstanding);
+		log_hold(log);
 		mutex_unlock(&log->mutex);
 
 		sink->more = took != TAKE_DONE;
@@ -277,9 +309,7 @@ int kvm_dirty_slot_log_drain(struct kvm_dirty_slot_log *log,
 			sink->left -= c->nr_runs;
 			kvm_dirty_slot_batch_protect(log, c);
 		}
-		/* What is back in the log can be seen by who sees no others. */
-		smp_mb__before_atomic();
-		atomic_dec(&log->outstanding);
+		log_unhold(log);
 
 		if (r || took == TAKE_DONE || !sink->left ||
 		    signal_pending(current) ||

@@ -304,6 +304,28 @@ int kvm_dirty_slot_log_create(struct kvm *kvm, struct kvm_memory_slot *memslot)
 }
 
 /**
+ * kvm_dirty_slot_log_start - vCPUs can reach a memslot
+ * @memslot: the memslot; NULL is fine, and so is one that had been there before
+ *
+ * From here on its log is one of the VM's.
+ *
+ * Context: under slots_lock.
+ */
+void kvm_dirty_slot_log_start(const struct kvm_memory_slot *memslot)
+{
+	struct kvm_dirty_slot_log *log = memslot ? memslot->dirty_slot_log : NULL;
+
+	if (!log || log->live)
+		return;
+	/* First, so that who has pages of it has been told of it. */
+	kvm_dirty_slot_vm_changed(log->vm);
+	smp_store_release(&log->live, true); /* with log_is_live() */
+	smp_mb(); /* with drain_log(): it sees that, or left the pages to be seen */
+	if (kvm_dirty_slot_log_ready(log, log->wake_level))
+		irq_work_queue(&log->wake);
+}
+
+/**
  * kvm_dirty_slot_log_stop - a memslot is about to stop logging, or to move
  * @kvm: the VM
  * @memslot: the memslot, which vCPUs can still reach; NULL is fine
@@ -316,10 +338,8 @@ int kvm_dirty_slot_log_create(struct kvm *kvm, struct kvm_memory_slot *memslot)
 void kvm_dirty_slot_log_stop(struct kvm *kvm,
 			     const struct kvm_memory_slot *memslot)
 {
-	if (!memslot || !memslot->dirty_slot_log)
-		return;
-	WRITE_ONCE(memslot->dirty_slot_log->live, true);
-	kvm_dirty_slot_sync_hw(kvm, false);
+	if (memslot && memslot->dirty_slot_log)
+		kvm_dirty_slot_sync_hw(kvm, false);
 }
 
 /**
@@ -332,13 +352,10 @@ void kvm_dirty_slot_log_stop(struct kvm *kvm,
 bool kvm_dirty_slot_log_release(struct kvm_memory_slot *memslot)
 {
 	struct kvm_dirty_slot_log *log = memslot->dirty_slot_log;
-	bool was_live;
 
 	if (!log)
 		return false;
 
-	/* Not if the memslot could not be made after all; a VM that goes has some. */
-	was_live = log->live || !refcount_read(&log->kvm->users_count);
 	memslot->dirty_slot_log = NULL;
 	memslot->dirty_bitmap = NULL;
 
@@ -346,8 +363,8 @@ bool kvm_dirty_slot_log_release(struct kvm_memory_slot *memslot)
 	log->base_gfn = memslot->base_gfn;
 	WRITE_ONCE(log->kvm, NULL);
 	spin_unlock(&log->kvm_lock);
-	WRITE_ONCE(log->live, was_live);
-	kvm_dirty_slot_vm_remove(log, was_live);
+	/* If the memslot could not be made after all, there was nothing. */
+	kvm_dirty_slot_vm_remove(log, log->live);
 	wake_up_poll(&log->wait, EPOLLHUP);
 	wake_up_poll(&log->vm->wait, EPOLLIN | EPOLLRDNORM);
 

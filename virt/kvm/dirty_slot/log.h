@@ -41,8 +41,10 @@
  *    to get in between, it would find nothing to protect, and later writes
  *    through that SPTE would be lost.
  * 6. Who has taken pages out holds log->outstanding until they are their caller's,
- *    or back in the log.  log->mutex is not held then, as it may wait for
- *    userspace.
+ *    or back in the log; and so does who marks pages for userspace, from before it
+ *    looks whether the slot still logs.  Else there could be pages in a log of which
+ *    it had been said that none would come.  log->mutex is not held then, as it may
+ *    wait for userspace.
  * 7. A ring that is not in busy has no entry that is not stale, and no mark in
  *    flight; a log that is not in the VM's tree has no busy ring and no overflow.
  *    "Quiet", below, says why.
@@ -176,7 +178,7 @@ struct kvm_dirty_slot_log {
 	raw_spinlock_t mark_lock;
 	bool active;		/* it is in vm->index, see "Quiet" */
 	bool listed;		/* it is in vm->logs; cleared under mark_lock */
-	bool live;		/* its memslot was seen to be one */
+	bool live;		/* its memslot is, or was, one */
 
 	/* Protects kvm, which is NULL when the slot has stopped logging. */
 	spinlock_t kvm_lock;
@@ -189,8 +191,8 @@ struct kvm_dirty_slot_log {
 	 * never held while userspace is waited for.
 	 */
 	struct mutex mutex;
-	u32 next;		/* where the next harvest goes on: a ring, or... */
-	unsigned long next_word; /* ...nr_rings, and the overflow at this word */
+	u32 next;		/* where the next harvest begins: a ring, or nr_rings */
+	unsigned long next_word; /* and where in the overflow */
 	bool gp_started;	/* for the rings that are leaving... */
 	unsigned long gp;	/* ...a grace period of kvm->srcu */
 
@@ -251,6 +253,8 @@ struct kvm_dirty_slot_vm {
 #define CALL_SPANS		46
 /* Entries that are looked at, stale or not, between two looks at signals. */
 #define CALL_STEP		4096
+/* So many pages, and a batch, may a call have beyond the entries it has read. */
+#define CALL_AHEAD		4096
 
 /* What a call has to take from one ring, or from the overflow. */
 struct kvm_dirty_slot_span {
@@ -284,6 +288,8 @@ struct kvm_dirty_slot_call {
 	bool collected;		/* userspace has collected something */
 	bool gp_done, leave;	/* see "Quiet" */
 	u32 budget;		/* of CALL_STEP */
+	s64 ahead;		/* of CALL_AHEAD */
+	bool served;		/* it has something of @span */
 	u64 used;		/* entries in all rings, for traces */
 
 	/* A batch: taken from the bitmap, to be copied out and re-protected. */
@@ -365,6 +371,7 @@ int kvm_dirty_slot_log_open(struct kvm_dirty_slot_log *log);
 int kvm_dirty_slot_vm_open(struct kvm_dirty_slot_vm *vm);
 int kvm_dirty_slot_vm_add(struct kvm_dirty_slot_vm *vm,
 			  struct kvm_dirty_slot_log *log);
+void kvm_dirty_slot_vm_changed(struct kvm_dirty_slot_vm *vm);
 void kvm_dirty_slot_vm_remove(struct kvm_dirty_slot_log *log, bool keep);
 
 /* life.c */

@@ -99,7 +99,8 @@ static void log_settle(struct kvm_dirty_slot_log *log,
 		log->gp_started = false;
 	}
 
-	if (!READ_ONCE(log->active) || c->others ||
+	/* One without a memslot stays there until the VM's table lets it go. */
+	if (!READ_ONCE(log->active) || c->others || !READ_ONCE(log->kvm) ||
 	    !kvm_dirty_summary_empty(&log->busy) ||
 	    !kvm_dirty_summary_empty(&log->overflow))
 		return;
@@ -125,7 +126,8 @@ static void log_settle(struct kvm_dirty_slot_log *log,
  * @all: look at all rings, and fail if userspace's consumers are no good;
  *	otherwise look at those that may have something
  *
- * Beginning where the last call that did not get to the end stopped.
+ * Beginning after what the last call that did not get to the end had its last pages
+ * of.
  *
  * Context: under log->mutex.
  * Return: 0; -EINVAL if a consumer is out of bounds, with nothing changed.
@@ -142,6 +144,8 @@ int kvm_dirty_slot_log_look_at(struct kvm_dirty_slot_log *log,
 	c->collected = false;
 	c->leave = false;
 	c->budget = CALL_STEP;
+	c->ahead = 0;
+	c->served = false;
 	c->others = atomic_read(&log->outstanding);
 	c->gp_done = c->kvm && log->gp_started &&
 		     poll_state_synchronize_srcu(&c->kvm->srcu, log->gp);
@@ -156,7 +160,7 @@ int kvm_dirty_slot_log_look_at(struct kvm_dirty_slot_log *log,
 		goto settle;
 
 	if (!kvm_dirty_summary_empty(&log->overflow)) {
-		c->start = first == log->next && first == n ? log->next_word : 0;
+		c->start = log->next_word;
 		c->word = c->start;
 		c->around = false;
 		c->spans[c->nr_spans++].ring = SPAN_OVERFLOW;

@@ -182,7 +182,7 @@ unsigned int kvm_dirty_slot_log_mark_word(struct kvm_dirty_slot_log *log,
 
 	raw_spin_lock_irqsave(&log->mark_lock, flags); /* E */
 	/* As in ring_mark(), before the bits; the lock keeps it that way. */
-	if (unlikely(!log->active))
+	if (unlikely(!READ_ONCE(log->active)))
 		kvm_dirty_slot_log_activate(log);
 	mask &= ~atomic_long_fetch_or(mask, p);
 	if (mask)

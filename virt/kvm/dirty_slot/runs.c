@@ -124,6 +124,8 @@ static long log_runs(struct kvm_dirty_slot_log *log, void __user *argp,
 	if (!c)
 		return -ENOMEM;
 	batch_reset(c, 0);
+	if (fn == mark_word)
+		log_hold(log);
 	c->kvm = kvm_dirty_slot_log_get_kvm(log, NULL);
 	if (!c->kvm) {
 		r = -ENODEV;
@@ -149,6 +151,8 @@ static long log_runs(struct kvm_dirty_slot_log *log, void __user *argp,
 	if (copy_to_user(argp, &args, sizeof(args)) && !r)
 		r = -EFAULT;
 put_call:
+	if (fn == mark_word)
+		log_unhold(log);
 	kvm_dirty_slot_call_put(log, c);
 	return r;
 }

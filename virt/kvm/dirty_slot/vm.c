@@ -30,6 +30,7 @@ struct vm_sink {
 	struct kvm_dirty_slot_sink sink;
 	struct kvm_dirty_vm_harvest args;
 	void __user *argp;
+	const struct vm_file *f;
 };
 
 /**
@@ -51,8 +52,6 @@ int kvm_dirty_slot_vm_add(struct kvm_dirty_slot_vm *vm,
 	xa_lock(&vm->logs);
 	r = __xa_alloc(&vm->logs, &log->index, log,
 		       XA_LIMIT(0, VM_MAX_LOGS - 1), GFP_KERNEL_ACCOUNT);
-	if (!r)
-		WRITE_ONCE(vm->layout, vm->layout + 1);
 	xa_unlock(&vm->logs);
 	if (!r)
 		return 0;
@@ -60,6 +59,17 @@ int kvm_dirty_slot_vm_add(struct kvm_dirty_slot_vm *vm,
 	log->listed = false;
 	log_put(log);
 	return -ENOMEM;
+}
+
+/**
+ * kvm_dirty_slot_vm_changed - a log came or went, as the VM's files shall say
+ * @vm: the VM
+ */
+void kvm_dirty_slot_vm_changed(struct kvm_dirty_slot_vm *vm)
+{
+	xa_lock(&vm->logs);
+	WRITE_ONCE(vm->layout, vm->layout + 1);
+	xa_unlock(&vm->logs);
 }
 
 /* Under the table's lock; true if the caller has to put the table's reference. */
@@ -93,8 +103,9 @@ void kvm_dirty_slot_vm_remove(struct kvm_dirty_slot_log *log, bool keep)
 	struct kvm_dirty_slot_vm *vm = log->vm;
 	bool put = false;
 
+	if (keep)
+		kvm_dirty_slot_vm_changed(vm);
 	xa_lock(&vm->logs);
-	WRITE_ONCE(vm->layout, vm->layout + 1);
 	if (vm->nr_files && keep)
 		kvm_dirty_slot_log_activate(log);
 	else
@@ -137,6 +148,12 @@ static struct kvm_dirty_slot_log *vm_next_log(struct kvm_dirty_slot_vm *vm,
 	return log;
 }
 
+/* What there is to be told of @layout, the VM's, as read after the logs were found. */
+static u32 layout_flag(const struct vm_file *f, u32 layout)
+{
+	return layout != READ_ONCE(f->layout) ? KVM_DIRTY_HARVEST_LAYOUT : 0;
+}
+
 static int vm_store(struct kvm_dirty_slot_sink *sink,
 		    const struct kvm_dirty_slot_log *log,
 		    const struct kvm_dirty_slot_call *c)
@@ -163,8 +180,9 @@ static int vm_store(struct kvm_dirty_slot_sink *sink,
 
 	args.nr_runs += c->nr_runs;
 	args.nr_pages += c->nr_pages;
-	/* There are other logs. */
-	args.flags = KVM_DIRTY_HARVEST_MORE;
+	/* There are other logs; and this may be all that the caller gets to know. */
+	args.flags = KVM_DIRTY_HARVEST_MORE |
+		     layout_flag(s->f, READ_ONCE(s->f->vm->layout));
 	if (copy_to_user(s->argp, &args, sizeof(args)))
 		return -EFAULT;
 	s->args = args;
@@ -175,17 +193,9 @@ static int vm_store(struct kvm_dirty_slot_sink *sink,
  * A log is in the table before its memslot is one, and before the bits of pages
  * that start dirty are set: until then there is nothing to be had.
  */
-static bool log_is_live(struct kvm_dirty_slot_log *log, struct kvm *kvm)
+static bool log_is_live(struct kvm_dirty_slot_log *log)
 {
-	int idx;
-
-	if (!READ_ONCE(log->live) && kvm) {
-		idx = srcu_read_lock(&kvm->srcu);
-		if (kvm_dirty_slot_log_memslot(log, kvm))
-			WRITE_ONCE(log->live, true);
-		srcu_read_unlock(&kvm->srcu, idx);
-	}
-	return READ_ONCE(log->live);
+	return smp_load_acquire(&log->live); /* with kvm_dirty_slot_log_start() */
 }
 
 /* Drain one log; its kvm is the call's, or NULL. */
@@ -197,9 +207,9 @@ static int drain_log(struct kvm_dirty_slot_log *log, struct kvm *kvm,
 	bool dead;
 	int r;
 
-	dead = !READ_ONCE(log->kvm);
-	if (!dead && !log_is_live(log, kvm))
+	if (!log_is_live(log))
 		return 0;
+	dead = !READ_ONCE(log->kvm);
 	c = kvm_dirty_slot_call_get(log);
 	if (!c) {
 		sink->more = true;
@@ -235,6 +245,7 @@ static int drain_all(struct vm_file *f, struct kvm *kvm,
 	struct kvm_dirty_slot_vm *vm = f->vm;
 	u32 start = READ_ONCE(f->next), at = start, end = VM_MAX_LOGS;
 	struct kvm_dirty_slot_log *log;
+	u32 left;
 	int r;
 
 	sink->more = false;
@@ -247,7 +258,8 @@ static int drain_all(struct vm_file *f, struct kvm *kvm,
 			end = start;
 			continue;
 		}
-		if (!sink->left) {
+		left = sink->left;
+		if (!left) {
 			sink->more = true;
 			r = 0;
 		} else {
@@ -256,7 +268,10 @@ static int drain_all(struct vm_file *f, struct kvm *kvm,
 		}
 		log_put(log);
 		if (r || sink->more) {
-			WRITE_ONCE(f->next, at - 1);
+			/* As log_stop_at(): if it had its turn, it is the next one's. */
+			if (left == sink->left)
+				at--;
+			WRITE_ONCE(f->next, at % VM_MAX_LOGS);
 			return r;
 		}
 	}
@@ -264,7 +279,7 @@ static int drain_all(struct vm_file *f, struct kvm *kvm,
 
 static long vm_harvest(struct vm_file *f, void __user *argp)
 {
-	struct vm_sink s = { .sink.store = vm_store, .argp = argp };
+	struct vm_sink s = { .sink.store = vm_store, .argp = argp, .f = f };
 	struct kvm_dirty_vm_harvest *args = &s.args;
 	struct kvm_dirty_slot_vm *vm = f->vm;
 	bool sync, dead, flush = false;
@@ -305,9 +320,9 @@ static long vm_harvest(struct vm_file *f, void __user *argp)
 	if (!r || r == -ENODEV) {
 		/* After the logs, so that whatever they are, they are known. */
 		layout = READ_ONCE(vm->layout);
-		args->flags = s.sink.more ? KVM_DIRTY_HARVEST_MORE : 0;
-		if (layout != READ_ONCE(f->layout))
-			args->flags |= KVM_DIRTY_HARVEST_LAYOUT;
+		args->flags = layout_flag(f, layout);
+		if (s.sink.more)
+			args->flags |= KVM_DIRTY_HARVEST_MORE;
 		if (!copy_to_user(argp, args, sizeof(*args)))
 			WRITE_ONCE(f->layout, layout);
 		else if (!s.sink.stored)
@@ -348,7 +363,7 @@ static __poll_t vm_poll(struct file *file, poll_table *wait)
 	while (!(events & EPOLLIN) && (log = vm_next_log(vm, &at, VM_MAX_LOGS))) {
 		/* Of a deleted memslot there is nothing more to come. */
 		level = READ_ONCE(log->kvm) ? log->wake_level : 1;
-		if (kvm_dirty_slot_log_ready(log, level))
+		if (log_is_live(log) && kvm_dirty_slot_log_ready(log, level))
 			events |= EPOLLIN | EPOLLRDNORM;
 		log_put(log);
 	}
