@@ -35,8 +35,8 @@
 #include "ucall_common.h"
 
 #include "dirty_slot_ring.h"
+#include "dirty_slot_ring_guest.h"
 
-#define PG			4096ul
 #define MAX_VCPUS		8
 #define MAX_ITERATIONS		100
 #define MAX_SLOTS		64
@@ -50,8 +50,6 @@
 #define LIST_SLOT		11
 #define LIST_GPA		0x40000000ul
 #define LIST_GVA		0x40000000ul
-
-#define DONE_PORT		0x1001
 
 /* What KVM_CLEAR_DIRTY_LOG is asked for at a time, if anything in it is dirty. */
 #define CHUNK_WORDS		1024ul
@@ -136,12 +134,12 @@ static void guest_one_by_one(struct mailbox *mb, uint32_t *page, uint32_t *end, 
 		while (!READ_ONCE(mb->armed)) {
 			if (READ_ONCE(mb->stop))
 				return;
-			asm volatile("pause" ::: "memory");
+			guest_relax();
 		}
 		p = (uint64_t *)(DATA_GVA + *page * PG);
-		start = rdtsc();
+		start = guest_cycles();
 		WRITE_ONCE(*p, value);
-		*page = min(rdtsc() - start, (uint64_t)UINT32_MAX);
+		*page = min(guest_cycles() - start, (uint64_t)UINT32_MAX);
 		WRITE_ONCE(mb->done, mb->done + 1);
 	}
 }
@@ -157,15 +155,15 @@ static void guest_main(uint64_t id)
 		end = page + READ_ONCE(mb->nr);
 		value = READ_ONCE(mb->value);
 
-		start = rdtsc();
+		start = guest_cycles();
 		if (READ_ONCE(mb->one_by_one))
 			guest_one_by_one(mb, page, end, value);
 		else
 			for (; page < end; page++)
 				WRITE_ONCE(*(uint64_t *)(DATA_GVA + *page * PG), value);
-		WRITE_ONCE(mb->cycles, rdtsc() - start);
+		WRITE_ONCE(mb->cycles, guest_cycles() - start);
 
-		asm volatile("outb %%al, %%dx" : : "a"(0), "d"(DONE_PORT) : "memory");
+		guest_exit();
 	}
 }
 
@@ -601,7 +599,7 @@ static void check_exit(struct run *r, int i)
 	struct kvm_run *run = r->vcpu[i]->run;
 	struct ucall uc;
 
-	if (run->exit_reason == KVM_EXIT_IO && run->io.port == DONE_PORT)
+	if (guest_is_done(run))
 		return;
 	if (get_ucall(r->vcpu[i], &uc) == UCALL_ABORT)
 		REPORT_GUEST_ASSERT(uc);
