@@ -141,7 +141,10 @@ void set_add_entries(uint8_t *set, uint32_t npages, const struct dsr_ring *ring,
 		     uint64_t to);
 
 void set_join(struct dsr *v, uint8_t *set, const uint8_t *more);
+
+/* These pages may have been reported more than once. */
 void set_limit(uint8_t *set, uint32_t first, uint32_t n);
+
 void __set_check(struct dsr *v, const uint8_t *got, const uint8_t *want, const char *file,
 		 int line);
 
@@ -195,13 +198,13 @@ void *taker_thread(void *arg);
 void check_sync_batches(struct dsr *v, const uint8_t *want, int n);
 
 /* A userfaultfd handler that lets faults through when told to. */
-struct uffd_msg;
-
 struct gate {
 	bool open, waiting;
 };
 
 extern struct gate gate;
+
+struct uffd_msg;
 int gate_handler(int mode, int uffd, struct uffd_msg *msg);
 
 #endif /* SELFTEST_KVM_DIRTY_SLOT_RING_VM_H */
