@@ -24,26 +24,13 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-#include "kvm_test_harness.h"
-#include "kvm_util.h"
-#include "processor.h"
-#include "test_util.h"
-#include "ucall_common.h"
-
-#include "dirty_slot_ring.h"
-#include "dirty_slot_ring_check.h"
+#include "dirty_slot_ring_test.h"
 
 #undef TEST_TIMEOUT_DEFAULT
 #define TEST_TIMEOUT_DEFAULT	600
 
-#define PG		4096ul
 #define NPAGES		1100u		/* more than two batches of a harvest */
 #define ENTRIES		64
-#define SLOT		10
-#define OTHER_SLOT	11
-#define GPA		0x10000000ul
-#define OTHER_GPA	0x20000000ul
-#define GVA		0xc0000000ul
 
 #define DEBUGFS		"/sys/kernel/debug/"
 
@@ -169,112 +156,50 @@ static bool sweep_judge(struct sweep *s, int line)
 	sweep_judge(__s, __LINE__);				\
 })
 
-/* -- the guest and the VM ------------------------------------------------- */
+/* -- the VM --------------------------------------------------------------- */
 
-static struct {
-	uint64_t first, n, step, value;
-} todo;
-
-static void guest_main(void)
-{
-	uint64_t i;
-
-	for (;;) {
-		for (i = 0; i < todo.n; i++)
-			WRITE_ONCE(*(uint64_t *)(GVA + (todo.first + i * todo.step) * PG),
-				   todo.value);
-		GUEST_SYNC(0);
-	}
-}
-
-struct machine {
-	struct kvm_vm *vm;
-	struct kvm_vcpu *vcpu;
-	int nr_vcpus;
-	int fd;			/* the log of SLOT */
-};
-
-/* SLOT's; the memory stays the same. */
-static int set_region(struct machine *m, uint32_t flags, uint64_t gpa, uint64_t npages)
+/* TEST_SLOT's; the memory stays the same. */
+static int set_region(struct dsr *v, uint32_t flags, uint64_t gpa, uint64_t npages)
 {
 	struct kvm_userspace_memory_region region = {
-		.slot = SLOT,
+		.slot = TEST_SLOT,
 		.flags = flags,
 		.guest_phys_addr = gpa,
 		.memory_size = npages * PG,
-		.userspace_addr = (uintptr_t)addr_gpa2hva(m->vm, GPA),
+		.userspace_addr = (uintptr_t)addr_gpa2hva(v->vm, TEST_GPA),
 	};
 
-	return ioctl(m->vm->fd, KVM_SET_USER_MEMORY_REGION, &region);
+	return ioctl(v->vm->fd, KVM_SET_USER_MEMORY_REGION, &region);
 }
 
-static void set_log(struct machine *m, bool on)
+static void set_log(struct dsr *v, bool on)
 {
-	CHECK(!set_region(m, on ? KVM_MEM_LOG_DIRTY_PAGES : 0, GPA, NPAGES), "logging");
+	CHECK(!set_region(v, on ? KVM_MEM_LOG_DIRTY_PAGES : 0, TEST_GPA, NPAGES), "logging");
 }
 
-static void log_open(struct machine *m)
+static void close_log(struct dsr *v)
 {
-	m->fd = dsr_open(m->vm, SLOT);
+	close(v->fd);
+	v->fd = -1;
 }
 
 #define MANY_VCPUS	400
 
 enum { NO_CAP = 1, NO_LOG = 2, HUGE_PAGES = 4 };
 
-static struct machine machine_new(int flags)
+static struct dsr *machine_new(int flags)
 {
-	enum vm_mem_backing_src_type src = flags & HUGE_PAGES ? VM_MEM_SRC_ANONYMOUS_THP :
-						VM_MEM_SRC_ANONYMOUS;
-	struct machine m = { .fd = -1, .nr_vcpus = 1 };
+	bool huge = flags & HUGE_PAGES;
+	struct dsr *v = dsr_new(.npages = NPAGES, .entries = ENTRIES, .nr_vcpus = 1,
+				.max_vcpus = MANY_VCPUS, .no_cap = flags & NO_CAP,
+				.no_log = flags & (NO_CAP | NO_LOG),
+				.src = huge ? VM_MEM_SRC_ANONYMOUS_THP : VM_MEM_SRC_ANONYMOUS,
+				.manual = huge ? KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE |
+						 KVM_DIRTY_LOG_INITIALLY_SET : 0);
 
-	m.vm = __vm_create(VM_SHAPE_DEFAULT, MANY_VCPUS, 2 * NPAGES);
-	if (!(flags & NO_CAP))
-		dsr_enable(m.vm, ENTRIES, 0);
-	if (flags & HUGE_PAGES)
-		vm_enable_cap(m.vm, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2,
-			      KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE | KVM_DIRTY_LOG_INITIALLY_SET);
-	vm_userspace_mem_region_add(m.vm, src, GPA, SLOT, NPAGES, 0);
-	vm_userspace_mem_region_add(m.vm, VM_MEM_SRC_ANONYMOUS, OTHER_GPA, OTHER_SLOT, 100,
+	vm_userspace_mem_region_add(v->vm, VM_MEM_SRC_ANONYMOUS, OTHER_GPA, OTHER_SLOT, 100,
 				    flags & (NO_CAP | NO_LOG) ? 0 : KVM_MEM_LOG_DIRTY_PAGES);
-	virt_map(m.vm, GVA, GPA, NPAGES);
-	m.vcpu = vm_vcpu_add(m.vm, 0, guest_main);
-	if (!(flags & (NO_CAP | NO_LOG))) {
-		set_log(&m, true);
-		log_open(&m);
-	}
-	return m;
-}
-
-static void machine_free(struct machine *m)
-{
-	if (m->fd >= 0)
-		close(m->fd);
-	kvm_vm_free(m->vm);
-}
-
-static void guest_set(struct machine *m, uint64_t first, uint64_t n, uint64_t step)
-{
-	todo.first = first;
-	todo.n = n;
-	todo.step = step;
-	todo.value++;
-	sync_global_to_guest(m->vm, todo);
-}
-
-static void vcpu_finish(struct kvm_vcpu *vcpu)
-{
-	struct ucall uc;
-
-	CHECK(get_ucall(vcpu, &uc) == UCALL_SYNC, "exit %s, ucall %lu",
-	      exit_reason_str(vcpu->run->exit_reason), uc.cmd);
-}
-
-static void guest_write(struct machine *m, uint64_t first, uint64_t n, uint64_t step)
-{
-	guest_set(m, first, n, step);
-	vcpu_run(m->vcpu);
-	vcpu_finish(m->vcpu);
+	return v;
 }
 
 /* -- sets of pages -------------------------------------------------------- */
@@ -282,6 +207,7 @@ static void guest_write(struct machine *m, uint64_t first, uint64_t n, uint64_t 
 static uint8_t got[NPAGES], want[NPAGES];
 static struct kvm_dirty_run runs[NPAGES];
 
+/* Once, however often it is said. */
 static void want_step(uint64_t first, uint64_t n, uint64_t step)
 {
 	for (; n--; first += step)
@@ -290,54 +216,29 @@ static void want_step(uint64_t first, uint64_t n, uint64_t step)
 
 static void got_runs(const struct kvm_dirty_slot_runs *args)
 {
-	uint64_t pages = 0;
-	uint32_t i, k;
-
-	CHECK(args->nr_runs <= NPAGES, "%u runs", args->nr_runs);
-	for (i = 0; i < args->nr_runs; i++) {
-		CHECK(runs[i].npages && runs[i].offset < NPAGES &&
-		      runs[i].npages <= NPAGES - runs[i].offset,
-		      "run %u+%u", runs[i].offset, runs[i].npages);
-		for (k = 0; k < runs[i].npages; k++)
-			got[runs[i].offset + k]++;
-		pages += runs[i].npages;
-	}
-	CHECK_EQ(pages, args->nr_pages);
+	runs_take(got, NPAGES, runs, args, NPAGES);
 }
 
 /* All that is in the log, on top of what @got has, is what we want. */
-static void __expect(struct machine *m, int line)
+static void __expect_wanted(struct dsr *v, int line)
 {
-	struct kvm_dirty_slot_runs args;
-	unsigned int i, bad = 0;
-
-	do {
-		CHECK(!__dsr_runs(m->fd, KVM_DIRTY_SLOT_LOG_HARVEST, runs, NPAGES,
-				  KVM_DIRTY_HARVEST_SYNC, &args), "HARVEST");
-		got_runs(&args);
-	} while (args.flags & KVM_DIRTY_HARVEST_MORE);
-	for (i = 0; i < NPAGES; i++)
-		bad += got[i] != want[i];
-	for (i = 0; bad && i < NPAGES; i++)
-		if (got[i] != want[i])
-			check_failed(__FILE__, line, "pages in the log", 0,
-				     "%u wrong, the first is %u, %u times and not %u",
-				     bad, i, got[i], want[i]);
+	harvest_cap(v->fd, got, NPAGES, KVM_DIRTY_HARVEST_SYNC, NPAGES);
+	__set_check(v, got, want, __FILE__, line);
 	memset(got, 0, sizeof(got));
 	memset(want, 0, sizeof(want));
 }
 
-#define expect(m)	__expect(m, __LINE__)
+#define expect_wanted(v)	__expect_wanted(v, __LINE__)
 
 /* A page written now is logged now: re-protection was not forgotten. */
-static void __expect_armed(struct machine *m, int line)
+static void __expect_all_armed(struct dsr *v, int line)
 {
-	guest_write(m, 0, NPAGES, 1);
+	guest_write(v, 0, 0, NPAGES);
 	want_step(0, NPAGES, 1);
-	__expect(m, line);
+	__expect_wanted(v, line);
 }
 
-#define expect_armed(m)	__expect_armed(m, __LINE__)
+#define expect_all_armed(v)	__expect_all_armed(v, __LINE__)
 
 /* -- what is left --------------------------------------------------------- */
 
@@ -371,13 +272,13 @@ FIXTURE(fault) {
 
 FIXTURE_SETUP(fault)
 {
-	struct machine m;
+	struct dsr *v;
 
 	/* A VM and its two rings show. */
 	self->left = count_left();
-	m = machine_new(0);
+	v = machine_new(0);
 	CHECK_EQ(count_left(), self->left + 3);
-	machine_free(&m);
+	dsr_free(v);
 	CHECK_EQ(count_left(), self->left);
 	self->fd = dup(0);
 	close(self->fd);
@@ -401,45 +302,44 @@ TEST_F(fault, enable)
 	struct kvm_enable_cap cap = {
 		.cap = KVM_CAP_DIRTY_SLOT_RING, .args = { ENTRIES },
 	};
-	struct machine m;
+	struct dsr *v;
 
 	while (sweep_next(&s)) {
-		m = machine_new(NO_CAP);
-		if (!inject(&s, ioctl(m.vm->fd, KVM_ENABLE_CAP, &cap)))
-			dsr_enable(m.vm, ENTRIES, 0);
-		set_log(&m, true);
-		log_open(&m);
-		expect_armed(&m);
-		machine_free(&m);
+		v = machine_new(NO_CAP);
+		if (!inject(&s, ioctl(v->vm->fd, KVM_ENABLE_CAP, &cap)))
+			dsr_enable(v->vm, ENTRIES, 0);
+		set_log(v, true);
+		dsr_reopen(v);
+		expect_all_armed(v);
+		dsr_free(v);
 	}
 }
 
 static void check_track(int flags)
 {
 	struct sweep s = { 0 };
-	struct machine m = machine_new(NO_LOG | flags);
+	struct dsr *v = machine_new(NO_LOG | flags);
 	bool all = flags & HUGE_PAGES;
 
 	while (sweep_next(&s)) {
-		guest_write(&m, 0, NPAGES, 1);
-		if (!inject(&s, set_region(&m, KVM_MEM_LOG_DIRTY_PAGES, GPA, NPAGES))) {
-			CHECK(__dsr_open(m.vm, SLOT) == -1 && errno == ENOENT, "there is a log");
-			guest_write(&m, 0, NPAGES, 1);
-			set_log(&m, true);
+		guest_write(v, 0, 0, NPAGES);
+		if (!inject(&s, set_region(v, KVM_MEM_LOG_DIRTY_PAGES, TEST_GPA, NPAGES))) {
+			CHECK_ERR(__dsr_open(v->vm, TEST_SLOT), ENOENT);
+			guest_write(v, 0, 0, NPAGES);
+			set_log(v, true);
 		}
-		log_open(&m);
-		guest_write(&m, 3, 100, 2);
+		dsr_reopen(v);
+		guest_write_step(v, 0, 3, 100, 2);
 		if (all)
 			want_step(0, NPAGES, 1);
 		else
 			want_step(3, 100, 2);
-		expect(&m);
-		expect_armed(&m);
-		set_log(&m, false);
-		close(m.fd);
+		expect_wanted(v);
+		expect_all_armed(v);
+		set_log(v, false);
+		close_log(v);
 	}
-	m.fd = -1;
-	machine_free(&m);
+	dsr_free(v);
 }
 
 TEST_F(fault, track)
@@ -456,58 +356,58 @@ TEST_F(fault, track_initially_set)
 static void check_end(uint32_t flags, uint64_t gpa, uint64_t npages)
 {
 	struct sweep s = { 0 };
-	struct machine m = machine_new(0);
+	struct dsr *v = machine_new(0);
 	bool worked;
 
 	while (sweep_next(&s)) {
-		guest_write(&m, 3, 100, 2);
+		guest_write_step(v, 0, 3, 100, 2);
 		want_step(3, 100, 2);
-		worked = inject(&s, set_region(&m, flags, gpa, npages));
-		CHECK_EQ(dsr_info(m.fd).flags, worked && gpa == GPA ? KVM_DIRTY_SLOT_LOG_DEAD : 0);
-		expect(&m);
+		worked = inject(&s, set_region(v, flags, gpa, npages));
+		CHECK_EQ(dsr_info(v->fd).flags,
+			 worked && gpa == TEST_GPA ? KVM_DIRTY_SLOT_LOG_DEAD : 0);
+		expect_wanted(v);
 		if (!worked) {
-			expect_armed(&m);
+			expect_all_armed(v);
 			continue;
 		}
-		CHECK(!set_region(&m, 0, GPA, 0) || !npages, "delete");
-		set_log(&m, true);
-		close(m.fd);
-		log_open(&m);
-		expect_armed(&m);
+		CHECK(!set_region(v, 0, TEST_GPA, 0) || !npages, "delete");
+		set_log(v, true);
+		dsr_reopen(v);
+		expect_all_armed(v);
 	}
-	machine_free(&m);
+	dsr_free(v);
 }
 
 TEST_F(fault, untrack)
 {
-	check_end(0, GPA, NPAGES);
+	check_end(0, TEST_GPA, NPAGES);
 }
 
 TEST_F(fault, delete_slot)
 {
-	check_end(0, GPA, 0);
+	check_end(0, TEST_GPA, 0);
 }
 
 TEST_F(fault, move_slot)
 {
-	check_end(KVM_MEM_LOG_DIRTY_PAGES, 2 * GPA + GPA, NPAGES);
+	check_end(KVM_MEM_LOG_DIRTY_PAGES, MOVED_GPA, NPAGES);
 }
 
 TEST_F(fault, open)
 {
 	struct sweep s = { 0 };
-	struct kvm_dirty_slot_log_fd arg = { .slot = SLOT };
-	struct machine m = machine_new(0);
+	struct kvm_dirty_slot_log_fd arg = { .slot = TEST_SLOT };
+	struct dsr *v = machine_new(0);
 
 	while (sweep_next(&s)) {
-		guest_write(&m, 3, 100, 2);
+		guest_write_step(v, 0, 3, 100, 2);
 		want_step(3, 100, 2);
-		if (inject(&s, ioctl(m.vm->fd, KVM_GET_DIRTY_SLOT_LOG_FD, &arg)))
+		if (inject(&s, ioctl(v->vm->fd, KVM_GET_DIRTY_SLOT_LOG_FD, &arg)))
 			close(s.ret);
-		expect(&m);
+		expect_wanted(v);
 	}
-	expect_armed(&m);
-	machine_free(&m);
+	expect_all_armed(v);
+	dsr_free(v);
 }
 
 /* Where nothing else is, so that there are no page tables either. */
@@ -523,91 +423,90 @@ static int map_far(int fd, size_t size, int prot)
 TEST_F(fault, map)
 {
 	struct sweep s = { 0 };
-	struct machine m = machine_new(0);
-	struct kvm_dirty_slot_log_info info = dsr_info(m.fd);
+	struct dsr *v = machine_new(0);
+	struct kvm_dirty_slot_log_info info = dsr_info(v->fd);
 	struct dsr_ring ring;
 
-	guest_write(&m, 3, 10, 2);
+	guest_write_step(v, 0, 3, 10, 2);
 	want_step(3, 10, 2);
 	while (sweep_next(&s)) {
-		if (inject(&s, map_far(m.fd, info.stride, PROT_READ)))
+		if (inject(&s, map_far(v->fd, info.stride, PROT_READ)))
 			munmap(FAR_AWAY, info.stride);
 	}
 	while (sweep_next(&s)) {
-		CHECK(!map_far(m.fd, info.stride, PROT_READ), "mmap");
+		CHECK(!map_far(v->fd, info.stride, PROT_READ), "mmap");
 		inject(&s, madvise(FAR_AWAY, info.stride, MADV_POPULATE_READ));
 		CHECK(!madvise(FAR_AWAY, info.stride, MADV_POPULATE_READ), "populate");
 		munmap(FAR_AWAY, info.stride);
 	}
 	while (sweep_next(&s)) {
-		CHECK(!map_far(m.fd, PG, PROT_READ | PROT_WRITE), "mmap");
+		CHECK(!map_far(v->fd, PG, PROT_READ | PROT_WRITE), "mmap");
 		inject(&s, madvise(FAR_AWAY, PG, MADV_POPULATE_WRITE));
 		CHECK(!madvise(FAR_AWAY, PG, MADV_POPULATE_WRITE), "populate");
 		munmap(FAR_AWAY, PG);
 	}
-	ring = dsr_map(m.fd, 0);
+	ring = dsr_map(v->fd, 0);
 	CHECK_EQ(dsr_producer(&ring), 10);
 	CHECK_EQ(dsr_entry(&ring, 9).offset, 21);
 	dsr_unmap(&ring);
-	expect(&m);
-	machine_free(&m);
+	expect_wanted(v);
+	dsr_free(v);
 }
 
 TEST_F(fault, info_and_poll)
 {
 	struct sweep s = { 0 };
-	struct machine m = machine_new(0);
+	struct dsr *v = machine_new(0);
 	struct kvm_dirty_slot_log_info info;
-	struct pollfd p = { .fd = m.fd, .events = POLLIN };
+	struct pollfd p = { .fd = v->fd, .events = POLLIN };
 
 	while (sweep_next(&s)) {
-		if (inject(&s, ioctl(m.fd, KVM_DIRTY_SLOT_LOG_INFO, &info)))
+		if (inject(&s, ioctl(v->fd, KVM_DIRTY_SLOT_LOG_INFO, &info)))
 			CHECK_EQ(info.npages, NPAGES);
 	}
-	guest_write(&m, 0, ENTRIES, 1);
+	guest_write(v, 0, 0, ENTRIES);
 	want_step(0, ENTRIES, 1);
 	while (sweep_next(&s)) {
 		if (inject(&s, poll(&p, 1, 0)))
 			CHECK_EQ(p.revents, POLLIN);
 	}
-	expect(&m);
-	machine_free(&m);
+	expect_wanted(v);
+	dsr_free(v);
 }
 
 /* Of @n pages, 2 apart, some in the ring and some beyond, @cap at a time. */
 static void check_harvest(uint32_t n, uint32_t cap, int flags)
 {
 	struct sweep s = { 0 };
-	struct machine m = machine_new(flags | (flags ? NO_LOG : 0));
+	struct dsr *v = machine_new(flags | (flags ? NO_LOG : 0));
 	struct kvm_dirty_slot_runs args;
 
 	while (sweep_next(&s)) {
 		if (flags) {
-			guest_write(&m, 0, NPAGES, 1);
-			set_log(&m, true);
-			log_open(&m);
+			guest_write(v, 0, 0, NPAGES);
+			set_log(v, true);
+			dsr_reopen(v);
 			want_step(0, NPAGES, 1);
 		} else {
-			guest_write(&m, 1, n, 2);
+			guest_write_step(v, 0, 1, n, 2);
 			want_step(1, n, 2);
 		}
 		memset(runs, 0xff, sizeof(runs));
 		args = (struct kvm_dirty_slot_runs){ .runs = (uintptr_t)runs, .nr_runs = cap };
-		if (inject(&s, ioctl(m.fd, KVM_DIRTY_SLOT_LOG_HARVEST, &args))) {
+		if (inject(&s, ioctl(v->fd, KVM_DIRTY_SLOT_LOG_HARVEST, &args))) {
 			got_runs(&args);
 			/* Whoever believes the flag must not lose the rest. */
 			if (!(args.flags & KVM_DIRTY_HARVEST_MORE))
 				CHECK_EQ(args.nr_pages, flags ? NPAGES : n);
 		}
-		expect(&m);
-		expect_armed(&m);
+		expect_wanted(v);
+		expect_all_armed(v);
 		if (flags) {
-			set_log(&m, false);
-			close(m.fd);
-			m.fd = -1;
+			set_log(v, false);
+			close_log(v);
 		}
 	}
-	machine_free(&m);
+	dsr_free(v);
 }
 
 TEST_F(fault, harvest)
@@ -634,28 +533,28 @@ TEST_F(fault, harvest_huge_pages)
 TEST_F(fault, reset)
 {
 	struct sweep s = { 0 };
-	struct machine m = machine_new(0);
-	struct dsr_ring ring = dsr_map(m.fd, 0);
+	struct dsr *v = machine_new(0);
+	struct dsr_ring ring = dsr_map(v->fd, 0);
 	struct kvm_dirty_slot_reset args;
 	uint64_t c;
 
 	while (sweep_next(&s)) {
-		guest_write(&m, 1, ENTRIES + 20, 2);
+		guest_write_step(v, 0, 1, ENTRIES + 20, 2);
 		want_step(1, ENTRIES + 20, 2);
 		for (c = dsr_consumer(&ring); c < dsr_producer(&ring); c++)
 			got[dsr_entry(&ring, c).offset]++;
 		dsr_set_consumer(&ring, c);
 		args = (struct kvm_dirty_slot_reset){ 0 };
-		if (inject(&s, ioctl(m.fd, KVM_DIRTY_SLOT_LOG_RESET, &args))) {
+		if (inject(&s, ioctl(v->fd, KVM_DIRTY_SLOT_LOG_RESET, &args))) {
 			CHECK_EQ(args.nr_pages, ENTRIES);
 			CHECK_EQ(args.flags, KVM_DIRTY_RESET_OVERFLOW);
 		}
 		/* Collected from the mapping, so in no harvest. */
-		expect(&m);
-		expect_armed(&m);
+		expect_wanted(v);
+		expect_all_armed(v);
 	}
 	dsr_unmap(&ring);
-	machine_free(&m);
+	dsr_free(v);
 }
 
 #define NR_SOME 100
@@ -665,7 +564,7 @@ TEST_F(fault, reset)
  * MARK and DISCARD of two pages of every SOME_STEP, with a failure.  They may
  * have done part of it: then they can be repeated.
  */
-static void check_some(struct sweep *s, struct machine *m, unsigned long cmd)
+static void check_some(struct sweep *s, struct dsr *v, unsigned long cmd)
 {
 	struct kvm_dirty_run some[NR_SOME];
 	struct kvm_dirty_slot_runs args = { .runs = (uintptr_t)some, .nr_runs = NR_SOME };
@@ -673,82 +572,82 @@ static void check_some(struct sweep *s, struct machine *m, unsigned long cmd)
 
 	for (i = 0; i < NR_SOME; i++)
 		some[i] = (struct kvm_dirty_run){ .offset = SOME_STEP * i, .npages = 2 };
-	if (inject(s, ioctl(m->fd, cmd, &args)))
+	if (inject(s, ioctl(v->fd, cmd, &args)))
 		CHECK_EQ(args.nr_pages, 2 * NR_SOME);
 	else
-		CHECK_OK(__dsr_runs(m->fd, cmd, some, NR_SOME, 0, &args));
+		CHECK_OK(__dsr_runs(v->fd, cmd, some, NR_SOME, 0, &args));
 }
 
 TEST_F(fault, mark)
 {
-	struct machine m = machine_new(0);
+	struct dsr *v = machine_new(0);
 	struct sweep s = { 0 };
 
 	while (sweep_next(&s)) {
-		guest_write(&m, 700, 20, 3);
+		guest_write_step(v, 0, 700, 20, 3);
 		want_step(700, 20, 3);
-		check_some(&s, &m, KVM_DIRTY_SLOT_LOG_MARK);
+		check_some(&s, v, KVM_DIRTY_SLOT_LOG_MARK);
 		want_step(0, NR_SOME, SOME_STEP);
 		want_step(1, NR_SOME, SOME_STEP);
-		expect(&m);
+		expect_wanted(v);
 	}
-	expect_armed(&m);
-	machine_free(&m);
+	expect_all_armed(v);
+	dsr_free(v);
 }
 
 TEST_F(fault, discard)
 {
-	struct machine m = machine_new(0);
+	struct dsr *v = machine_new(0);
 	struct sweep s = { 0 };
 	int i;
 
 	while (sweep_next(&s)) {
-		guest_write(&m, 0, NPAGES, 1);
+		guest_write(v, 0, 0, NPAGES);
 		want_step(0, NPAGES, 1);
-		check_some(&s, &m, KVM_DIRTY_SLOT_LOG_DISCARD);
+		check_some(&s, v, KVM_DIRTY_SLOT_LOG_DISCARD);
 		for (i = 0; i < NR_SOME; i++)
 			memset(&want[SOME_STEP * i], 0, 2);
-		expect(&m);
-		expect_armed(&m);
+		expect_wanted(v);
+		expect_all_armed(v);
 	}
-	machine_free(&m);
+	dsr_free(v);
 }
 
 TEST_F(fault, create_vcpu)
 {
-	struct machine m = machine_new(0);
-	int other = dsr_open(m.vm, OTHER_SLOT), fd, nr = 1;
+	struct dsr *v = machine_new(0);
+	int other = dsr_open(v->vm, OTHER_SLOT), fd, nr = 1;
 	struct sweep s = { 0 };
 
 	while (sweep_next(&s)) {
-		guest_write(&m, 3, 100, 2);
+		guest_write_step(v, 0, 3, 100, 2);
 		want_step(3, 100, 2);
 		/* 1 is for the last one. */
-		if (inject(&s, ioctl(m.vm->fd, KVM_CREATE_VCPU, nr + 1))) {
+		if (inject(&s, ioctl(v->vm->fd, KVM_CREATE_VCPU, nr + 1))) {
 			close(s.ret);
-			expect(&m);
+			expect_wanted(v);
 		} else {
 			/* As if it had not been tried, and then tried again. */
-			expect(&m);
-			expect_armed(&m);
-			fd = ioctl(m.vm->fd, KVM_CREATE_VCPU, nr + 1);
+			expect_wanted(v);
+			expect_all_armed(v);
+			fd = ioctl(v->vm->fd, KVM_CREATE_VCPU, nr + 1);
 			CHECK(fd >= 0, "once more");
 			close(fd);
 		}
 		nr++;
-		CHECK_EQ(dsr_info(m.fd).nr_rings, nr);
+		CHECK_EQ(dsr_info(v->fd).nr_rings, nr);
 		CHECK_EQ(dsr_info(other).nr_rings, nr);
 	}
 	/* The next one has the next ring. */
-	m.vcpu = vm_vcpu_add(m.vm, 1, guest_main);
-	guest_write(&m, 501, 100, 2);
+	__dsr_add_vcpu(v, 0, 1);
+	guest_write_step(v, 0, 501, 100, 2);
 	want_step(501, 100, 2);
-	expect(&m);
-	expect_armed(&m);
-	CHECK_EQ(dsr_info(m.fd).nr_rings, nr + 1);
+	expect_wanted(v);
+	expect_all_armed(v);
+	CHECK_EQ(dsr_info(v->fd).nr_rings, nr + 1);
 	CHECK_EQ(dsr_info(other).nr_rings, nr + 1);
 	close(other);
-	machine_free(&m);
+	dsr_free(v);
 }
 
 /*
@@ -757,31 +656,33 @@ TEST_F(fault, create_vcpu)
  */
 static void check_run(int flags)
 {
-	struct machine m = machine_new(flags | NO_LOG);
-	void *mem = addr_gpa2hva(m.vm, GPA);
+	struct dsr *v = machine_new(flags | NO_LOG);
+	void *mem = addr_gpa2hva(v->vm, TEST_GPA);
 	struct sweep s = { 0 };
 
 	while (sweep_next(&s)) {
-		CHECK(!set_region(&m, 0, GPA, 0), "delete");
+		CHECK(!set_region(v, 0, TEST_GPA, 0), "delete");
 		CHECK(!madvise(mem, NPAGES * PG, MADV_DONTNEED), "DONTNEED");
-		set_log(&m, true);
-		log_open(&m);
+		set_log(v, true);
+		dsr_reopen(v);
 		if (flags & HUGE_PAGES)
 			want_step(0, NPAGES, 1);
 
 		CHECK(s.n < MANY_VCPUS, "more places than vCPUs");
-		m.vcpu = vm_vcpu_add(m.vm, s.n, guest_main);
-		guest_set(&m, 7, 3, 500);
+		__dsr_add_vcpu(v, 0, s.n);
+		guest_set(v, 0, (struct mailbox){
+			.op = OP_WRITE, .first = 7, .npages = 3, .step = 500,
+		});
 		want_step(7, 3, 500);
-		if (!inject(&s, ioctl(m.vcpu->fd, KVM_RUN, NULL)))
-			vcpu_run(m.vcpu);
-		vcpu_finish(m.vcpu);
-		expect(&m);
-		expect_armed(&m);
-		close(m.fd);
+		if (!inject(&s, ioctl(v->vcpu[0]->fd, KVM_RUN, NULL)))
+			vcpu_run(v->vcpu[0]);
+		CHECK(guest_is_done(v->vcpu[0]->run), "exit %s",
+		      exit_reason_str(v->vcpu[0]->run->exit_reason));
+		expect_wanted(v);
+		expect_all_armed(v);
+		close_log(v);
 	}
-	m.fd = -1;
-	machine_free(&m);
+	dsr_free(v);
 }
 
 TEST_F(fault, run)

@@ -26,6 +26,8 @@ kvm_static_assert(offsetof(struct kvm_dirty_slot_ring_kern, producer) == 0);
 kvm_static_assert(offsetof(struct kvm_dirty_slot_ring_kern, reset) == 64);
 kvm_static_assert(offsetof(struct kvm_dirty_slot_ring_kern, overflowed) == 128);
 
+#define PG			4096ul
+
 #define DSR_DEFAULT_ENTRIES	4096
 #define DSR_MAX_ENTRIES		65536
 
@@ -123,28 +125,40 @@ struct dsr_ring {
 	const struct kvm_dirty_run *runs;
 };
 
+static inline int __dsr_map(int fd, const struct kvm_dirty_slot_log_info *info, uint32_t n,
+			    struct dsr_ring *ring)
+{
+	size_t page = getpagesize();
+	off_t base = n * info->stride;
+	void *p;
+
+	ring->entries = info->entries;
+	p = mmap(NULL, page, PROT_READ | PROT_WRITE, MAP_SHARED, fd,
+		 base + KVM_DIRTY_SLOT_RING_USER_PAGE * page);
+	if (p == MAP_FAILED)
+		return -1;
+	ring->user = p;
+
+	ring->size = (KVM_DIRTY_SLOT_RING_ENTRIES_PAGE - KVM_DIRTY_SLOT_RING_KERN_PAGE) * page +
+		     info->entries * sizeof(struct kvm_dirty_run);
+	p = mmap(NULL, ring->size, PROT_READ, MAP_SHARED, fd,
+		 base + KVM_DIRTY_SLOT_RING_KERN_PAGE * page);
+	if (p == MAP_FAILED) {
+		munmap(ring->user, page);
+		return -1;
+	}
+	ring->kern = p;
+	ring->runs = p + (KVM_DIRTY_SLOT_RING_ENTRIES_PAGE - KVM_DIRTY_SLOT_RING_KERN_PAGE) * page;
+	return 0;
+}
+
 static inline struct dsr_ring dsr_map(int fd, uint32_t n)
 {
 	struct kvm_dirty_slot_log_info info = dsr_info(fd);
-	size_t page = getpagesize();
-	off_t base = n * info.stride;
-	struct dsr_ring ring = {
-		.entries = info.entries,
-		.size = (KVM_DIRTY_SLOT_RING_ENTRIES_PAGE - KVM_DIRTY_SLOT_RING_KERN_PAGE) * page +
-			info.entries * sizeof(struct kvm_dirty_run),
-	};
-	void *p;
+	struct dsr_ring ring = { 0 };
+	int ret = __dsr_map(fd, &info, n, &ring);
 
-	p = mmap(NULL, page, PROT_READ | PROT_WRITE, MAP_SHARED, fd,
-		 base + KVM_DIRTY_SLOT_RING_USER_PAGE * page);
-	TEST_ASSERT(p != MAP_FAILED, "mapping the consumer page, errno %d", errno);
-	ring.user = p;
-
-	p = mmap(NULL, ring.size, PROT_READ, MAP_SHARED, fd,
-		 base + KVM_DIRTY_SLOT_RING_KERN_PAGE * page);
-	TEST_ASSERT(p != MAP_FAILED, "mapping the ring, errno %d", errno);
-	ring.kern = p;
-	ring.runs = p + (KVM_DIRTY_SLOT_RING_ENTRIES_PAGE - KVM_DIRTY_SLOT_RING_KERN_PAGE) * page;
+	TEST_ASSERT(!ret, "mapping ring %u, errno %d", n, errno);
 	return ring;
 }
 
@@ -162,7 +176,8 @@ static inline uint64_t dsr_producer(const struct dsr_ring *ring)
 
 static inline uint64_t dsr_reset_marker(const struct dsr_ring *ring)
 {
-	return __atomic_load_n(&ring->kern->reset, __ATOMIC_RELAXED);
+	/* The other markers, if they are read later, are not older than it. */
+	return __atomic_load_n(&ring->kern->reset, __ATOMIC_ACQUIRE);
 }
 
 static inline uint64_t dsr_overflowed(const struct dsr_ring *ring)

@@ -9,32 +9,16 @@
 #define SELFTEST_KVM_DIRTY_SLOT_RING_CHECK_H
 
 #include <errno.h>
-#include <stdarg.h>
-#include <stdio.h>
+#include <stdint.h>
 #include <string.h>
-#include <unistd.h>
 
 #include <linux/compiler.h>
 
-#include "test_util.h"
-
 /* What else a test says of a failure, and does, before it ends; NULL for nothing. */
-static void (*check_report)(const char *what) __maybe_unused;
+extern void (*check_report)(const char *what);
 
-static inline void __noreturn __printf(5, 6)
-check_failed(const char *file, int line, const char *what, int err, const char *fmt, ...)
-{
-	va_list ap;
-
-	fprintf(stderr, "# %s:%d: %s\n#   ", file, line, what);
-	va_start(ap, fmt);
-	vfprintf(stderr, fmt, ap);
-	va_end(ap);
-	fprintf(stderr, "\n#   errno %d (%s)\n", err, strerror(err));
-	if (check_report)
-		check_report(what);
-	_exit(KSFT_FAIL);
-}
+void __noreturn __printf(5, 6)
+check_failed(const char *file, int line, const char *what, int err, const char *fmt, ...);
 
 #define CHECK(cond, fmt, ...)							\
 do {										\

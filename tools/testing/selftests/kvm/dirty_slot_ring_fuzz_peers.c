@@ -1,0 +1,207 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * The fuzzer of dirty slot rings: who makes a call, this thread or another, this
+ * process or another; and what a kernel that errs would answer.
+ */
+#include <errno.h>
+#include <semaphore.h>
+#include <signal.h>
+#include <sys/ioctl.h>
+#include <sys/prctl.h>
+#include <sys/socket.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include "dirty_slot_ring_fuzz.h"
+
+/* -- the kernel's answers, and those of a kernel that errs ---------------- */
+
+/*
+ * The self-test: what a broken kernel would say, now and then, so that it can
+ * be seen that the checks below notice.
+ */
+static int call_broken(int fd, unsigned long cmd, void *argp, int ret)
+{
+	static struct kvm_dirty_run before;
+	static int before_fd;
+	struct kvm_dirty_slot_runs *args = argp;
+	struct kvm_dirty_run *runs, *last;
+
+	if (opt.storm_only != in_storm)
+		return ret;
+	if (opt.how == BREAK_ERRNO && ret == -1 && errno == EINVAL)
+		return 0;
+	if (cmd != KVM_DIRTY_SLOT_LOG_HARVEST || ret || !args->nr_runs || !once_in(8) ||
+	    args->runs == (uintptr_t)argp)
+		return ret;
+
+	runs = (void *)(uintptr_t)args->runs;
+	last = &runs[args->nr_runs - 1];
+	if (opt.how == BREAK_LOSE) {
+		args->nr_pages--;
+		if (!--last->npages)
+			args->nr_runs--;
+	} else if (opt.how == BREAK_TWICE) {
+		if (before.npages && before_fd == fd && runs[0].npages == 1) {
+			runs[0] = before;
+			args->nr_pages += before.npages - 1;
+		}
+		before = *last;
+		before_fd = fd;
+	}
+	return ret;
+}
+
+int call(int fd, unsigned long cmd, void *argp)
+{
+	int ret = ioctl(fd, cmd, argp);
+
+	return unlikely(opt.how) ? call_broken(fd, cmd, argp, ret) : ret;
+}
+
+/* -- calls by whom --------------------------------------------------------- */
+
+void sem_down(sem_t *sem)
+{
+	while (sem_wait(sem))
+		CHECK(errno == EINTR, "sem_wait");
+}
+
+int ask(int ex, int what, int fd, unsigned long cmd, void *argp)
+{
+	struct rpc *rpc = &sh->rpc[ex];
+
+	rpc->what = what;
+	rpc->fd = fd;
+	rpc->cmd = cmd;
+	rpc->argp = argp;
+	sem_post(&rpc->call);
+	sem_down(&rpc->answer);
+	errno = rpc->err;
+	return rpc->ret;
+}
+
+/* The log's descriptor there; peers get theirs when they first need it. */
+int log_fd(struct mlog *l, int ex)
+{
+	if (ex == EX_THREAD)
+		ex = EX_MAIN;
+	if (l->fd[ex] < 0) {
+		send_fd(m.sock[ex - EX_PEER], 0, l->fd[EX_MAIN]);
+		l->fd[ex] = ask(ex, RPC_RECV, 0, 0, NULL);
+		CHECK(l->fd[ex] >= 0, "no descriptor");
+	}
+	return l->fd[ex];
+}
+
+/* Most calls are made right here, as that is fastest. */
+int some_ex(void)
+{
+	return once_in(12) ? 1 + below(NR_EX - 1) : EX_MAIN;
+}
+
+int log_call(struct mlog *l, int ex, unsigned long cmd, void *argp)
+{
+	int fd = log_fd(l, ex), ret;
+
+	nr_ops++;
+	errno = 0;
+	if (ex == EX_MAIN)
+		ret = ioctl(fd, cmd, argp);
+	else
+		ret = ask(ex, RPC_IOCTL, fd, cmd, argp);
+	return unlikely(opt.how) ? call_broken(fd, cmd, argp, ret) : ret;
+}
+
+void log_close(struct mlog *l, int ex)
+{
+	if (l->fd[ex] < 0)
+		return;
+	if (ex == EX_MAIN && once_in(2))
+		ask(EX_THREAD, RPC_CLOSE, l->fd[ex], 0, NULL);
+	else if (ex == EX_MAIN)
+		CHECK_OK(close(l->fd[ex]));
+	else
+		ask(ex, RPC_CLOSE, l->fd[ex], 0, NULL);
+	l->fd[ex] = -1;
+}
+
+/* -- other threads and processes ------------------------------------------ */
+
+static void serve(int ex, int sock)
+{
+	struct rpc *rpc = &sh->rpc[ex];
+	struct actor *a;
+	char tag;
+	int fd;
+
+	for (;;) {
+		sem_down(&rpc->call);
+		errno = 0;
+		switch (rpc->what) {
+		case RPC_IOCTL:
+			rpc->ret = ioctl(rpc->fd, rpc->cmd, rpc->argp);
+			break;
+		case RPC_RECV:
+			rpc->ret = recv_fd(sock, &tag, 0);
+			break;
+		case RPC_CLOSE:
+			rpc->ret = close(rpc->fd);
+			break;
+		case RPC_STORM:
+			a = rpc->argp;
+			if (a) {
+				a->sock = sock;
+				act(a);
+			} else {
+				while ((fd = recv_fd(sock, &tag, MSG_DONTWAIT)) >= 0)
+					close(fd);
+			}
+			break;
+		}
+		rpc->err = errno;
+		sem_post(&rpc->answer);
+	}
+}
+
+void *thread_main(void *unused)
+{
+	serve(EX_THREAD, -1);
+	return NULL;
+}
+
+/* Before there is a VM, so that peers have no share in it. */
+void start_peers(void)
+{
+	int i, sock[2];
+	pid_t pid;
+
+	for (i = 0; i < 2; i++) {
+		CHECK_OK(sem_init(&sh->rpc[EX_PEER + i].call, 1, 0));
+		CHECK_OK(sem_init(&sh->rpc[EX_PEER + i].answer, 1, 0));
+		CHECK_OK(socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, sock));
+		fflush(NULL);
+		pid = fork();
+		CHECK(pid >= 0, "fork");
+		if (!pid) {
+			prctl(PR_SET_PDEATHSIG, SIGKILL);
+			signal(SIGTERM, SIG_DFL);
+			close(sock[0]);
+			serve(EX_PEER + i, sock[1]);
+		}
+		close(sock[1]);
+		sh->peer_pid[i] = pid;
+		m.sock[i] = sock[0];
+	}
+}
+
+void stop_peers(void)
+{
+	int i;
+
+	for (i = 0; i < 2; i++) {
+		kill(sh->peer_pid[i], SIGKILL);
+		CHECK(waitpid(sh->peer_pid[i], NULL, 0) == sh->peer_pid[i], "waitpid");
+		close(m.sock[i]);
+	}
+}
