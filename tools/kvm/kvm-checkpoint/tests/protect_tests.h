@@ -1,0 +1,24 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/*
+ * The tests of protect_test that are in files of their own; protect_test.c has the list of all.
+ */
+#ifndef KC_TESTS_PROTECT_TESTS_H
+#define KC_TESTS_PROTECT_TESTS_H
+
+/* protect_end.c */
+void test_term_in_epoch(void);
+void test_hup_in_epoch(void);
+void test_nohup(void);
+void test_term_between(void);
+void test_term_in_copy(void);
+void test_term_alone(void);
+void test_shutdown_lost(void);
+void test_term_lost(void);
+void test_term_untold(void);
+void test_term_unheard(void);
+void test_link_lost(void);
+void test_other_key(void);
+void test_unread_stdout(void);
+void test_unread_stderr(void);
+
+#endif

@@ -1,0 +1,41 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/*
+ * The tests of stream_test that are in files of their own; stream_test.c has the list of all.
+ */
+#ifndef KC_TESTS_STREAM_TESTS_H
+#define KC_TESTS_STREAM_TESTS_H
+
+/* stream_store.c */
+void test_resync_directory(void);
+void test_merging(void);
+void test_damage_directory(void);
+void test_changing_directory(void);
+void test_read_while_merged(void);
+
+/* stream_full.c */
+void test_full_directory(void);
+void test_full_standby(void);
+void test_full_ram_dir(void);
+
+/* stream_kills.c */
+void test_kill_standby(void);
+void test_kill_primary(void);
+void test_kill_directory(void);
+
+/* stream_failover.c */
+void test_failover(void);
+void test_failover_reasons(void);
+void test_failover_again(void);
+void test_reboot(void);
+void test_foreign_directory(void);
+void test_qemu(void);
+void test_qemu_stopped(void);
+void test_io_error(void);
+void test_silent_qemu(void);
+int be_qemu(int argc, char **argv);
+
+/* stream_status.c */
+void test_status(void);
+void test_full_queue(void);
+
+#endif
