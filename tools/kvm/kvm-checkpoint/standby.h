@@ -1,0 +1,81 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/*
+ * kvm-checkpoint standby: what its parts share.
+ *
+ * One thread for each connection (session.c).  Only the one that is "active" touches the RAM; the
+ * main thread (standby.c), which notices that the primary is gone and fails over (takeover.c), does
+ * so after it has seen to it that none is.
+ */
+#ifndef KC_STANDBY_H
+#define KC_STANDBY_H
+
+#include <pthread.h>
+#include <stdatomic.h>
+
+#include "launch.h"
+#include "ram.h"
+#include "status.h"
+
+enum mode { SERVING, FAILING_OVER, TAKEN_OVER, STOPPING };
+
+struct session {
+	struct standby *sb;
+	struct session *next;
+	pthread_t thread;
+	int fd;
+	struct kc_io *io;
+	uint8_t instance[16];
+	/* Not waiting for the primary but at work for it. */
+	atomic_bool busy;
+};
+
+struct standby {
+	struct kc_sink_opts opts;
+	const char *listen, *ram_dir, *control;
+	bool durable;
+	unsigned int timeout_ms, fence_timeout_ms, load_timeout_ms;
+	char **fence;
+	bool no_fence, bare;
+	char **exec;
+	char *capabilities[8];
+
+	struct kc_ram *ram;
+	struct kc_status *status;
+	struct kc_sink_stats stats;
+
+	pthread_mutex_t lock;
+	pthread_cond_t changed;
+	enum mode mode;
+	struct session *sessions, *active;
+	unsigned int nr_sessions;
+	/* By whom failing over was asked for, if it was. */
+	const char *promote;
+	/* Not to be forgotten when failing over fails, but when a primary comes again. */
+	bool guest_died;
+	/* When an active session that is gone was heard last. */
+	uint64_t heard_us;
+};
+
+/* --- session.c ------------------------------------------------------------ */
+
+/* Accept what came to the listener, and serve it in a thread of its own. */
+void kc_session_take(struct standby *sb, int listener);
+
+/* End all connections, and wait for their threads. */
+void kc_session_stop_all(struct standby *sb, enum mode mode);
+
+/* With the lock: end it; its thread will notice. */
+void kc_session_kick(struct session *s);
+
+/* With the lock, which is not held meanwhile.  0, or -ETIMEDOUT. */
+int kc_standby_wait(struct standby *sb, unsigned int ms);
+
+/* --- takeover.c ----------------------------------------------------------- */
+
+/* 0 if the guest runs here now (*pid > 0) or its files are given away (*pid is 0). */
+int kc_take_over(struct standby *sb, const char *reason, pid_t *pid, struct kc_err *err);
+
+/* After that, without a command: for people or a script. */
+void kc_print_checkpoint(struct standby *sb);
+
+#endif
