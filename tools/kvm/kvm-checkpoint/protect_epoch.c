@@ -1,0 +1,300 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * kvm-checkpoint protect: taking epochs and handing them to the sink.
+ */
+#include <errno.h>
+#include <poll.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "protect.h"
+
+/* The first copy is made while the guest runs, until so few pages are left or this many passes */
+#define FEW_PAGES	2048
+#define MAX_PASSES	5
+
+/* How often in a row somebody may interfere with an epoch */
+#define MAX_TRIES	50
+
+enum where kc_epoch_wait(struct protect *p, uint64_t until_us, int *rc, struct kc_err *err)
+{
+	struct guest *g = &p->guest;
+	bool watch = p->max_dirty && g->nr_logs;
+	struct pollfd fds[2 + g->nr_logs];
+	unsigned int i;
+
+	for (;;) {
+		uint64_t now = kc_now_us();
+		bool ready = p->acked + 1 >= p->nr, full = false;
+		int ms;
+
+		if (kc_stop_requested)
+			return STOPPED;
+		*rc = qmp_poll(&g->qmp, err);
+		if (*rc)
+			return GUEST;
+		*rc = kc_link_poll(p, err);
+		if (*rc)
+			return SINK;
+		full = watch && g->dirty.pages >= p->max_dirty;
+		if (ready && (now >= until_us || full))
+			return OK;
+
+		fds[0] = (struct pollfd){ .fd = g->qmp.fd, .events = POLLIN };
+		fds[1] = (struct pollfd){ .fd = kc_sink_fd(p->sink), .events = POLLIN };
+		for (i = 0; i < g->nr_logs; i++)
+			fds[2 + i] = (struct pollfd){ .fd = g->logs[i].fd, .events = POLLIN };
+		ms = now < until_us ? (until_us - now + 999) / 1000 : TICK_MS;
+		if (ms > TICK_MS)
+			ms = TICK_MS;
+		if (poll(fds, watch && !full ? 2 + g->nr_logs : 2, ms) <= 0)
+			continue;
+		for (i = 0; watch && !full && i < g->nr_logs; i++) {
+			if (!(fds[2 + i].revents & POLLIN))
+				continue;
+			*rc = guest_harvest(g, err);
+			if (*rc)
+				return GUEST;
+			break;
+		}
+	}
+}
+
+/*
+ * Epochs
+ */
+
+static int send_pages(struct protect *p, struct kc_err *err)
+{
+	struct copy *c = &p->epoch.copy;
+	size_t i;
+	int rc;
+
+	for (i = 0; i < c->nr; i++) {
+		rc = kc_epoch_page(p->sink, c->pages[i].block, c->pages[i].page,
+				   c->data + c->pages[i].at * KC_PAGE_SIZE, err);
+		if (!rc && !(i % BATCH))
+			rc = kc_link_poll(p, err);
+		if (rc)
+			return rc;
+	}
+	return 0;
+}
+
+/* What was taken goes to the sink; the epoch is open already */
+static int send_epoch(struct protect *p, struct kc_err *err)
+{
+	int rc = send_pages(p, err);
+
+	if (!rc)
+		rc = kc_epoch_state(p->sink, p->epoch.state, p->epoch.state_len,
+				    !p->epoch.was_running, err);
+	if (!rc)
+		rc = kc_epoch_commit(p->sink, err);
+	if (rc)
+		return rc;
+	kc_status_epoch(p->status, p->nr, p->epoch.taken_us);
+	if (p->epoch.was_running)
+		kc_status_pause(p->status, p->epoch.us);
+	kc_show_epoch(p);
+	return kc_link_poll(p, err);
+}
+
+static enum where take_epoch(struct protect *p, int *rc, struct kc_err *err)
+{
+	unsigned int tries = 0;
+
+	do {
+		*rc = guest_take(&p->guest, &p->epoch, err);
+		if (*rc == -EAGAIN) {
+			kc_log(KC_LOG_WARN, "%s: taking another", err->text);
+			/* Not as fast as can be, and the standby must hear of us. */
+			usleep(20000);
+			kc_link_tick(p);
+		}
+	} while (*rc == -EAGAIN && !kc_stop_requested && ++tries < MAX_TRIES);
+	/* Whatever does this to the guest, it does it all the time. */
+	if (*rc == -EAGAIN && !kc_stop_requested)
+		*rc = -EBUSY;
+	return *rc == -EAGAIN ? STOPPED : *rc ? GUEST : OK;
+}
+
+enum where kc_epoch_next(struct protect *p, int *rc, struct kc_err *err)
+{
+	enum where where = take_epoch(p, rc, err);
+
+	if (where != OK)
+		return where;
+	/* Nothing can have changed since */
+	if (p->idle && !p->epoch.was_running && !p->epoch.copy.nr)
+		return OK;
+	p->idle = !p->epoch.was_running;
+
+	*rc = kc_epoch_begin(p->sink, p->nr + 1, 0, err);
+	if (*rc)
+		return SINK;
+	p->nr++;
+	*rc = send_epoch(p, err);
+	p->epochs++;
+	return *rc ? SINK : OK;
+}
+
+/*
+ * The first epoch: all pages, or all that differ
+ */
+
+/* Where a file has holes, asked once for each hole and what follows it */
+struct holes {
+	uint64_t hole_until, data_until;	/* pages */
+};
+
+static bool is_hole(struct holes *h, int fd, uint64_t page)
+{
+	off_t at = page * KC_PAGE_SIZE, next;
+
+	if (page >= h->hole_until && page >= h->data_until) {
+		next = lseek(fd, at, SEEK_DATA);
+		if (next >= 0)
+			h->hole_until = next / KC_PAGE_SIZE;
+		else
+			h->hole_until = errno == ENXIO ? UINT64_MAX : 0;
+		if (page >= h->hole_until) {
+			next = lseek(fd, at, SEEK_HOLE);
+			h->data_until = next > at ? (uint64_t)next / KC_PAGE_SIZE : page + 1;
+		}
+	}
+	return page < h->hole_until;
+}
+
+static enum where copy_all(struct protect *p, bool compare, uint64_t *sent, int *rc,
+			   struct kc_err *err)
+{
+	static uint8_t digests[KC_DIGESTS_CHUNK * KC_DIGEST_SIZE], digest[KC_DIGEST_SIZE];
+	static uint8_t page[KC_PAGE_SIZE];
+	const char *what = compare ? "resync" : "full copy";
+	uint64_t done = 0, total = 0, i;
+	unsigned int b;
+
+	for (b = 0; b < p->guest.id.nr_blocks; b++)
+		total += p->guest.block_ids[b].npages;
+	kc_status_phase(p->status, what);
+	p->started_us = kc_now_us();
+
+	for (b = 0; b < p->guest.id.nr_blocks; b++) {
+		uint64_t npages = p->guest.block_ids[b].npages;
+		const struct guest_block *block = &p->guest.blocks[b];
+		struct holes holes = { 0, 0 };
+
+		for (i = 0; i < npages; i++, done++) {
+			if (compare && !(i % KC_DIGESTS_CHUNK)) {
+				uint64_t left = npages - i;
+				uint32_t n = left < KC_DIGESTS_CHUNK ? left : KC_DIGESTS_CHUNK;
+
+				*rc = kc_sink_digests(p->sink, b, i, n, digests, err);
+				if (*rc)
+					return SINK;
+			}
+			if (!(i % BATCH)) {
+				if (kc_stop_requested)
+					return STOPPED;
+				kc_show_progress(p, what, done, total);
+				*rc = qmp_poll(&p->guest.qmp, err);
+				if (*rc)
+					return GUEST;
+				*rc = kc_link_poll(p, err);
+				if (*rc)
+					return SINK;
+			}
+			/* Reading a hole would allocate memory */
+			if (is_hole(&holes, block->fd, i))
+				memset(page, 0, sizeof(page));
+			else
+				memcpy(page, block->map + i * KC_PAGE_SIZE, KC_PAGE_SIZE);
+			if (compare) {
+				kc_page_digest(page, digest);
+				if (!memcmp(digest, digests + i % KC_DIGESTS_CHUNK * KC_DIGEST_SIZE,
+					    KC_DIGEST_SIZE))
+					continue;
+			}
+			*rc = kc_epoch_page(p->sink, b, i, page, err);
+			if (*rc)
+				return SINK;
+			++*sent;
+		}
+	}
+	kc_show_progress(p, what, total, total);
+	return OK;
+}
+
+enum where kc_epoch_first(struct protect *p, int *rc, struct kc_err *err)
+{
+	unsigned int flags = kc_sink_start(p->sink), pass;
+	bool compare = flags & KC_EPOCH_RESYNC;
+	uint64_t sent = 0, differed, before = UINT64_MAX, last = kc_sink_last_epoch(p->sink);
+	struct json_object *o;
+	enum where where;
+
+	/* What is dirty by now will be read after this */
+	*rc = guest_collect(&p->guest, err);
+	if (*rc)
+		return GUEST;
+	dirty_forget(&p->guest.dirty);
+
+	if (p->nr < last)
+		p->nr = last;
+	p->acked = last;
+	p->was_acked |= last;
+	*rc = kc_epoch_begin(p->sink, p->nr + 1, flags, err);
+	if (*rc)
+		return SINK;
+	p->nr++;
+	where = copy_all(p, compare, &sent, rc, err);
+	if (where != OK)
+		return where;
+	differed = sent;
+
+	for (pass = 0; pass < MAX_PASSES; pass++) {
+		*rc = guest_collect(&p->guest, err);
+		if (*rc)
+			return GUEST;
+		if (p->guest.dirty.pages <= FEW_PAGES || p->guest.dirty.pages > before / 10 * 9)
+			break;
+		before = p->guest.dirty.pages;
+		while (p->guest.dirty.pages) {
+			if (kc_stop_requested)
+				return STOPPED;
+			*rc = guest_copy_running(&p->guest, &p->epoch, BATCH, err);
+			if (*rc)
+				return GUEST;
+			*rc = send_pages(p, err);
+			if (*rc)
+				return SINK;
+			sent += p->epoch.copy.nr;
+		}
+	}
+
+	where = take_epoch(p, rc, err);
+	if (where != OK)
+		return where;
+	sent += p->epoch.copy.nr;
+	*rc = send_epoch(p, err);
+	if (*rc)
+		return SINK;
+	p->idle = !p->epoch.was_running;
+	if (compare)
+		kc_status_resync(p->status);
+	kc_status_phase(p->status, "protected");
+	o = kc_show_event("synced");
+	kc_show_add(o, "epoch", p->nr);
+	kc_show_add(o, "pages", sent);
+	if (compare)
+		kc_show_add(o, "differed", differed);
+	json_object_object_add(o, "resync", json_object_new_boolean(compare));
+	kc_show_json(p, o);
+	if (!p->json && compare)
+		kc_showf(p, "protected since epoch %lu: %lu pages differed, %lu were sent\n", p->nr,
+		      differed, sent);
+	else if (!p->json)
+		kc_showf(p, "protected since epoch %lu: %lu pages were sent\n", p->nr, sent);
+	return OK;
+}

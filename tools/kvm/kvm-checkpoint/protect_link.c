@@ -1,0 +1,143 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * kvm-checkpoint protect: where its epochs go.
+ */
+#include <errno.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "protect.h"
+
+#define MAX_RETRY_MS	500
+
+int kc_link_poll(struct protect *p, struct kc_err *err)
+{
+	uint64_t acked = p->acked;
+	int rc = kc_sink_poll(p->sink, &acked, err);
+
+	if (acked > p->acked) {
+		struct json_object *o = kc_show_event("acked");
+
+		p->acked = acked;
+		p->was_acked = true;
+		kc_show_add(o, "epoch", acked);
+		kc_show_json(p, o);
+	}
+	if (!rc) {
+		struct kc_sink_stats stats;
+
+		kc_sink_stats(p->sink, &stats);
+		kc_status_sink(p->status, &stats);
+	}
+	return rc;
+}
+
+void kc_link_tick(void *ctx)
+{
+	struct protect *p = ctx;
+
+	if (p->sink && !p->lost)
+		p->lost = kc_link_poll(p, &p->lost_err);
+}
+
+/*
+ * Where nothing has ever arrived, a name, a key or a path is wrong.  Once epochs have, these were
+ * right: a name server or what holds the keys may be in trouble, as the link may, and what makes no
+ * sense was damaged on its way.
+ */
+bool kc_link_may_pass(const struct protect *p, int error)
+{
+	if (kc_sink_is_temporary(error))
+		return true;
+	if (!p->was_acked || strncmp(p->to, "tcp:", 4))
+		return false;
+	switch (error) {
+	case EDESTADDRREQ:
+	case EACCES:
+	case ENOENT:
+	case EMFILE:
+	case ENFILE:
+	case ENOMEM:
+	case ENOBUFS:
+	case EPROTO:
+		return true;
+	default:
+		return false;
+	}
+}
+
+/*
+ * The first time any failure is the user's to know, and what does not look as if it passed by
+ * itself once more when it comes later.
+ */
+enum where kc_link_open(struct protect *p, int *rc, struct kc_err *err)
+{
+	unsigned int wait_ms = 100;
+	int told = 0;
+
+	while (!p->sink) {
+		uint64_t until;
+
+		kc_may_exit = strncmp(p->to, "tcp:", 4);
+		p->sink = kc_stop_requested ? NULL :
+			  kc_sink_open(p->to, &p->opts, &p->guest.id, err);
+		kc_may_exit = 0;
+		if (p->sink)
+			break;
+		if (kc_stop_requested)
+			return STOPPED;
+		*rc = -errno;
+		if (!kc_link_may_pass(p, -*rc))
+			return SINK;
+		if (!told || (told != -*rc && !kc_sink_is_temporary(-*rc))) {
+			told = -*rc;
+			kc_log(KC_LOG_WARN, "%s; the guest runs on, trying again", err->text);
+		}
+		kc_status_phase(p->status, "link lost");
+		for (until = kc_now_us() + wait_ms * 1000; kc_now_us() < until; usleep(20000)) {
+			if (kc_stop_requested)
+				return STOPPED;
+			*rc = qmp_poll(&p->guest.qmp, err);
+			if (*rc)
+				return GUEST;
+		}
+		wait_ms = wait_ms * 2 > MAX_RETRY_MS ? MAX_RETRY_MS : wait_ms * 2;
+	}
+	if (told)
+		kc_log(KC_LOG_INFO, "connected to %s", p->to);
+	return OK;
+}
+
+void kc_link_close(struct protect *p)
+{
+	if (p->sink)
+		kc_status_sink(p->status, NULL);
+	kc_sink_close(p->sink);
+	p->sink = NULL;
+	p->lost = 0;
+}
+
+bool kc_link_end(struct protect *p, enum kc_end why)
+{
+	bool told = p->sink && kc_sink_end(p->sink, why);
+
+	kc_link_close(p);
+	/* Nobody has ever heard of this guest, or nobody waits for it */
+	if (told || !p->nr || strncmp(p->to, "tcp:", 4))
+		return true;
+	/*
+	 * Silence would be taken for death, and this host be fenced: if the link is lost, one more
+	 * attempt.
+	 */
+	p->sink = kc_sink_open(p->to, &p->opts, &p->guest.id, NULL);
+	if (p->sink)
+		told = kc_sink_end(p->sink, why);
+	else	/* It has taken over, or is there for another guest by now */
+		told = errno == ESHUTDOWN || errno == EEXIST;
+	kc_link_close(p);
+	if (!told && why != KC_END_GUEST_DIED)
+		kc_log(KC_LOG_ERROR,
+		       "%s does not know that the protection has ended: stop it, or it takes over when its --timeout is up",
+		       p->to);
+	return told;
+}
