@@ -30,14 +30,14 @@ struct entry {
 
 struct trailer {
 	char magic[8];
-	uint64_t epoch, flags, nr_slots, nr_entries;
+	uint64_t epoch, time_ms, flags, nr_slots, nr_entries;
 	uint64_t xxh;		/* of the entries and of what is above */
 };
 
 struct meta {
 	char magic[8];
 	uint32_t flags, durable, hello_len, reserved;
-	uint64_t epoch;
+	uint64_t epoch, time_ms;
 	char boot_id[40];
 	/* Then a HELLO record, then the XXH3-64 of all of it. */
 };
@@ -52,6 +52,7 @@ struct kc_ram {
 	/* Read by any thread. */
 	_Atomic uint64_t epoch;
 	_Atomic unsigned int flags;
+	uint64_t time_ms;	/* when it was complete, by the clock on the wall */
 	uint8_t *map[KC_MAX_BLOCKS];
 	struct kc_devices state;
 
@@ -65,7 +66,7 @@ struct kc_ram {
 	uint8_t *wbuf;
 };
 
-static const char meta_magic[8] = "KCRAM 1", redo_magic[8] = "KCREDO1";
+static const char meta_magic[8] = "KCRAM 2", redo_magic[8] = "KCREDO2";
 
 static int fail_errno(struct kc_err *err, const struct kc_ram *ram, const char *what)
 {
@@ -167,11 +168,12 @@ static void boot_id(char id[40])
 /* --- meta ----------------------------------------------------------------- */
 
 /* It counts once it is called "meta". */
-static int write_meta_tmp(struct kc_ram *ram, uint64_t epoch, unsigned int flags, bool on_disk,
-			  struct kc_err *err)
+static int write_meta_tmp(struct kc_ram *ram, uint64_t epoch, uint64_t time_ms,
+			  unsigned int flags, bool on_disk, struct kc_err *err)
 {
 	static const uint8_t nobody[16];
-	struct meta m = { .flags = flags, .epoch = epoch, .durable = on_disk };
+	struct meta m = { .flags = flags, .epoch = epoch, .time_ms = time_ms,
+			  .durable = on_disk };
 	uint8_t *buf = malloc(sizeof(m) + KC_REC_HDR + KC_REC_MAX);
 	uint64_t xxh;
 	int rc;
@@ -204,7 +206,7 @@ static int rename_meta(struct kc_ram *ram, struct kc_err *err)
 static int replace_meta(struct kc_ram *ram, uint64_t epoch, unsigned int flags, bool on_disk,
 			struct kc_err *err)
 {
-	int rc = write_meta_tmp(ram, epoch, flags, on_disk, err);
+	int rc = write_meta_tmp(ram, epoch, ram->time_ms, flags, on_disk, err);
 
 	if (!rc)
 		rc = rename_meta(ram, err);
@@ -227,6 +229,12 @@ static int read_meta(struct kc_ram *ram, struct kc_err *err)
 		return 0;
 	if (rc)
 		return kc_fail(err, -rc, "cannot read %s/meta: %s", ram->path, strerror(-rc));
+	if (len > sizeof(m) && !memcmp(buf, meta_magic, 6) && memcmp(buf, meta_magic, 8)) {
+		free(buf);
+		return kc_fail(err, EPROTO,
+			       "%s was written by another version of kvm-checkpoint: remove it and start from nothing",
+			       ram->path);
+	}
 	rc = -EPROTO;
 	if (len < sizeof(m) + sizeof(xxh))
 		goto out;
@@ -251,6 +259,7 @@ static int read_meta(struct kc_ram *ram, struct kc_err *err)
 		       ram->path);
 	else
 		ram->epoch = m.epoch;
+	ram->time_ms = m.time_ms;
 out:
 	if (rc)
 		kc_fail(err, EPROTO, "%s/meta is damaged: remove %s and start from nothing",
@@ -343,7 +352,7 @@ int kc_ram_create(struct kc_ram *ram, const struct kc_guest *guest, void (*progr
 		return kc_fail(err, ENOMEM, "out of memory");
 	rc = map_blocks(ram, true, progress, ctx, err);
 	if (!rc)
-		rc = write_meta_tmp(ram, 0, 0, false, err);
+		rc = write_meta_tmp(ram, 0, 0, 0, false, err);
 	if (!rc)
 		rc = rename_meta(ram, err);
 	if (rc) {
@@ -529,7 +538,8 @@ static int sync_blocks(struct kc_ram *ram, struct kc_err *err)
 }
 
 /* The RAM files have the epoch: say so, and remove what only led there. */
-static int arrived(struct kc_ram *ram, uint64_t nr, unsigned int flags, struct kc_err *err)
+static int arrived(struct kc_ram *ram, uint64_t nr, uint64_t time_ms, unsigned int flags,
+		   struct kc_err *err)
 {
 	uint64_t old = ram->epoch;
 	char name[32];
@@ -542,6 +552,7 @@ static int arrived(struct kc_ram *ram, uint64_t nr, unsigned int flags, struct k
 	if (rc)
 		return rc;
 	ram->epoch = nr;
+	ram->time_ms = time_ms;
 	ram->flags = flags;
 	ram->on_disk = ram->durable;
 	rc = sync_dir(ram, err);
@@ -554,9 +565,11 @@ static int arrived(struct kc_ram *ram, uint64_t nr, unsigned int flags, struct k
 }
 
 /* redo.tmp is whole: give it its end and its name. */
-static int seal(struct kc_ram *ram, uint64_t nr, unsigned int flags, struct kc_err *err)
+static int seal(struct kc_ram *ram, uint64_t nr, uint64_t time_ms, unsigned int flags,
+		struct kc_err *err)
 {
 	struct trailer t = { .epoch = nr,
+			     .time_ms = time_ms,
 			     .flags = flags,
 			     .nr_slots = ram->nr_slots,
 			     .nr_entries = ram->nr_entries };
@@ -586,6 +599,7 @@ static int ram_commit(void *ctx, uint64_t nr, const struct kc_devices *state, st
 {
 	unsigned int flags = state->stopped ? KC_RAM_STOPPED : 0;
 	struct kc_devices copy = { .data = NULL };
+	uint64_t now = kc_wall_ms();
 	struct kc_ram *ram = ctx;
 	char name[32];
 	int rc;
@@ -596,9 +610,9 @@ static int ram_commit(void *ctx, uint64_t nr, const struct kc_devices *state, st
 	if (!rc)
 		rc = write_file(ram, name, state->data, state->len, NULL, 0, err);
 	if (!rc)
-		rc = write_meta_tmp(ram, nr, flags, ram->durable, err);
+		rc = write_meta_tmp(ram, nr, now, flags, ram->durable, err);
 	if (!rc && !ram->direct)
-		rc = seal(ram, nr, flags, err);
+		rc = seal(ram, nr, now, flags, err);
 	if (rc) {
 		unlinkat(ram->dir, name, 0);
 		free(copy.data);
@@ -609,7 +623,7 @@ static int ram_commit(void *ctx, uint64_t nr, const struct kc_devices *state, st
 	if (!ram->direct)
 		rc = apply(ram, ram->redo, ram->entries, ram->nr_entries, ram->nr_slots, err);
 	if (!rc)
-		rc = arrived(ram, nr, flags, err);
+		rc = arrived(ram, nr, now, flags, err);
 	drop(ram);
 	if (rc) {
 		free(copy.data);
@@ -705,9 +719,9 @@ static int redo_again(struct kc_ram *ram, struct kc_err *err)
 	kc_log(KC_LOG_INFO, "finishing epoch %" PRIu64 ", which was complete", t.epoch);
 	rc = apply(ram, fd, entries, t.nr_entries, t.nr_slots, err);
 	if (!rc)
-		rc = write_meta_tmp(ram, t.epoch, t.flags, ram->durable, err);
+		rc = write_meta_tmp(ram, t.epoch, t.time_ms, t.flags, ram->durable, err);
 	if (!rc)
-		rc = arrived(ram, t.epoch, t.flags, err);
+		rc = arrived(ram, t.epoch, t.time_ms, t.flags, err);
 	goto out;
 damaged:
 	rc = kc_fail(err, EPROTO, "%s/redo is damaged: remove %s and start from nothing", ram->path,
@@ -870,6 +884,13 @@ const struct kc_guest *kc_ram_guest(const struct kc_ram *ram)
 uint64_t kc_ram_epoch(const struct kc_ram *ram)
 {
 	return ram->epoch;
+}
+
+uint64_t kc_ram_age_ms(const struct kc_ram *ram)
+{
+	uint64_t now = kc_wall_ms();
+
+	return ram->epoch && ram->time_ms <= now ? now - ram->time_ms : UINT64_MAX;
 }
 
 unsigned int kc_ram_flags(const struct kc_ram *ram)

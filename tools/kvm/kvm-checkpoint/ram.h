@@ -5,8 +5,8 @@
  *
  *	ram0, ram1, ...	the blocks
  *	state-N		device state of epoch N
- *	meta		guest, last epoch in the RAM files, boot ID of the host, whether the disk
- *			has all of that
+ *	meta		guest, last epoch in the RAM files and when it was complete, boot ID of the
+ *			host, whether the disk has all of that
  *	redo		a complete epoch on its way into the RAM files
  *	redo.tmp	an epoch that is being received
  *
@@ -53,6 +53,12 @@ int kc_ram_settle(struct kc_ram *ram, struct kc_err *err);
 
 /* The last complete epoch, 0 for none. */
 uint64_t kc_ram_epoch(const struct kc_ram *ram);
+
+/*
+ * How long ago it was complete, by the clock on the wall; UINT64_MAX if there is none or that clock
+ * was set back since.
+ */
+uint64_t kc_ram_age_ms(const struct kc_ram *ram);
 
 /* Paths for QEMU; malloc()ed. */
 char *kc_ram_block_path(const struct kc_ram *ram, uint32_t block);

@@ -166,6 +166,7 @@ static int greet(struct session *s, const struct kc_hello *hello, struct kc_err 
 	kc_put_welcome(rec, &w);
 	pthread_mutex_lock(&sb->lock);
 	sb->guest_died = false;
+	sb->armed = true;
 	pthread_mutex_unlock(&sb->lock);
 	rc = kc_io_write(s->io, rec, sizeof(rec), err);
 	return rc ? rc : kc_io_flush(s->io, err);

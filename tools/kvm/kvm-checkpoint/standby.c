@@ -54,8 +54,10 @@ static bool is_silent(struct standby *sb, struct silence *q)
 {
 	uint64_t now = kc_now_us(), heard;
 	unsigned int gap = (now - q->last_us) / 1000;
+	bool armed;
 
 	pthread_mutex_lock(&sb->lock);
+	armed = sb->armed;
 	heard = sb->heard_us;
 	if (sb->active && sb->active->io)
 		heard = sb->active->busy ? now : kc_io_heard_us(sb->active->io);
@@ -67,7 +69,7 @@ static bool is_silent(struct standby *sb, struct silence *q)
 	} else {
 		q->ms += gap < 4 * TICK_MS ? gap : 4 * TICK_MS;
 	}
-	return sb->timeout_ms && q->ms > sb->timeout_ms && kc_ram_epoch(sb->ram) &&
+	return armed && sb->timeout_ms && q->ms > sb->timeout_ms && kc_ram_epoch(sb->ram) &&
 	       !(kc_ram_flags(sb->ram) & KC_RAM_ENDED);
 }
 
@@ -172,6 +174,10 @@ static void usage(FILE *f)
 		"  --durable             force each epoch to the disk of --ram-dir\n"
 		"  --timeout TIME        fail over if the primary is silent for so long (default 5s,\n"
 		"                        0: only when told to)\n"
+		"  --failover-after-restart AGE\n"
+		"                        a restarted standby fails over to an epoch that is not\n"
+		"                        older, also if no primary was heard since the restart\n"
+		"                        (default 0: never)\n"
 		"  --fence COMMAND       must have succeeded before QEMU is started: it makes sure\n"
 		"                        that the primary is dead\n"
 		"  --no-fence            something else makes sure of that\n"
@@ -198,6 +204,7 @@ static int parse(struct standby *sb, int argc, char **argv)
 		{ "ram-dir", 1, NULL, 'r' },
 		{ "durable", 0, NULL, 'd' },
 		{ "timeout", 1, NULL, 't' },
+		{ "failover-after-restart", 1, NULL, 'a' },
 		{ "fence", 1, NULL, 'f' },
 		{ "no-fence", 0, NULL, 'F' },
 		{ "fence-timeout", 1, NULL, 'T' },
@@ -235,6 +242,9 @@ static int parse(struct standby *sb, int argc, char **argv)
 			break;
 		case 't':
 			ok = !kc_parse_ms(optarg, &sb->timeout_ms);
+			break;
+		case 'a':
+			ok = !kc_parse_ms(optarg, &sb->restart_age_ms);
 			break;
 		case 'f':
 			fence = optarg;
@@ -322,6 +332,28 @@ static int parse(struct standby *sb, int argc, char **argv)
 	return -1;
 }
 
+/* An epoch of an earlier run is there: may silence of who made it be taken for death? */
+static void look_at_stored(struct standby *sb)
+{
+	uint64_t age = kc_ram_age_ms(sb->ram);
+
+	if (!kc_ram_epoch(sb->ram) || (kc_ram_flags(sb->ram) & KC_RAM_ENDED))
+		return;
+	sb->armed = sb->restart_age_ms && age <= sb->restart_age_ms;
+	if (sb->armed && sb->timeout_ms)
+		kc_log(KC_LOG_INFO,
+		       "epoch %" PRIu64 " is %" PRIu64 " s old: failing over to it if no primary comes",
+		       kc_ram_epoch(sb->ram), age / 1000);
+	else if (age == UINT64_MAX)
+		kc_log(KC_LOG_WARN,
+		       "epoch %" PRIu64 " is of a time that is yet to come: this host's clock was set back; it is not failed over to before a primary was heard, unless told to",
+		       kc_ram_epoch(sb->ram));
+	else
+		kc_log(KC_LOG_INFO,
+		       "epoch %" PRIu64 " is %" PRIu64 " s old: it is not failed over to before a primary was heard, unless told to",
+		       kc_ram_epoch(sb->ram), age / 1000);
+}
+
 int cmd_standby(int argc, char **argv)
 {
 	struct standby sb = {
@@ -389,6 +421,7 @@ int cmd_standby(int argc, char **argv)
 			goto out;
 		}
 	}
+	look_at_stored(&sb);
 	kc_log(KC_LOG_INFO, "listening on %s%s; last complete epoch %" PRIu64, sb.listen,
 	       sb.opts.insecure ? " without encryption" : "", kc_ram_epoch(sb.ram));
 	rc = serve(&sb, listener, signals);

@@ -34,6 +34,8 @@ struct standby {
 	const char *listen, *ram_dir, *control;
 	bool durable;
 	unsigned int timeout_ms, fence_timeout_ms, load_timeout_ms;
+	/* How old an epoch of an earlier run may be for failing over to it by ourselves. */
+	unsigned int restart_age_ms;
 	char **fence;
 	bool no_fence, bare;
 	char **exec;
@@ -50,6 +52,11 @@ struct standby {
 	unsigned int nr_sessions;
 	/* By whom failing over was asked for, if it was. */
 	const char *promote;
+	/*
+	 * A primary was heard in this run: its silence means something.  That of one that was never
+	 * heard does not, as it may live and be protected elsewhere, or not at all.
+	 */
+	bool armed;
 	/* Not to be forgotten when failing over fails, but when a primary comes again. */
 	bool guest_died;
 	/* When an active session that is gone was heard last. */

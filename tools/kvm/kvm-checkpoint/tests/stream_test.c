@@ -786,6 +786,8 @@ static const struct test tests[] = {
 	{ "failover", test_failover },
 	{ "failover_reasons", test_failover_reasons },
 	{ "failover_again", test_failover_again },
+	{ "restarted", test_restarted },
+	{ "restarted_age", test_restarted_age },
 	{ "full_ram_dir", test_full_ram_dir },
 	{ "qemu", test_qemu },
 	{ "qemu_stopped", test_qemu_stopped },

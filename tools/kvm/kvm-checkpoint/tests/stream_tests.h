@@ -38,4 +38,8 @@ int be_qemu(int argc, char **argv);
 void test_status(void);
 void test_full_queue(void);
 
+/* stream_standby.c */
+void test_restarted(void);
+void test_restarted_age(void);
+
 #endif
