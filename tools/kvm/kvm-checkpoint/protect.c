@@ -124,16 +124,12 @@ static int protect(struct protect *p)
 				rc = p->lost;
 				err = p->lost_err;
 			}
-			kc_link_close(p);
-			if (!kc_link_may_pass(p, -rc)) {
-				kc_log(KC_LOG_ERROR, "%s; the guest runs on, without protection",
-				       err.text);
-				kc_link_end(p, KC_END_DETACH);
-				return 1;
-			}
-			kc_log(KC_LOG_WARN, "%s; the guest runs on", err.text);
-			kc_status_phase(p->status, "link lost");
-			continue;
+			if (kc_link_failed(p, -rc, &err))
+				continue;
+			kc_log(KC_LOG_ERROR, "%s; the guest runs on, without protection",
+			       err.text);
+			kc_link_end(p, KC_END_DETACH);
+			return 1;
 		default:
 			break;
 		}

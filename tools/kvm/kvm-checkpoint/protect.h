@@ -19,6 +19,12 @@
 
 #define TICK_MS		50
 
+/* The first epoch of a sink, until it is acknowledged */
+struct first {
+	uint64_t nr, sent, differed;
+	bool compared;
+};
+
 struct protect {
 	const char *qmp, *to, *control;
 	unsigned int interval_ms;
@@ -34,7 +40,11 @@ struct protect {
 	struct kc_status *status;
 	uint64_t nr;		/* of the newest epoch that was begun */
 	uint64_t acked, epochs;
+	struct first first;
 	bool was_acked;		/* the receiver once had a complete epoch */
+	unsigned int pause_ms;	/* before another attempt, until something is acknowledged */
+	int told;		/* the last failure that was told, since something was */
+	uint64_t told_us;
 	bool idle;		/* the guest is stopped, and its last epoch says all */
 	bool tty;
 	unsigned int unread;	/* lines that were not shown, as nobody reads them */
@@ -64,13 +74,19 @@ void kc_show_json(struct protect *p, struct json_object *o);
 
 void kc_show_progress(struct protect *p, const char *what, uint64_t done, uint64_t total);
 void kc_show_epoch(struct protect *p);
+void kc_show_protected(struct protect *p, const struct first *f);
 
 /* --- protect_link.c: the sink, found, lost and told the end --------------- */
 
 int kc_link_poll(struct protect *p, struct kc_err *err);
 /* Heartbeats while QEMU works; an error is of interest when the sink is used next */
 void kc_link_tick(void *ctx);
-bool kc_link_may_pass(const struct protect *p, int error);
+/*
+ * The sink failed, and is closed by this.  Is it to be opened again, as protection goes on?  If not,
+ * that is the user's to know.
+ */
+bool kc_link_failed(struct protect *p, int error, const struct kc_err *err);
+/* As long as that takes, and a while longer if the last failure was not that of the link */
 enum where kc_link_open(struct protect *p, int *rc, struct kc_err *err);
 void kc_link_close(struct protect *p);
 /* False if the standby has not been told, and may well take over from a guest that lives */

@@ -231,7 +231,6 @@ enum where kc_epoch_first(struct protect *p, int *rc, struct kc_err *err)
 	unsigned int flags = kc_sink_start(p->sink), pass;
 	bool compare = flags & KC_EPOCH_RESYNC;
 	uint64_t sent = 0, differed, before = UINT64_MAX, last = kc_sink_last_epoch(p->sink);
-	struct json_object *o;
 	enum where where;
 
 	/* What is dirty by now will be read after this */
@@ -242,8 +241,6 @@ enum where kc_epoch_first(struct protect *p, int *rc, struct kc_err *err)
 
 	if (p->nr < last)
 		p->nr = last;
-	p->acked = last;
-	p->was_acked |= last;
 	*rc = kc_epoch_begin(p->sink, p->nr + 1, flags, err);
 	if (*rc)
 		return SINK;
@@ -283,18 +280,10 @@ enum where kc_epoch_first(struct protect *p, int *rc, struct kc_err *err)
 	p->idle = !p->epoch.was_running;
 	if (compare)
 		kc_status_resync(p->status);
-	kc_status_phase(p->status, "protected");
-	o = kc_show_event("synced");
-	kc_show_add(o, "epoch", p->nr);
-	kc_show_add(o, "pages", sent);
-	if (compare)
-		kc_show_add(o, "differed", differed);
-	json_object_object_add(o, "resync", json_object_new_boolean(compare));
-	kc_show_json(p, o);
-	if (!p->json && compare)
-		kc_showf(p, "protected since epoch %lu: %lu pages differed, %lu were sent\n", p->nr,
-		      differed, sent);
-	else if (!p->json)
-		kc_showf(p, "protected since epoch %lu: %lu pages were sent\n", p->nr, sent);
-	return OK;
+	/* Protected means that the receiver says that it is of use. */
+	p->first = (struct first){ .nr = p->nr, .sent = sent, .differed = differed,
+				   .compared = compare };
+	kc_status_phase(p->status, "sent");
+	*rc = kc_link_poll(p, err);
+	return *rc ? SINK : OK;
 }

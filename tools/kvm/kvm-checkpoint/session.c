@@ -146,6 +146,12 @@ static int greet(struct session *s, const struct kc_hello *hello, struct kc_err 
 			return kc_fail(err, EEXIST,
 				       "%s (give the standby another --ram-dir, or remove its old one)",
 				       why.text);
+		/* Whatever keeps us from taking it now: it lives. */
+		pthread_mutex_lock(&sb->lock);
+		sb->guest_died = false;
+		sb->armed = true;
+		sb->heard_us = kc_now_us();
+		pthread_mutex_unlock(&sb->lock);
 	} else {
 		kc_log(KC_LOG_INFO, "making %" PRIu64 " MiB of RAM in %s",
 		       kc_guest_pages(&hello->guest) >> 8, sb->ram_dir);
@@ -165,7 +171,6 @@ static int greet(struct session *s, const struct kc_hello *hello, struct kc_err 
 	w.last_epoch = kc_ram_epoch(sb->ram);
 	kc_put_welcome(rec, &w);
 	pthread_mutex_lock(&sb->lock);
-	sb->guest_died = false;
 	sb->armed = true;
 	pthread_mutex_unlock(&sb->lock);
 	rc = kc_io_write(s->io, rec, sizeof(rec), err);
@@ -218,6 +223,7 @@ static int acknowledge(struct session *s, const struct kc_rx *rx, uint64_t start
 	*offset = kc_io_offset(s->io);
 	kc_status_epoch(sb->status, nr, now);
 	kc_status_sink(sb->status, &sb->stats);
+	kc_status_trouble(sb->status, NULL);
 	return rc;
 }
 
@@ -326,6 +332,8 @@ static void *session(void *arg)
 			kc_log(KC_LOG_WARN, "refused a primary: %s", err.text);
 		else
 			rc = receive(s, rx, &err);
+		if (rc && active && rc != -EEXIST && rc != -ENODATA)
+			kc_status_trouble(sb->status, err.text);
 		if (rc && rx)
 			kc_log(KC_LOG_WARN, "lost the primary: %s; last complete epoch %" PRIu64, err.text,
 			       kc_ram_epoch(sb->ram));

@@ -21,4 +21,11 @@ void test_other_key(void);
 void test_unread_stdout(void);
 void test_unread_stderr(void);
 
+/* protect_trouble.c */
+void test_full_standby(void);
+void test_full_standby_dies(void);
+void test_no_memory(void);
+void test_other_standby(void);
+void test_full_store(void);
+
 #endif
