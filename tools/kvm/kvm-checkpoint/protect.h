@@ -41,6 +41,7 @@ struct protect {
 	uint64_t nr;		/* of the newest epoch that was begun */
 	uint64_t acked, epochs;
 	struct first first;
+	uint8_t receiver[16];	/* kc_sink_receiver() of the last sink */
 	bool was_acked;		/* the receiver once had a complete epoch */
 	unsigned int pause_ms;	/* before another attempt, until something is acknowledged */
 	int told;		/* the last failure that was told, since something was */

@@ -121,6 +121,19 @@ static enum where wait_ms(struct protect *p, unsigned int ms, int *rc, struct kc
 	return OK;
 }
 
+/* One that took over from a standby that lives would be a second copy: that is worth a word. */
+static void know(struct protect *p)
+{
+	static const uint8_t nobody[16];
+	const uint8_t *now = kc_sink_receiver(p->sink);
+
+	if (memcmp(p->receiver, nobody, 16) && memcmp(p->receiver, now, 16))
+		kc_log(KC_LOG_WARN,
+		       "%s is another standby than before, or has other files: see to it that the one before does not take over",
+		       p->to);
+	memcpy(p->receiver, now, 16);
+}
+
 enum where kc_link_open(struct protect *p, int *rc, struct kc_err *err)
 {
 	enum where where = OK;
@@ -152,6 +165,7 @@ enum where kc_link_open(struct protect *p, int *rc, struct kc_err *err)
 		return where;
 	if (tried)
 		kc_log(KC_LOG_INFO, "connected to %s", p->to);
+	know(p);
 	/* What it has already is no answer to what it will be sent. */
 	p->acked = kc_sink_last_epoch(p->sink);
 	p->was_acked |= p->acked;

@@ -12,6 +12,7 @@
 #include <string.h>
 #include <sys/file.h>
 #include <sys/mman.h>
+#include <sys/random.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -38,6 +39,7 @@ struct meta {
 	char magic[8];
 	uint32_t flags, durable, hello_len, reserved;
 	uint64_t epoch, time_ms;
+	uint8_t id[16];
 	char boot_id[40];
 	/* Then a HELLO record, then the XXH3-64 of all of it. */
 };
@@ -53,6 +55,7 @@ struct kc_ram {
 	_Atomic uint64_t epoch;
 	_Atomic unsigned int flags;
 	uint64_t time_ms;	/* when it was complete, by the clock on the wall */
+	uint8_t id[16];
 	uint8_t *map[KC_MAX_BLOCKS];
 	struct kc_devices state;
 
@@ -181,6 +184,7 @@ static int write_meta_tmp(struct kc_ram *ram, uint64_t epoch, uint64_t time_ms,
 	if (!buf)
 		return kc_fail(err, ENOMEM, "out of memory");
 	memcpy(m.magic, meta_magic, sizeof(m.magic));
+	memcpy(m.id, ram->id, sizeof(m.id));
 	boot_id(m.boot_id);
 	m.hello_len = kc_put_hello(buf + sizeof(m), &ram->guest, nobody);
 	memcpy(buf, &m, sizeof(m));
@@ -260,6 +264,7 @@ static int read_meta(struct kc_ram *ram, struct kc_err *err)
 	else
 		ram->epoch = m.epoch;
 	ram->time_ms = m.time_ms;
+	memcpy(ram->id, m.id, sizeof(ram->id));
 out:
 	if (rc)
 		kc_fail(err, EPROTO, "%s/meta is damaged: remove %s and start from nothing",
@@ -348,7 +353,8 @@ int kc_ram_create(struct kc_ram *ram, const struct kc_guest *guest, void (*progr
 	uint32_t i;
 	int rc;
 
-	if (kc_guest_copy(&ram->guest, guest))
+	if (getrandom(ram->id, sizeof(ram->id), 0) != sizeof(ram->id) ||
+	    kc_guest_copy(&ram->guest, guest))
 		return kc_fail(err, ENOMEM, "out of memory");
 	rc = map_blocks(ram, true, progress, ctx, err);
 	if (!rc)
@@ -879,6 +885,16 @@ void kc_ram_close(struct kc_ram *ram)
 const struct kc_guest *kc_ram_guest(const struct kc_ram *ram)
 {
 	return ram->has_guest ? &ram->guest : NULL;
+}
+
+const uint8_t *kc_ram_id(const struct kc_ram *ram)
+{
+	return ram->id;
+}
+
+void kc_ram_set_process(struct kc_ram *ram, const uint8_t process[16])
+{
+	memcpy(ram->guest.process, process, sizeof(ram->guest.process));
 }
 
 uint64_t kc_ram_epoch(const struct kc_ram *ram)

@@ -44,6 +44,12 @@ const struct kc_guest *kc_ram_guest(const struct kc_ram *ram);
 int kc_ram_create(struct kc_ram *ram, const struct kc_guest *guest, void (*progress)(void *ctx),
 		  void *ctx, struct kc_err *err);
 
+/* 16 random bytes that were made with the RAM. */
+const uint8_t *kc_ram_id(const struct kc_ram *ram);
+
+/* The guest's QEMU is another process now; stored with the next epoch. */
+void kc_ram_set_process(struct kc_ram *ram, const uint8_t process[16]);
+
 /**
  * kc_ram_settle() - finish an epoch that was complete when copying it to the RAM files failed
  *

@@ -134,7 +134,7 @@ static int greet(struct session *s, const struct kc_hello *hello, struct kc_err 
 {
 	struct standby *sb = s->sb;
 	struct kc_welcome w = { .version = KC_VERSION };
-	uint8_t rec[KC_REC_HDR + 16];
+	uint8_t rec[KC_REC_HDR + 32];
 	struct kc_err why;
 	char uuid[37];
 	int rc;
@@ -146,6 +146,7 @@ static int greet(struct session *s, const struct kc_hello *hello, struct kc_err 
 			return kc_fail(err, EEXIST,
 				       "%s (give the standby another --ram-dir, or remove its old one)",
 				       why.text);
+		kc_ram_set_process(sb->ram, hello->guest.process);
 		/* Whatever keeps us from taking it now: it lives. */
 		pthread_mutex_lock(&sb->lock);
 		sb->guest_died = false;
@@ -169,6 +170,7 @@ static int greet(struct session *s, const struct kc_hello *hello, struct kc_err 
 	       hello->guest.name, kc_ram_epoch(sb->ram));
 	w.timeout_ms = sb->timeout_ms;
 	w.last_epoch = kc_ram_epoch(sb->ram);
+	memcpy(w.receiver, kc_ram_id(sb->ram), sizeof(w.receiver));
 	kc_put_welcome(rec, &w);
 	pthread_mutex_lock(&sb->lock);
 	sb->armed = true;

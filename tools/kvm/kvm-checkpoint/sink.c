@@ -183,6 +183,11 @@ uint64_t kc_sink_last_epoch(const struct kc_sink *s)
 	return s->last_epoch;
 }
 
+const uint8_t *kc_sink_receiver(const struct kc_sink *s)
+{
+	return s->receiver;
+}
+
 unsigned int kc_sink_start(const struct kc_sink *s)
 {
 	return s->has_ram ? KC_EPOCH_RESYNC : KC_EPOCH_FULL;

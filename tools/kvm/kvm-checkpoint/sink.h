@@ -36,6 +36,7 @@
 #define KC_DIGEST_SIZE	16u
 #define KC_MAX_BLOCKS	64u
 #define KC_NAME_SIZE	256u
+#define KC_HARDWARE_SIZE 8192u
 
 /**
  * struct kc_block - one block of guest RAM
@@ -55,10 +56,13 @@ struct kc_block {
  * @page_size: KC_PAGE_SIZE.
  * @nr_blocks: entries in @blocks, from 1 to KC_MAX_BLOCKS.
  * @blocks: RAM blocks; their order is the numbering used everywhere.
- * @fingerprint: a hash of whatever else must be the same for a checkpoint to fit, such as the
- *	machine type and device list; all zero if unknown.
+ * @fingerprint: a hash of whatever else must be the same for a checkpoint to fit: the machine type
+ *	and the list of devices; all zero if unknown.
+ * @hardware: what that is the hash of, for messages, one item a line; may be cut, may be empty.
+ * @process: which QEMU process it is, among all that there ever were; all zero if unknown.
  *
- * A receiver that holds epochs of a guest refuses one in which anything but @name differs.
+ * A receiver that holds epochs of a guest refuses one in which anything but @process differs, and
+ * if it has neither UUID nor name, that too.
  */
 struct kc_guest {
 	uint8_t uuid[16];
@@ -67,6 +71,8 @@ struct kc_guest {
 	uint32_t nr_blocks;
 	struct kc_block *blocks;
 	uint8_t fingerprint[32];
+	char hardware[KC_HARDWARE_SIZE];
+	uint8_t process[16];
 };
 
 enum kc_codec { KC_CODEC_NONE, KC_CODEC_LZ4, KC_CODEC_ZSTD };
@@ -167,6 +173,12 @@ bool kc_sink_end(struct kc_sink *sink, enum kc_end end);
  * As of kc_sink_open(), and moved by acknowledgements.
  */
 uint64_t kc_sink_last_epoch(const struct kc_sink *sink);
+
+/**
+ * kc_sink_receiver() - which receiver it is: 16 bytes that it chose when it first held epochs; all
+ * zero for a directory
+ */
+const uint8_t *kc_sink_receiver(const struct kc_sink *sink);
 
 /**
  * kc_sink_start() - how the first epoch after kc_sink_open() has to begin

@@ -43,7 +43,7 @@
 
 #include "sink.h"
 
-#define KC_VERSION	1
+#define KC_VERSION	2
 #define KC_REC_HDR	8u
 #define KC_REC_MAX	(64u << 10)
 #define KC_REC_OPTIONAL	1u
@@ -79,6 +79,7 @@ struct kc_welcome {
 	bool has_ram;
 	uint32_t timeout_ms;
 	uint64_t last_epoch;
+	uint8_t receiver[16];
 };
 
 struct kc_begin {

@@ -21,6 +21,9 @@ struct qemu qemu = {
 		{ .name = "/objects/ram1", .npages = 77, .shared = true },
 	},
 	.disks = "[]",
+	.devices = "[]",
+	.uuid = "550e8400-e29b-41d4-a716-446655440000",
+	.name = "sham",
 };
 
 const char silent[] = "silent", dead[] = "dead";
@@ -394,13 +397,17 @@ static void obey(struct qemu *q, const char *command, struct json_object *args)
 	else if (!strcmp(command, "query-block"))
 		answer(q, "%s", q->disks);
 	else if (!strcmp(command, "query-uuid"))
-		answer(q, "{\"UUID\": \"550e8400-e29b-41d4-a716-446655440000\"}");
+		answer(q, "{\"UUID\": \"%s\"}", q->uuid);
 	else if (!strcmp(command, "query-name"))
-		answer(q, "{\"name\": \"sham\"}");
+		answer(q, "{\"name\": \"%s\"}", q->name);
 	else if (!strcmp(command, "query-version"))
 		answer(q, "{\"qemu\": {\"micro\": 1, \"minor\": 2, \"major\": 7}, \"package\": \"\"}");
 	else if (!strcmp(command, "qom-get"))
 		answer(q, "\"pc-i440fx-7.2-machine\"");
+	else if (!strcmp(command, "qom-list"))
+		answer(q, "%s", json_object_object_get_ex(args, "path", &o) &&
+		       !strcmp(json_object_get_string(o), "/machine/peripheral") ?
+		       q->devices : "[]");
 	else if (!strcmp(command, "query-cpus-fast"))
 		answer(q, "[{\"cpu-index\": 0}, {\"cpu-index\": 1}]");
 	else

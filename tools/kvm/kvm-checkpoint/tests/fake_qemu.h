@@ -54,6 +54,8 @@ extern struct qemu {
 	bool attached, running, stopped, mute;
 	uint64_t generation;
 	const char *disks;		/* what query-block returns */
+	const char *devices;		/* in /machine/peripheral */
+	const char *uuid, *name;
 	const char *layout, *new_layout;	/* what attach and layout say, but for the truth */
 	enum tear tear;			/* what happens to the next epoch */
 	struct snap snaps[MAX_SNAPS];

@@ -707,6 +707,7 @@ static const struct test tests[] = {
 	{ "protect_no_memory", test_no_memory },
 	{ "protect_other_standby", test_other_standby },
 	{ "protect_full_store", test_full_store },
+	{ "protect_identity", test_identity },
 	{ "protect_garbage", test_garbage },
 	{ "protect_garbage_runs", test_garbage_runs },
 	{ "protect_long_line", test_long_line },

@@ -27,5 +27,6 @@ void test_full_standby_dies(void);
 void test_no_memory(void);
 void test_other_standby(void);
 void test_full_store(void);
+void test_identity(void);
 
 #endif

@@ -187,6 +187,28 @@ void test_other_standby(void)
 	CHECK(snap_of_standby(path_of("ram")) == qemu.nr_snaps - 1, "the last epoch is missing");
 }
 
+/* The guest is another one, or has other devices, than that whose epochs are there. */
+void test_identity(void)
+{
+	start_qemu(&qemu);
+	protect_epochs(path_of("store"), "1");
+	qemu.name = "web-frontend";
+	must_fail(protect(CHECKED, path_of("store"), "--epochs", "1"),
+		  "it holds guest 550e8400-e29b-41d4-a716-446655440000 (sham), not");
+	qemu.name = "sham";
+	qemu.devices = "[{\"name\": \"net1\", \"type\": \"child<virtio-net-pci>\"}]";
+	must_fail(protect(CHECKED, path_of("store"), "--epochs", "1"),
+		  "other devices: without device virtio-net-pci net1");
+	qemu.devices = "[{\"name\": \"type\", \"type\": \"string\"}]";
+	protect_epochs(path_of("store"), "1");
+	/* Of a guest without a name the process is what counts, and that is the same. */
+	remove_tree(path_of("store"));
+	qemu.name = "";
+	qemu.uuid = "00000000-0000-0000-0000-000000000000";
+	protect_epochs(path_of("store"), "1");
+	protect_epochs(path_of("store"), "1");
+}
+
 /* A directory on a disk that others fill. */
 void test_full_store(void)
 {
