@@ -55,6 +55,8 @@ struct kc_sink {
 	uint32_t state_len[2];
 	bool has_state;
 	uint64_t commit_us[64];		/* when an epoch was committed, by its number */
+	uint64_t beat_us;		/* when the last heartbeat was sent */
+	uint64_t confirmed_us;
 
 	struct kc_sink_stats stats;
 	pthread_mutex_t lock;		/* for published */

@@ -118,7 +118,10 @@ static int protect(struct protect *p)
 		rc = 0;
 		switch (run(p, &rc, &err)) {
 		case STOPPED:
-			return kc_link_end(p, KC_END_DETACH) ? 0 : 1;
+			rc = kc_link_end(p, KC_END_DETACH) ? 0 : 1;
+			if (p->is_elsewhere)
+				return kc_guest_is_elsewhere(p, "the standby has taken over");
+			return rc;
 		case SINK:
 			if (p->lost) {
 				rc = p->lost;
@@ -126,6 +129,8 @@ static int protect(struct protect *p)
 			}
 			if (kc_link_failed(p, -rc, &err))
 				continue;
+			if (rc == -ESHUTDOWN)
+				return kc_guest_is_elsewhere(p, err.text);
 			kc_log(KC_LOG_ERROR, "%s; the guest runs on, without protection",
 			       err.text);
 			kc_link_end(p, KC_END_DETACH);

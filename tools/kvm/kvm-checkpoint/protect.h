@@ -46,6 +46,7 @@ struct protect {
 	unsigned int pause_ms;	/* before another attempt, until something is acknowledged */
 	int told;		/* the last failure that was told, since something was */
 	uint64_t told_us;
+	bool is_elsewhere;	/* the standby was to be told the end, and has taken over */
 	bool idle;		/* the guest is stopped, and its last epoch says all */
 	bool tty;
 	unsigned int unread;	/* lines that were not shown, as nobody reads them */
@@ -92,6 +93,14 @@ enum where kc_link_open(struct protect *p, int *rc, struct kc_err *err);
 void kc_link_close(struct protect *p);
 /* False if the standby has not been told, and may well take over from a guest that lives */
 bool kc_link_end(struct protect *p, enum kc_end why);
+
+/* --- protect_over.c: the guest goes on elsewhere -------------------------- */
+
+/*
+ * The standby has taken over: stops the guest here, whatever it takes, unless told to end.  The exit
+ * status.
+ */
+int kc_guest_is_elsewhere(struct protect *p, const char *why);
 
 /* --- protect_epoch.c: epochs ---------------------------------------------- */
 

@@ -199,6 +199,7 @@ bool kc_link_end(struct protect *p, enum kc_end why)
 		told = kc_sink_end(p->sink, why);
 	else	/* It has taken over, or is there for another guest by now */
 		told = errno == ESHUTDOWN || errno == EEXIST;
+	p->is_elsewhere = !p->sink && errno == ESHUTDOWN;
 	kc_link_close(p);
 	if (!told && why != KC_END_GUEST_DIED)
 		kc_log(KC_LOG_ERROR,

@@ -82,8 +82,29 @@ int kc_standby_wait(struct standby *sb, unsigned int ms)
 	return -pthread_cond_timedwait(&sb->changed, &sb->lock, &ts);
 }
 
+/*
+ * The guest runs here.  Who protected it before has to stop his copy.  Anybody else must not, least
+ * of all who would protect the one that runs here now, and asks for the wrong standby.
+ */
+static int refuse_for_good(const struct session *s, const struct kc_guest *guest,
+			   struct kc_err *err)
+{
+	static const uint8_t unknown[16];
+	const struct kc_guest *g = kc_ram_guest(s->sb->ram);
+
+	if (!kc_guest_same(g, guest, NULL) &&
+	    (!memcmp(s->instance, s->sb->instance, sizeof(s->instance)) ||
+	     (memcmp(g->process, unknown, 16) && !memcmp(g->process, guest->process, 16))))
+		return kc_fail(err, ESHUTDOWN,
+			       "the standby has taken over the guest at epoch %" PRIu64,
+			       kc_ram_epoch(s->sb->ram));
+	return kc_fail(err, EEXIST,
+		       "this standby has taken over guest %s and holds no checkpoints any more: start another one, with a --ram-dir of its own",
+		       g->name);
+}
+
 /* Become the active session, or say why not. */
-static int activate(struct session *s, struct kc_err *err)
+static int activate(struct session *s, const struct kc_guest *guest, struct kc_err *err)
 {
 	struct standby *sb = s->sb;
 	struct session *other;
@@ -109,25 +130,31 @@ static int activate(struct session *s, struct kc_err *err)
 	}
 	if (!rc && sb->mode == FAILING_OVER)
 		rc = kc_fail(err, EBUSY, "the standby is failing over");
-	if (!rc && sb->mode != SERVING)
-		rc = kc_fail(err, ESHUTDOWN,
-			     "the standby has taken over the guest at epoch %" PRIu64,
-			     kc_ram_epoch(sb->ram));
-	if (!rc)
+	if (!rc && sb->mode == STOPPING)
+		rc = kc_fail(err, EBUSY, "the standby is ending");
+	if (!rc && sb->mode == TAKEN_OVER)
+		rc = refuse_for_good(s, guest, err);
+	if (!rc) {
 		sb->active = s;
+		memcpy(sb->instance, s->instance, sizeof(sb->instance));
+	}
 	pthread_mutex_unlock(&sb->lock);
 	return rc;
+}
+
+static void heartbeat(struct session *s, uint64_t us)
+{
+	uint8_t rec[KC_REC_HDR + 8];
+	size_t n = kc_put_heartbeat(rec, us);
+
+	if (!kc_io_write(s->io, rec, n, NULL))
+		kc_io_flush(s->io, NULL);
 }
 
 /* Making RAM for a large guest takes its time: say that we live. */
 static void still_there(void *ctx)
 {
-	struct session *s = ctx;
-	uint8_t rec[KC_REC_HDR];
-
-	kc_put_rec(rec, KC_HEARTBEAT, 0, 0);
-	if (!kc_io_write(s->io, rec, sizeof(rec), NULL))
-		kc_io_flush(s->io, NULL);
+	heartbeat(ctx, 0);
 }
 
 static int greet(struct session *s, const struct kc_hello *hello, struct kc_err *err)
@@ -255,6 +282,16 @@ static int ended(struct session *s, const struct kc_rec *rec, struct kc_err *err
 	return kc_ram_set_flags(sb->ram, kc_ram_flags(sb->ram) | KC_RAM_ENDED, err);
 }
 
+/* That it ends; who is not told has to take care that nobody takes over from a guest that lives. */
+static void agree(struct session *s)
+{
+	uint8_t rec[KC_REC_HDR + 4];
+	size_t n = kc_put_end(rec, KC_END_DETACH);
+
+	if (!kc_io_write(s->io, rec, n, NULL) && !kc_io_flush(s->io, NULL))
+		kc_io_linger(s->io, 2000);
+}
+
 /* Until the connection ends: 0 if the primary ended it as it should. */
 static int receive(struct session *s, struct kc_rx *rx, struct kc_err *err)
 {
@@ -277,8 +314,9 @@ static int receive(struct session *s, struct kc_rx *rx, struct kc_err *err)
 			rc = acknowledge(s, rx, t, &offset, err);
 			break;
 		case KC_HEARTBEAT:
-			still_there(s);
-			rc = 0;
+			rc = kc_get_heartbeat(&rec, &t, err);
+			if (!rc)
+				heartbeat(s, t);
 			break;
 		case KC_DIGEST_REQ:
 			if (rec.payload)
@@ -286,6 +324,8 @@ static int receive(struct session *s, struct kc_rx *rx, struct kc_err *err)
 			break;
 		case KC_END:
 			rc = ended(s, &rec, err);
+			if (!rc)
+				agree(s);
 			s->busy = false;
 			return rc;
 		}
@@ -318,7 +358,7 @@ static void *session(void *arg)
 		rc = kc_get_hello(&rec, &hello, &err);
 	if (!rc) {
 		memcpy(s->instance, hello.instance, sizeof(s->instance));
-		rc = activate(s, &err);
+		rc = activate(s, &hello.guest, &err);
 		active = !rc;
 		s->busy = true;
 		if (!rc)

@@ -302,6 +302,14 @@ int kc_epoch_abort(struct kc_sink *sink, struct kc_err *err);
 int kc_sink_poll(struct kc_sink *sink, uint64_t *acked, struct kc_err *err);
 
 /**
+ * kc_sink_confirmed_us() - since when nothing is known of a standby
+ *
+ * Return: the last time, by this host's kc_now_us(), at which something was sent that the standby
+ * has answered since.  Whatever it does out of silence, it does not before its timeout after that.
+ */
+uint64_t kc_sink_confirmed_us(const struct kc_sink *sink);
+
+/**
  * kc_sink_wait() - wait until an epoch is acknowledged, with heartbeats
  * @sink: no epoch may be open.
  * @nr: which.

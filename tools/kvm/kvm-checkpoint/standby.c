@@ -73,10 +73,14 @@ static bool is_silent(struct standby *sb, struct silence *q)
 	       !(kc_ram_flags(sb->ram) & KC_RAM_ENDED);
 }
 
-/* After taking over: as long as QEMU lives. Its status. */
-static int attend(struct standby *sb, pid_t pid, int signals)
+/*
+ * After taking over: as long as QEMU lives, and whoever was the primary is told.  QEMU's status.
+ */
+static int attend(struct standby *sb, pid_t pid, int listener, int signals)
 {
-	struct pollfd p = { .fd = signals, .events = POLLIN };
+	struct pollfd p[2] = {
+		{ .fd = listener, .events = POLLIN }, { .fd = signals, .events = POLLIN },
+	};
 	struct signalfd_siginfo si;
 	int status;
 
@@ -88,7 +92,11 @@ static int attend(struct standby *sb, pid_t pid, int signals)
 			       WIFSIGNALED(status) ? WTERMSIG(status) : WEXITSTATUS(status));
 			return WIFEXITED(status) && !WEXITSTATUS(status) ? 0 : 1;
 		}
-		if (poll(&p, 1, 1000) > 0 && read(signals, &si, sizeof(si)) == sizeof(si) &&
+		if (poll(p, 2, 1000) <= 0)
+			continue;
+		if (p[0].revents)
+			kc_session_take(sb, listener);
+		if (p[1].revents && read(signals, &si, sizeof(si)) == sizeof(si) &&
 		    si.ssi_signo != SIGCHLD) {
 			kc_log(KC_LOG_INFO, "leaving QEMU (process %d) alone", pid);
 			return 0;
@@ -140,11 +148,13 @@ static int serve(struct standby *sb, int listener, int signals)
 		rc = kc_take_over(sb, why, &pid, &err);
 		if (!rc) {
 			kc_session_stop_all(sb, TAKEN_OVER);
-			close(listener);
 			if (pid)
-				return attend(sb, pid, signals);
-			kc_print_checkpoint(sb);
-			return 0;
+				rc = attend(sb, pid, listener, signals);
+			else
+				kc_print_checkpoint(sb);
+			close(listener);
+			kc_session_stop_all(sb, STOPPING);
+			return rc;
 		}
 		kc_log(KC_LOG_ERROR, "could not fail over: %s", err.text);
 		if (kc_ram_flags(sb->ram) & KC_RAM_TAKEN_OVER) {

@@ -49,6 +49,7 @@ struct standby {
 	pthread_cond_t changed;
 	enum mode mode;
 	struct session *sessions, *active;
+	uint8_t instance[16];	/* of who was active last */
 	unsigned int nr_sessions;
 	/* By whom failing over was asked for, if it was. */
 	const char *promote;

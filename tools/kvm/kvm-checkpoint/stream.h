@@ -21,11 +21,12 @@
  *			the epoch before, or zero if this is no increment
  *	COMMIT		the epoch is whole: number of records and pages, checksum of them
  *	ABORT		forget it
- *	HEARTBEAT	any time
+ *	HEARTBEAT	any time: when it was sent, by the sender's clock.  The receiver's answer has
+ *			the same number, and 0 if it is no answer
  *	END		there will be no more
  *
- * Receiver to sender: WELCOME or ERROR after HELLO; then DIGESTS, ACK, HEARTBEAT, ERROR (and then
- * it closes).
+ * Receiver to sender: WELCOME or ERROR after HELLO; then DIGESTS, ACK, HEARTBEAT, END when it has
+ * done what END asks for, ERROR (and then it closes).
  *
  * The checksum of an epoch is the XXH3-128 of all bytes, headers included, that the sender sent
  * from BEGIN (inclusive) to COMMIT (exclusive), so also of records that the receiver does not know.
@@ -146,6 +147,7 @@ size_t kc_put_zero(uint8_t *out, const struct kc_zero *z);
 size_t kc_put_state(uint8_t *out, const struct kc_state *s);
 size_t kc_put_commit(uint8_t *out, const struct kc_commit *c);
 size_t kc_put_nr(uint8_t *out, uint16_t type, uint64_t nr, uint64_t us);
+size_t kc_put_heartbeat(uint8_t *out, uint64_t us);
 size_t kc_put_end(uint8_t *out, uint32_t reason);
 size_t kc_put_digest_req(uint8_t *out, uint16_t type, const struct kc_digest_req *r);
 
@@ -159,6 +161,7 @@ int kc_get_zero(const struct kc_rec *rec, struct kc_zero *z, struct kc_err *err)
 int kc_get_state(const struct kc_rec *rec, struct kc_state *s, struct kc_err *err);
 int kc_get_commit(const struct kc_rec *rec, struct kc_commit *c, struct kc_err *err);
 int kc_get_nr(const struct kc_rec *rec, uint64_t *nr, uint64_t *us, struct kc_err *err);
+int kc_get_heartbeat(const struct kc_rec *rec, uint64_t *us, struct kc_err *err);
 int kc_get_end(const struct kc_rec *rec, uint32_t *reason, struct kc_err *err);
 int kc_get_digest_req(const struct kc_rec *rec, struct kc_digest_req *r, struct kc_err *err);
 

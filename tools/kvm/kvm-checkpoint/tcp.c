@@ -59,6 +59,13 @@ static int next(struct kc_sink *s, unsigned int timeout_ms, struct kc_rec *rec, 
 			kc_sink_acked(s, nr);
 			break;
 		case KC_HEARTBEAT:
+			rc = kc_get_heartbeat(rec, &us, err);
+			if (!rc && us > s->beat_us)
+				rc = kc_fail(err, EPROTO, "a heartbeat is answered that was not sent");
+			if (rc)
+				return rc;
+			if (us > s->confirmed_us)
+				s->confirmed_us = us;
 			break;
 		case KC_ERROR:
 			kc_get_error(rec, &code, text, sizeof(text));
@@ -165,13 +172,15 @@ static int tcp_digests(struct kc_sink *s, uint32_t block, uint64_t first, uint32
 
 static bool tcp_end(struct kc_sink *s, enum kc_end end)
 {
-	uint8_t rec[KC_REC_HDR + 4];
+	uint8_t buf[KC_REC_HDR + 4];
+	struct kc_rec rec;
 	bool told;
 
-	kc_put_end(rec, end);
-	/* It closes the connection when it has read that, but may be busy with the last epoch. */
-	told = !kc_sink_emit(s, rec, sizeof(rec), NULL, 0, NULL) &&
-	       !kc_io_flush(io_of(s), NULL) && kc_io_linger(io_of(s), s->opts.io_timeout_ms);
+	kc_put_end(buf, end);
+	/* It says the same when it has seen to that, but may be busy with the last epoch. */
+	told = !kc_sink_emit(s, buf, sizeof(buf), NULL, 0, NULL) &&
+	       !kc_io_flush(io_of(s), NULL) && !next(s, s->opts.io_timeout_ms, &rec, NULL) &&
+	       rec.type == KC_END;
 	s->broken = true;
 	return told;
 }
@@ -212,6 +221,7 @@ int kc_tcp_open(struct kc_sink *s, const char *hostport, struct kc_err *err)
 	struct kc_welcome w;
 	struct kc_io *io;
 	struct kc_rec rec;
+	uint64_t sent_us;
 	uint8_t *hello;
 	size_t len;
 	int rc;
@@ -226,6 +236,7 @@ int kc_tcp_open(struct kc_sink *s, const char *hostport, struct kc_err *err)
 	hello = malloc(KC_REC_HDR + KC_REC_MAX);
 	if (!hello)
 		return kc_fail(err, ENOMEM, "out of memory");
+	sent_us = kc_now_us();
 	len = kc_put_hello(hello, &s->guest, instance());
 	rc = kc_io_write(io, hello, len, err);
 	free(hello);
@@ -245,6 +256,7 @@ int kc_tcp_open(struct kc_sink *s, const char *hostport, struct kc_err *err)
 	s->has_ram = w.has_ram;
 	memcpy(s->receiver, w.receiver, sizeof(s->receiver));
 	s->heartbeat_ms = w.timeout_ms ? (w.timeout_ms + 3) / 4 : 1000;
-	s->wrote_us = s->data_us = kc_now_us();
+	s->wrote_us = s->data_us = s->beat_us = kc_now_us();
+	s->confirmed_us = sent_us;
 	return 0;
 }

@@ -158,6 +158,11 @@ size_t kc_put_nr(uint8_t *out, uint16_t type, uint64_t nr, uint64_t us)
 	return finish(out, type, put64(put64(out + KC_REC_HDR, nr), us));
 }
 
+size_t kc_put_heartbeat(uint8_t *out, uint64_t us)
+{
+	return finish(out, KC_HEARTBEAT, put64(out + KC_REC_HDR, us));
+}
+
 size_t kc_put_end(uint8_t *out, uint32_t reason)
 {
 	return finish(out, KC_END, put32(out + KC_REC_HDR, reason));
@@ -453,6 +458,14 @@ int kc_get_nr(const struct kc_rec *rec, uint64_t *nr, uint64_t *us, struct kc_er
 	*nr = get64(&in);
 	*us = get64(&in);
 	return done(&in, rec->type == KC_ACK ? "acknowledgement" : "abort", err);
+}
+
+int kc_get_heartbeat(const struct kc_rec *rec, uint64_t *us, struct kc_err *err)
+{
+	struct in in = in_rec(rec);
+
+	*us = get64(&in);
+	return done(&in, "heartbeat", err);
 }
 
 int kc_get_end(const struct kc_rec *rec, uint32_t *reason, struct kc_err *err)

@@ -363,6 +363,14 @@ static void do_cont(struct qemu *q)
 	q->tear = WHOLE;
 }
 
+/* The owner's; nothing that an epoch does resumes it then */
+static void do_qmp_stop(struct qemu *q)
+{
+	q->running = false;
+	q->stopped = false;
+	answer(q, "{}");
+}
+
 static void do_getfd(struct qemu *q, const char *name)
 {
 	int *fd = strstr(name, "socket") ? &q->got_socket : &q->got_buffer;
@@ -394,6 +402,10 @@ static void obey(struct qemu *q, const char *command, struct json_object *args)
 			    json_object_get_string(o) : "");
 	else if (!strcmp(command, "qmp_capabilities"))
 		answer(q, "{}");
+	else if (!strcmp(command, "stop"))
+		do_qmp_stop(q);
+	else if (!strcmp(command, "query-status"))
+		answer(q, "{\"running\": %s}", q->running ? "true" : "false");
 	else if (!strcmp(command, "query-block"))
 		answer(q, "%s", q->disks);
 	else if (!strcmp(command, "query-uuid"))

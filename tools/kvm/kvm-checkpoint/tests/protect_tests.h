@@ -28,5 +28,8 @@ void test_no_memory(void);
 void test_other_standby(void);
 void test_full_store(void);
 void test_identity(void);
+void test_taken_over(void);
+void test_taken_over_at_end(void);
+void test_taken_over_resists(void);
 
 #endif

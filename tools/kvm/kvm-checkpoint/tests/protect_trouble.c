@@ -243,3 +243,79 @@ void test_full_store(void)
 	CHECK(last == qemu.nr_snaps - 1, "the last epoch is missing");
 	CHECK(!run("verify", store, NULL), "verify finds something");
 }
+
+/* --- The standby has taken over ------------------------------------------- */
+
+static void start_pair(void)
+{
+	start_qemu(&qemu);
+	/* It does nothing, and is there. */
+	start_standby(path_of("ram"), "--no-fence", "--timeout", "0", "--insecure", "--bare-exec",
+		      "--", "/bin/sleep", "100");
+	start_protect(CHECKED, spec(), "--interval", "5ms", NULL);
+	serve_until_log("protected since epoch 1");
+}
+
+static void must_stop_guest(void)
+{
+	must_fail(serve(), "stopping the guest here");
+	CHECK(log_has("the guest is stopped here, as it is at the standby"), "it does not say so");
+	CHECK(!qemu.running, "the guest runs here and there");
+}
+
+void test_taken_over(void)
+{
+	start_pair();
+	CHECK(!run("status", path_of("ctl"), "promote", NULL), "promote failed");
+	must_stop_guest();
+	/* Whoever resumes it, and a daemon that is new. */
+	qemu.running = true;
+	CHECK(protect(CHECKED, spec()) == 1 && log_has("has taken over the guest"),
+	      "it does not hear of it");
+	CHECK(!qemu.running, "the guest runs here and there");
+	/* Another guest is none of its business. */
+	qemu.running = true;
+	qemu.name = "other";
+	CHECK(protect(CHECKED, spec()) == 1 && log_has("has taken over guest sham"),
+	      "it is not refused");
+	CHECK(qemu.running, "it stopped another guest");
+	CHECK(!waitpid(standby, NULL, WNOHANG), "the standby ended");
+	stop_standby(SIGTERM);
+}
+
+/* It learns that only when it is told to end. */
+void test_taken_over_at_end(void)
+{
+	start_pair();
+	kill(qemu.client, SIGSTOP);
+	CHECK(!run("status", path_of("ctl"), "promote", NULL), "promote failed");
+	wait_log("taken over at epoch");
+	kill(qemu.client, SIGTERM);
+	kill(qemu.client, SIGCONT);
+	must_stop_guest();
+	stop_standby(SIGTERM);
+}
+
+/* QEMU does not answer for a while, or somebody resumes the guest. */
+static const char *resists(struct qemu *q, const char *command)
+{
+	static unsigned int n;
+
+	if (strcmp(command, "stop") || n++ > 4)
+		return NULL;
+	if (n == 2) {
+		close_monitor(q);
+		return "";
+	}
+	return n == 1 ? "{\"error\": {\"desc\": \"not now\"}}\n" : "{\"return\": {}}\n";
+}
+
+void test_taken_over_resists(void)
+{
+	qemu.hook = resists;
+	start_pair();
+	CHECK(!run("status", path_of("ctl"), "promote", NULL), "promote failed");
+	must_stop_guest();
+	CHECK(times_in_log("cannot be stopped") == 1, "it does not say why it takes so long");
+	stop_standby(SIGTERM);
+}

@@ -3,12 +3,14 @@
  * What a standby decides by itself: whether silence means that the primary is dead, and what it
  * says to primaries when it has taken over.
  */
+#include <errno.h>
 #include <fcntl.h>
 #include <poll.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/prctl.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -126,5 +128,101 @@ void test_restarted_age(void)
 	must_wait(1500);
 	CHECK(log_has("clock was set back"), "it does not say why");
 	stop_standby(SIGTERM);
+	sim_free(&g);
+}
+
+/* --- The guest is here now ------------------------------------------------ */
+
+/* Another process than this one, so another primary; opens a sink when told to: errno. */
+struct other {
+	pid_t pid;
+	int in, out;
+};
+
+static void start_other(struct other *o)
+{
+	int to[2], from[2];
+	uint8_t process;
+
+	CHECK(!pipe(to) && !pipe(from), "no pipes");
+	o->pid = fork();
+	o->in = to[1];
+	o->out = from[0];
+	if (o->pid)
+		return;
+	close(to[1]);
+	while (read(to[0], &process, 1) == 1) {
+		struct kc_sink *s;
+		int e;
+
+		guest.process[0] = process;
+		s = kc_sink_open(spec(), &opts, &guest, NULL);
+		e = s ? 0 : errno;
+		kc_sink_close(s);
+		if (write(from[1], &e, sizeof(e)) != sizeof(e))
+			_exit(1);
+	}
+	_exit(0);
+}
+
+static int ask_other(struct other *o, uint8_t process)
+{
+	int e = -1;
+
+	CHECK(write(o->in, &process, 1) == 1 && read(o->out, &e, sizeof(e)) == sizeof(e),
+	      "the other process is gone");
+	return e;
+}
+
+void test_taken_over(void)
+{
+	char self[PATH_MAX] = "", *pid_file = strdup(path_of("qemu.pid"));
+	struct other other;
+	struct kc_sink *s;
+	struct sim g;
+	unsigned int i;
+	pid_t pid;
+	uint8_t *buf;
+	size_t len;
+	int e;
+
+	CHECK(readlink("/proc/self/exe", self, sizeof(self) - 1) > 0, "where is this program?");
+	CHECK(!prctl(PR_SET_CHILD_SUBREAPER, 1), "cannot adopt");
+	start_standby(path_of("ram"), "--no-fence", "--timeout", "0", "--", self, "--be-qemu",
+		      "running", pid_file, "{ram0}", "{ram1}");
+	start_other(&other);
+	guest.process[0] = 5;
+	s = protected_guest(&g);
+	kc_sink_close(s);
+	/* Epoch 2 is of a guest that was stopped. */
+	s = must_open(spec());
+	sim_step(&g);
+	OK(sim_send(&g, s, KC_EPOCH_RESYNC));
+	OK(kc_sink_wait(s, 3, 10000, &err));
+	kc_sink_end(s, KC_END_GUEST_DIED);
+	kc_sink_close(s);
+	wait_log("taken over at epoch 3");
+	for (i = 0; i < 3; i++)
+		must_refuse(spec(), &opts, &guest, ESHUTDOWN, "has taken over the guest at epoch 3");
+	/* Another daemon of the same QEMU, but not one of any other, such as that of the guest here. */
+	e = ask_other(&other, 5);
+	CHECK(e == ESHUTDOWN, "a restarted primary is refused with %s", strerror(e));
+	e = ask_other(&other, 6);
+	CHECK(e == EEXIST, "the primary of another QEMU is refused with %s", strerror(e));
+	guest.name[0] = 'T';
+	must_refuse(spec(), &opts, &guest, EEXIST, "has taken over guest test guest");
+	guest.name[0] = 't';
+	CHECK(!waitpid(standby, NULL, WNOHANG), "the standby ended");
+	stop_standby(SIGTERM);
+	must_refuse(spec(), &opts, &guest, ECONNREFUSED, "cannot connect");
+	kill(other.pid, SIGKILL);
+	reap(&other.pid);
+	read_all(pid_file, &buf, &len);
+	buf[len] = '\0';
+	pid = atoi((char *)buf);
+	kill(pid, SIGKILL);
+	CHECK(waitpid(pid, NULL, 0) == pid, "whose child is QEMU?");
+	free(pid_file);
+	free(buf);
 	sim_free(&g);
 }

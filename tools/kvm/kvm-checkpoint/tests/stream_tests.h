@@ -41,5 +41,6 @@ void test_full_queue(void);
 /* stream_standby.c */
 void test_restarted(void);
 void test_restarted_age(void);
+void test_taken_over(void);
 
 #endif
