@@ -62,6 +62,18 @@ struct kc_launch {
  */
 int kc_launch_check(const struct kc_launch *l, struct kc_err *err);
 
+/* An argument with its placeholders replaced; malloc()ed. */
+char *kc_expand(const struct kc_launch *l, const char *arg, struct kc_err *err);
+
+/* Is a path of RAM in it at all?  Of which guest is not known yet. */
+bool kc_launch_has_ram(const struct kc_launch *l);
+
+/* Are all blocks of the guest in it?  Else it would run without what they hold. */
+int kc_launch_check_blocks(const struct kc_launch *l, struct kc_err *err);
+
+/* Is there such a program, and may it be run?  0, or a negative errno. */
+int kc_can_run(const char *file, struct kc_err *err);
+
 /**
  * kc_launch() - start QEMU, load the state, let the guest run unless it was stopped
  * @pid: of QEMU, a child of ours.

@@ -32,6 +32,8 @@ static uint32_t errno_code(int error)
 	case EDQUOT:
 	case EFBIG:
 		return KC_ERR_SPACE;
+	case EOPNOTSUPP:
+		return KC_ERR_CONFIG;
 	default:
 		return KC_ERR_OTHER;
 	}
@@ -180,7 +182,11 @@ static int greet(struct session *s, const struct kc_hello *hello, struct kc_err 
 		sb->armed = true;
 		sb->heard_us = kc_now_us();
 		pthread_mutex_unlock(&sb->lock);
-	} else {
+	}
+	rc = kc_check_command(sb, &hello->guest, err);
+	if (rc)
+		return rc;
+	if (!w.has_ram) {
 		kc_log(KC_LOG_INFO, "making %" PRIu64 " MiB of RAM in %s",
 		       kc_guest_pages(&hello->guest) >> 8, sb->ram_dir);
 		rc = kc_ram_create(sb->ram, &hello->guest, still_there, s, err);

@@ -207,6 +207,29 @@ static void usage(FILE *f)
 		"Without a command, prints these and ends.\n");
 }
 
+/* What is needed when it is too late to mend it is looked at now: -1, or the exit status. */
+static int check(const struct standby *sb)
+{
+	struct kc_launch l = { .argv = sb->exec };
+	struct kc_err err;
+
+	if (sb->fence && kc_can_run(sb->fence[0], &err)) {
+		kc_log(KC_LOG_ERROR, "--fence: %s", err.text);
+		return 2;
+	}
+	if (!sb->exec)
+		return -1;
+	if (kc_launch_check(&l, &err) || kc_can_run(sb->exec[0], &err)) {
+		kc_log(KC_LOG_ERROR, "%s", err.text);
+		return 2;
+	}
+	if (!sb->bare && !kc_launch_has_ram(&l)) {
+		kc_log(KC_LOG_ERROR, "QEMU's command has no {ramN} or {ram:NAME} in it: the guest would go on without its memory; give it -object memory-backend-file,id=ram0,size={size0},share=on,mem-path={ram0}");
+		return 2;
+	}
+	return -1;
+}
+
 static int parse(struct standby *sb, int argc, char **argv)
 {
 	static const struct option options[] = {
@@ -233,7 +256,6 @@ static int parse(struct standby *sb, int argc, char **argv)
 	};
 	const char *fence = NULL, *exec = NULL;
 	unsigned int nr_caps = 0;
-	struct kc_launch l = { 0 };
 	struct kc_err err;
 	int o, i, index, rc;
 
@@ -334,12 +356,7 @@ static int parse(struct standby *sb, int argc, char **argv)
 		for (i = optind; sb->exec && i < argc; i++)
 			sb->exec[i - optind] = strdup(argv[i]);
 	}
-	l.argv = sb->exec;
-	if (sb->exec && kc_launch_check(&l, &err)) {
-		kc_log(KC_LOG_ERROR, "%s", err.text);
-		return 2;
-	}
-	return -1;
+	return check(sb);
 }
 
 /* An epoch of an earlier run is there: may silence of who made it be taken for death? */

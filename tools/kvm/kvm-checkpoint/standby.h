@@ -80,6 +80,9 @@ int kc_standby_wait(struct standby *sb, unsigned int ms);
 
 /* --- takeover.c ----------------------------------------------------------- */
 
+/* Would QEMU get all of the guest's memory?  0 or -EOPNOTSUPP. */
+int kc_check_command(struct standby *sb, const struct kc_guest *guest, struct kc_err *err);
+
 /* 0 if the guest runs here now (*pid > 0) or its files are given away (*pid is 0). */
 int kc_take_over(struct standby *sb, const char *reason, pid_t *pid, struct kc_err *err);
 

@@ -57,7 +57,7 @@ enum kc_rec_type {
 /* Why a receiver refuses or gives up; a receiver may send others. */
 enum kc_error_code {
 	KC_ERR_OTHER, KC_ERR_VERSION, KC_ERR_GUEST, KC_ERR_BUSY, KC_ERR_TAKEN_OVER, KC_ERR_STREAM,
-	KC_ERR_SPACE,
+	KC_ERR_SPACE, KC_ERR_CONFIG,
 };
 
 /* A record as found in a buffer. */

@@ -17,36 +17,69 @@ static int taken_over(void *ctx, struct kc_err *err)
 	return kc_ram_set_flags(sb->ram, kc_ram_flags(sb->ram) | KC_RAM_TAKEN_OVER, err);
 }
 
-/* As kc_launch() */
-static int start_guest(struct standby *sb, pid_t *pid, struct kc_err *err)
+static void free_launch(struct kc_launch *l)
 {
-	const struct kc_guest *g = kc_ram_guest(sb->ram);
-	struct kc_launch l = {
+	kc_free_argv(l->ram);
+	free((char *)l->state);
+}
+
+/* What QEMU would be started with now */
+static int make_launch(struct standby *sb, const struct kc_guest *g, struct kc_launch *l,
+		       struct kc_err *err)
+{
+	uint32_t i;
+
+	*l = (struct kc_launch){
 		.argv = sb->exec, .bare = sb->bare, .capabilities = sb->capabilities, .guest = g,
 		.state = kc_ram_state_path(sb->ram), .epoch = kc_ram_epoch(sb->ram),
 		.stopped = kc_ram_flags(sb->ram) & KC_RAM_STOPPED,
 		.timeout_ms = sb->load_timeout_ms, .committed = taken_over, .ctx = sb,
+		.ram = calloc(g->nr_blocks + 1, sizeof(char *)),
 	};
-	int qmp, rc = 0;
-	uint32_t i;
-
-	l.ram = calloc(g->nr_blocks + 1, sizeof(*l.ram));
-	for (i = 0; l.ram && i < g->nr_blocks; i++) {
-		l.ram[i] = kc_ram_block_path(sb->ram, i);
-		if (!l.ram[i])
-			rc = -ENOMEM;
+	for (i = 0; l->ram && i < g->nr_blocks; i++) {
+		l->ram[i] = kc_ram_block_path(sb->ram, i);
+		if (!l->ram[i])
+			break;
 	}
-	if (!l.ram || !l.state || rc)
-		rc = kc_fail(err, ENOMEM, "out of memory");
-	else
-		rc = kc_launch(&l, pid, &qmp, err);
+	if (l->ram && l->state && i == g->nr_blocks)
+		return 0;
+	free_launch(l);
+	return kc_fail(err, ENOMEM, "out of memory");
+}
+
+int kc_check_command(struct standby *sb, const struct kc_guest *guest, struct kc_err *err)
+{
+	struct kc_launch l;
+	int rc;
+
+	if (!sb->exec || sb->bare)
+		return 0;
+	rc = make_launch(sb, guest, &l, err);
+	if (rc)
+		return rc;
+	rc = kc_launch_check(&l, err);
+	if (!rc)
+		rc = kc_launch_check_blocks(&l, err);
+	free_launch(&l);
+	return rc ? -EOPNOTSUPP : 0;
+}
+
+/* As kc_launch() */
+static int start_guest(struct standby *sb, pid_t *pid, struct kc_err *err)
+{
+	struct kc_launch l;
+	int qmp, rc;
+
+	rc = make_launch(sb, kc_ram_guest(sb->ram), &l, err);
+	if (rc)
+		return rc;
+	rc = kc_launch(&l, pid, &qmp, err);
 	/* A command that could not be started has not touched the RAM. */
 	if (rc < 0 && sb->bare && (kc_ram_flags(sb->ram) & KC_RAM_TAKEN_OVER))
 		kc_ram_set_flags(sb->ram, kc_ram_flags(sb->ram) & ~KC_RAM_TAKEN_OVER, NULL);
 	if (rc >= 0 && qmp >= 0)
 		close(qmp);
-	kc_free_argv(l.ram);
-	free((char *)l.state);
+	free_launch(&l);
 	return rc;
 }
 

@@ -31,6 +31,8 @@ static int code_errno(uint32_t code)
 		return EBADMSG;
 	case KC_ERR_SPACE:
 		return ENOSPC;
+	case KC_ERR_CONFIG:
+		return EOPNOTSUPP;
 	default:
 		return EREMOTEIO;
 	}
@@ -92,6 +94,7 @@ static int why(struct kc_sink *s, int rc, struct kc_err *err)
 	case -ESHUTDOWN:
 	case -EBADMSG:
 	case -ENOSPC:
+	case -EOPNOTSUPP:
 	case -EREMOTEIO:
 		return kc_fail(err, -said_rc, "%s", said.text);
 	}

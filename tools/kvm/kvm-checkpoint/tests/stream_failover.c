@@ -170,7 +170,8 @@ void test_failover_again(void)
 	/* A command that cannot be started has not got the files. */
 	remove_tree(path_of("ram"));
 	start_standby(path_of("ram"), "--no-fence", "--timeout", "0", "--bare-exec", "--",
-		      path_of("nothing"), "{state}");
+		      script("nothing", "#!/bin/sh\n"), "{state}");
+	unlink(path_of("nothing"));
 	s = protected_guest(&g);
 	kc_sink_end(s, KC_END_GUEST_DIED);
 	kc_sink_close(s);
@@ -484,7 +485,7 @@ static void taken_over_by(const char *status, const char *why)
 	/* QEMU is to be found again when the standby is gone. */
 	CHECK(!prctl(PR_SET_CHILD_SUBREAPER, 1), "cannot adopt");
 	start_standby(path_of("ram"), "--no-fence", "--timeout", "0", "--load-timeout", "2s", "--",
-		      self, "--be-qemu", status, pid_file);
+		      self, "--be-qemu", status, pid_file, "{ram0}", "{ram1}");
 	s = protected_guest(&g);
 	/* It runs in this one. */
 	sim_goto(&g, 6);

@@ -131,6 +131,50 @@ void test_restarted_age(void)
 	sim_free(&g);
 }
 
+/* --- What is wrong with its command --------------------------------------- */
+
+/* It ends with 2, and says this. */
+static void must_not_start(const char *text, const char *a, const char *b, const char *c)
+{
+	unlink(path_of("log"));
+	CHECK(run("standby", "--listen", "127.0.0.1:0", "--psk-file", psk, "--ram-dir",
+		  path_of("ram"), a, b, c, NULL) == 2 && log_has(text), "it does not say \"%s\"",
+	      text);
+}
+
+void test_configuration(void)
+{
+	char fence[PATH_MAX], qemu[PATH_MAX], command[2 * PATH_MAX];
+	struct kc_sink *s;
+
+	snprintf(fence, sizeof(fence), "--fence=%s x", path_of("typo"));
+	must_not_start("typo: No such file or directory", fence, NULL, NULL);
+	must_not_start("cannot run no-such-command", "--fence", "no-such-command", NULL);
+	write_text(path_of("typo"), 0600, "#!/bin/sh\n");
+	must_not_start("typo: Permission denied", fence, NULL, NULL);
+	must_not_start("cannot run /: Permission denied", "--fence=/", NULL, NULL);
+	must_not_start("no/such/qemu: No such file", "--no-fence", "--exec=/no/such/qemu {ram0}",
+		       NULL);
+	snprintf(qemu, sizeof(qemu), "%s", script("qemu", "#!/bin/sh\nexec sleep 100\n"));
+	snprintf(command, sizeof(command), "--exec=%s -m 4G", qemu);
+	must_not_start("has no {ramN}", "--no-fence", command, NULL);
+
+	/* Which blocks there are is known when a primary comes. */
+	start_standby(path_of("ram"), "--no-fence", "--timeout", "0", "--", qemu, "mem-path={ram0}",
+		      "{\"size\": {size1}}");
+	must_refuse(spec(), &opts, &guest, EOPNOTSUPP,
+		    "does not use block /objects/ram1 of the guest's RAM, by {ram1} or");
+	CHECK(!exists(path_of("ram/ram0")), "it made RAM");
+	stop_standby(SIGTERM);
+	start_standby(path_of("ram"), "--no-fence", "--timeout", "0", "--", qemu,
+		      "{ram:/objects/ram1}", "mem-path={ram0}");
+	s = must_open(spec());
+	kc_sink_close(s);
+	stop_standby(SIGTERM);
+	start_standby(path_of("ram"), "--no-fence", "--timeout", "0", "--", qemu, "{ram7}");
+	must_refuse(spec(), &opts, &guest, EOPNOTSUPP, "there is no {ram7}");
+}
+
 /* --- The guest is here now ------------------------------------------------ */
 
 /* Another process than this one, so another primary; opens a sink when told to: errno. */

@@ -818,6 +818,7 @@ static const struct test tests[] = {
 	{ "failover_again", test_failover_again },
 	{ "restarted", test_restarted },
 	{ "restarted_age", test_restarted_age },
+	{ "configuration", test_configuration },
 	{ "taken_over", test_taken_over },
 	{ "full_ram_dir", test_full_ram_dir },
 	{ "qemu", test_qemu },

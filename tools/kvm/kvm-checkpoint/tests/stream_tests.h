@@ -41,6 +41,7 @@ void test_full_queue(void);
 /* stream_standby.c */
 void test_restarted(void);
 void test_restarted_age(void);
+void test_configuration(void);
 void test_taken_over(void);
 
 #endif
