@@ -178,6 +178,51 @@ static int block_of(const struct kc_launch *l, const char *name, size_t n)
 	return -1;
 }
 
+/* In a buffer that has room for it */
+static void replace(char *s, const char *what, const char *by)
+{
+	size_t n = strlen(what), m = strlen(by);
+
+	for (; (s = strstr(s, what)); s += m) {
+		memmove(s + m, s + n, strlen(s + n) + 1);
+		memcpy(s, by, m);
+	}
+}
+
+char *kc_make_private(const char *arg)
+{
+	/* What is locked or allocated ahead would be a copy of all of it; spelled as QEMU takes it. */
+	static const char * const from[][2] = {
+		{ "share=on", "share=off" }, { "share=yes", "share=off" },
+		{ "share=true", "share=off" }, { "share=y", "share=off" },
+		{ "\"share\":true", "\"share\":false" }, { "\"share\": true", "\"share\":false" },
+		{ "prealloc=on", "prealloc=off" }, { "prealloc=yes", "prealloc=off" },
+		{ "prealloc=true", "prealloc=off" }, { "prealloc=y", "prealloc=off" },
+		{ "\"prealloc\":true", "\"prealloc\":false" },
+		{ "\"prealloc\": true", "\"prealloc\":false" }, { "mem-lock=on", "mem-lock=off" },
+	};
+	char *s = malloc(2 * strlen(arg) + 1);
+	unsigned int i;
+
+	if (!s)
+		return NULL;
+	strcpy(s, arg);
+	for (i = 0; i < sizeof(from) / sizeof(from[0]); i++)
+		replace(s, from[i][0], from[i][1]);
+	return s;
+}
+
+bool kc_launch_names_epoch(const struct kc_launch *l)
+{
+	char **a;
+
+	for (a = l->argv; *a; a++) {
+		if (strstr(*a, "{state}") || strstr(*a, "{epoch}"))
+			return true;
+	}
+	return false;
+}
+
 bool kc_launch_has_ram(const struct kc_launch *l)
 {
 	char **a;

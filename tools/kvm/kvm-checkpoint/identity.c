@@ -7,16 +7,15 @@
  * with the machine or with options such as -serial by how many of a type there are.
  */
 #include <errno.h>
-#include <fcntl.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
-#include <unistd.h>
 #include <xxhash.h>
 
 #include "identity.h"
+#include "process.h"
 
 #define MAX_LINES 4096u
 
@@ -148,42 +147,6 @@ static void describe(struct lines *l, struct kc_guest *id)
 			*end = '?';
 	}
 	free(text);
-}
-
-void kc_process_id(pid_t pid, uint8_t id[16])
-{
-	static const char boot_path[] = "/proc/sys/kernel/random/boot_id";
-	char path[64], text[1200] = "", stat[1024] = "", *p;
-	XXH128_hash_t h;
-	unsigned int i;
-	int fd;
-
-	memset(id, 0, 16);
-	fd = open(boot_path, O_RDONLY | O_CLOEXEC);
-	if (fd < 0 || read(fd, text, 36) != 36) {
-		if (fd >= 0)
-			close(fd);
-		return;
-	}
-	close(fd);
-	snprintf(path, sizeof(path), "/proc/%d/stat", pid);
-	fd = open(path, O_RDONLY | O_CLOEXEC);
-	if (fd < 0)
-		return;
-	if (read(fd, stat, sizeof(stat) - 1) < 0)
-		stat[0] = '\0';
-	close(fd);
-	/* Its name may have blanks and parentheses; what counts is when it was started, field 22. */
-	p = strrchr(stat, ')');
-	for (i = 2; p && i < 22; i++)
-		p = strchr(p + 1, ' ');
-	if (!p)
-		return;
-	snprintf(text + 36, sizeof(text) - 36, " %d %.30s", pid, p + 1);
-	p = strchr(text + 37, ' ');
-	p[1 + strcspn(p + 1, " ")] = '\0';
-	h = XXH3_128bits(text, strlen(text));
-	memcpy(id, &h, 16);
 }
 
 static void take_uuid(const char *text, uint8_t uuid[16])

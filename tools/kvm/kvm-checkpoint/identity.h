@@ -18,11 +18,4 @@
  */
 int kc_identify(struct qmp *q, struct kc_guest *id, struct kc_err *err);
 
-/**
- * kc_process_id() - tell a process from all others that there are or were, on any host
- * @pid: of it.
- * @id: filled in, with zeros if that is not known.
- */
-void kc_process_id(pid_t pid, uint8_t id[16]);
-
 #endif

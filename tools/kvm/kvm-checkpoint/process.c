@@ -6,15 +6,16 @@
 #include <fcntl.h>
 #include <poll.h>
 #include <signal.h>
+#include <stdio.h>
 #include <string.h>
 #include <sys/wait.h>
 #include <unistd.h>
+#include <xxhash.h>
 
-#include "launch.h"
 #include "process.h"
 
-/* In the child; @keep stays open, and @out says what failed. */
-static void child(char **argv, int keep, int out)
+/* In the child; @keep stays open, @errors is its stderr, and @out says what failed. */
+static void child(char **argv, int keep, int errors, int out)
 {
 	sigset_t none;
 	int e;
@@ -24,6 +25,8 @@ static void child(char **argv, int keep, int out)
 	signal(SIGPIPE, SIG_DFL);
 	if (keep >= 0)
 		fcntl(keep, F_SETFD, 0);
+	if (errors >= 0)
+		dup2(errors, STDERR_FILENO);
 	execvp(argv[0], argv);
 	e = errno;
 	if (write(out, &e, sizeof(e)) != sizeof(e))
@@ -31,7 +34,8 @@ static void child(char **argv, int keep, int out)
 	_exit(127);
 }
 
-int kc_start(char **argv, int keep, enum place place, pid_t *pid, struct kc_err *err)
+int kc_start(char **argv, int keep, int errors, enum place place, pid_t *pid,
+	     struct kc_err *err)
 {
 	int p[2], e = 0;
 	ssize_t n;
@@ -44,7 +48,7 @@ int kc_start(char **argv, int keep, enum place place, pid_t *pid, struct kc_err 
 			setsid();
 		else if (place == OWN_GROUP)
 			setpgid(0, 0);
-		child(argv, keep, p[1]);
+		child(argv, keep, errors, p[1]);
 	}
 	if (*pid < 0)
 		e = errno;
@@ -80,7 +84,7 @@ int kc_run_fence(char **argv, unsigned int timeout_ms, struct kc_err *err)
 	int rc, status;
 	pid_t pid, got;
 
-	rc = kc_start(argv, -1, OWN_GROUP, &pid, err);
+	rc = kc_start(argv, -1, -1, OWN_GROUP, &pid, err);
 	if (rc)
 		return rc;
 	while (!(got = waitpid(pid, &status, WNOHANG))) {
@@ -100,4 +104,40 @@ int kc_run_fence(char **argv, unsigned int timeout_ms, struct kc_err *err)
 		return kc_fail(err, EIO, "the fence %s failed with status %d", argv[0],
 			       WEXITSTATUS(status));
 	return 0;
+}
+
+void kc_process_id(pid_t pid, uint8_t id[16])
+{
+	static const char boot_path[] = "/proc/sys/kernel/random/boot_id";
+	char path[64], text[1200] = "", stat[1024] = "", *p;
+	XXH128_hash_t h;
+	unsigned int i;
+	int fd;
+
+	memset(id, 0, 16);
+	fd = open(boot_path, O_RDONLY | O_CLOEXEC);
+	if (fd < 0 || read(fd, text, 36) != 36) {
+		if (fd >= 0)
+			close(fd);
+		return;
+	}
+	close(fd);
+	snprintf(path, sizeof(path), "/proc/%d/stat", pid);
+	fd = open(path, O_RDONLY | O_CLOEXEC);
+	if (fd < 0)
+		return;
+	if (read(fd, stat, sizeof(stat) - 1) < 0)
+		stat[0] = '\0';
+	close(fd);
+	/* Its name may have blanks and parentheses; what counts is when it was started, field 22. */
+	p = strrchr(stat, ')');
+	for (i = 2; p && i < 22; i++)
+		p = strchr(p + 1, ' ');
+	if (!p)
+		return;
+	snprintf(text + 36, sizeof(text) - 36, " %d %.30s", pid, p + 1);
+	p = strchr(text + 37, ' ');
+	p[1 + strcspn(p + 1, " ")] = '\0';
+	h = XXH3_128bits(text, strlen(text));
+	memcpy(id, &h, 16);
 }

@@ -165,6 +165,7 @@ static void remove_leftovers(struct kc_ram *ram)
 	kc_ram_state_name(keep, ram->epoch);
 	while ((d = readdir(dir))) {
 		if (!strcmp(d->d_name, "redo") || !strcmp(d->d_name, "redo.tmp") ||
+		    !strcmp(d->d_name, "undo") || !strcmp(d->d_name, "undo.tmp") ||
 		    (!strncmp(d->d_name, "state-", 6) && strcmp(d->d_name, keep)))
 			unlinkat(ram->dir, d->d_name, 0);
 	}
@@ -234,6 +235,9 @@ int kc_ram_open(const char *path, bool durable, struct kc_ram **out, struct kc_e
 		rc = map_blocks(ram, false, NULL, NULL, err);
 		if (!rc)
 			rc = kc_ram_redo_again(ram, err);
+		/* Whoever was to try it is dead. */
+		if (!rc && (ram->flags & KC_RAM_UNTRIED) && !(ram->flags & KC_RAM_TAKEN_OVER))
+			rc = kc_ram_go_back(ram, err);
 	}
 	if (!rc && ram->epoch)
 		rc = kc_ram_read_state(ram, err);
@@ -267,6 +271,11 @@ void kc_ram_close(struct kc_ram *ram)
 const struct kc_guest *kc_ram_guest(const struct kc_ram *ram)
 {
 	return ram->has_guest ? &ram->guest : NULL;
+}
+
+void kc_ram_set_trial(struct kc_ram *ram, const struct kc_ram_trial *trial)
+{
+	ram->trial = trial;
 }
 
 const uint8_t *kc_ram_id(const struct kc_ram *ram)

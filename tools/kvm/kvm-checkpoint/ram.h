@@ -9,6 +9,7 @@
  *			host, whether the disk has all of that
  *	redo		a complete epoch on its way into the RAM files
  *	redo.tmp	an epoch that is being received
+ *	undo		the way back from an epoch that is yet to prove itself to the one before
  *
  * An epoch is complete when redo.tmp has been renamed to redo.  If the process dies while it copies
  * pages from redo to the RAM files, the next one does it again: redo has whole pages, no
@@ -73,6 +74,23 @@ char *kc_ram_state_path(const struct kc_ram *ram);
 #define KC_RAM_ENDED		1u	/* protection ended by intent: silence means nothing */
 #define KC_RAM_TAKEN_OVER	2u	/* QEMU got these files: they are no epoch any more */
 #define KC_RAM_STOPPED		4u	/* the guest was not running when the epoch was taken */
+#define KC_RAM_UNTRIED		8u	/* nobody knows yet whether it can be loaded */
+
+/**
+ * struct kc_ram_trial - who finds out whether an epoch can be loaded
+ * @needed: is this state of a kind that is not known to be loadable?
+ * @run: find out; the epoch is in its files.  -ECANCELED if there is no time for that.
+ *
+ * If it cannot be loaded, the RAM is again as it was before the epoch, which fails with that error.
+ */
+struct kc_ram_trial {
+	bool (*needed)(void *ctx, const struct kc_devices *state);
+	int (*run)(void *ctx, struct kc_err *err);
+	void *ctx;
+};
+
+/* To be asked for each epoch from now on; stays valid. */
+void kc_ram_set_trial(struct kc_ram *ram, const struct kc_ram_trial *trial);
 
 unsigned int kc_ram_flags(const struct kc_ram *ram);
 /* Replaces them; the next complete epoch does so, too. */

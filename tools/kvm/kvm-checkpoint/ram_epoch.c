@@ -14,7 +14,7 @@
 
 #include "ram_internal.h"
 
-static const char redo_magic[8] = "KCREDO2";
+static const char redo_magic[8] = "KCREDO2", undo_magic[8] = "KCUNDO2";
 
 static uint64_t ram_last(void *ctx)
 {
@@ -202,23 +202,34 @@ static int arrived(struct kc_ram *ram, uint64_t nr, uint64_t time_ms, unsigned i
 	ram->on_disk = ram->durable;
 	rc = kc_ram_sync_dir(ram, err);
 	unlinkat(ram->dir, "redo", 0);
-	if (old && old != nr) {
+	/* The state that there is a way back to stays. */
+	if (old && old != nr && !(flags & KC_RAM_UNTRIED)) {
 		kc_ram_state_name(name, old);
 		unlinkat(ram->dir, name, 0);
 	}
 	return rc;
 }
 
+/* What comes after the pages in redo and undo */
+static int write_end(struct kc_ram *ram, int fd, struct trailer *t, const char magic[8])
+{
+	size_t len = ram->nr_entries * sizeof(*ram->entries);
+
+	t->nr_entries = ram->nr_entries;
+	memcpy(t->magic, magic, sizeof(t->magic));
+	t->xxh = XXH3_64bits_withSeed(ram->entries, len,
+				      XXH3_64bits(t, offsetof(struct trailer, xxh)));
+	return kc_ram_write_full(fd, ram->entries, len) || kc_ram_write_full(fd, t, sizeof(*t)) ||
+	       (ram->durable && fdatasync(fd));
+}
+
 /* redo.tmp is whole: give it its end and its name. */
 static int seal(struct kc_ram *ram, uint64_t nr, uint64_t time_ms, unsigned int flags,
 		struct kc_err *err)
 {
-	struct trailer t = { .epoch = nr,
-			     .time_ms = time_ms,
-			     .flags = flags,
-			     .nr_slots = ram->nr_slots,
-			     .nr_entries = ram->nr_entries };
-	size_t i, len = ram->nr_entries * sizeof(*ram->entries);
+	struct trailer t = { .epoch = nr, .time_ms = time_ms, .flags = flags,
+			     .nr_slots = ram->nr_slots };
+	size_t i;
 	int rc;
 
 	rc = kc_ram_flush(ram, err);
@@ -226,11 +237,7 @@ static int seal(struct kc_ram *ram, uint64_t nr, uint64_t time_ms, unsigned int 
 		return rc;
 	for (i = 0; i < ram->nr_entries; i++)
 		ram->entries[i].slot = ram->slot[ram->entries[i].block][ram->entries[i].page];
-	memcpy(t.magic, redo_magic, sizeof(t.magic));
-	t.xxh = XXH3_64bits_withSeed(ram->entries, len,
-				     XXH3_64bits(&t, offsetof(struct trailer, xxh)));
-	if (kc_ram_write_full(ram->redo, ram->entries, len) || kc_ram_write_full(ram->redo, &t, sizeof(t)) ||
-	    (ram->durable && fdatasync(ram->redo)))
+	if (write_end(ram, ram->redo, &t, redo_magic))
 		return kc_ram_fail(err, ram, "write redo.tmp");
 	if (renameat(ram->dir, "redo.tmp", ram->dir, "redo"))
 		return kc_ram_fail(err, ram, "rename redo.tmp");
@@ -240,15 +247,89 @@ static int seal(struct kc_ram *ram, uint64_t nr, uint64_t time_ms, unsigned int 
 	return rc;
 }
 
+/* What the epoch is about to replace.  Its entries are redo's but for the slots. */
+static int keep_way_back(struct kc_ram *ram, struct kc_err *err)
+{
+	struct trailer t = { .epoch = ram->epoch, .time_ms = ram->time_ms, .flags = ram->flags };
+	bool failed = false;
+	size_t i;
+	int fd;
+
+	fd = openat(ram->dir, "undo.tmp", O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC | O_NOFOLLOW,
+		    0600);
+	if (fd < 0)
+		return kc_ram_fail(err, ram, "make undo.tmp");
+	for (i = 0; i < ram->nr_entries && !failed; i++) {
+		struct entry *e = &ram->entries[i];
+		const uint8_t *page = ram->map[e->block] + e->page * KC_PAGE_SIZE;
+
+		e->slot = SLOT_ZERO;
+		if (kc_is_zero_page(page))
+			continue;
+		e->slot = ++t.nr_slots;
+		failed = kc_ram_write_full(fd, page, KC_PAGE_SIZE);
+	}
+	if (!failed)
+		failed = write_end(ram, fd, &t, undo_magic) ||
+			 renameat(ram->dir, "undo.tmp", ram->dir, "undo");
+	if (failed) {
+		int rc = kc_ram_fail(err, ram, "write undo.tmp");
+
+		close(fd);
+		unlinkat(ram->dir, "undo.tmp", 0);
+		return rc;
+	}
+	close(fd);
+	return kc_ram_sync_dir(ram, err);
+}
+
+/* It can be loaded: there is no way back any more. */
+static int prove(struct kc_ram *ram, uint64_t old, struct kc_err *err)
+{
+	unsigned int flags = ram->flags & ~KC_RAM_UNTRIED;
+	char name[32];
+	int rc;
+
+	rc = kc_ram_replace_meta(ram, ram->epoch, flags, ram->on_disk, err);
+	if (rc)
+		return rc;
+	ram->flags = flags;
+	unlinkat(ram->dir, "undo", 0);
+	kc_ram_state_name(name, old);
+	if (old)
+		unlinkat(ram->dir, name, 0);
+	return 0;
+}
+
+/* The epoch is in its files, and untried. */
+static int try(struct kc_ram *ram, uint64_t old, struct kc_err *err)
+{
+	struct kc_err why;
+	int rc = ram->trial->run(ram->trial->ctx, err);
+
+	if (!rc)
+		return prove(ram, old, err);
+	/* Nothing is known against it, and there is nothing else. */
+	if (rc == -ECANCELED && !old)
+		return 0;
+	if (kc_ram_go_back(ram, &why)) {
+		kc_log(KC_LOG_ERROR, "cannot go back to epoch %" PRIu64 ": %s", old, why.text);
+		ram->torn = true;
+	}
+	return rc;
+}
+
 static int ram_commit(void *ctx, uint64_t nr, const struct kc_devices *state, struct kc_err *err)
 {
 	unsigned int flags = state->stopped ? KC_RAM_STOPPED : 0;
 	struct kc_devices copy = { .data = NULL };
-	uint64_t now = kc_wall_ms();
 	struct kc_ram *ram = ctx;
+	uint64_t now = kc_wall_ms(), old = ram->epoch;
 	char name[32];
 	int rc;
 
+	if (ram->trial && ram->trial->needed(ram->trial->ctx, state))
+		flags |= KC_RAM_UNTRIED;
 	/* All that may fail for want of space comes before the epoch is complete. */
 	kc_ram_state_name(name, nr);
 	rc = kc_devices_keep(&copy, state, err);
@@ -256,10 +337,13 @@ static int ram_commit(void *ctx, uint64_t nr, const struct kc_devices *state, st
 		rc = kc_ram_write_file(ram, name, state->data, state->len, NULL, 0, err);
 	if (!rc)
 		rc = kc_ram_write_meta_tmp(ram, nr, now, flags, ram->durable, err);
+	if (!rc && !ram->direct && (flags & KC_RAM_UNTRIED))
+		rc = keep_way_back(ram, err);
 	if (!rc && !ram->direct)
 		rc = seal(ram, nr, now, flags, err);
 	if (rc) {
 		unlinkat(ram->dir, name, 0);
+		unlinkat(ram->dir, "undo", 0);
 		free(copy.data);
 		ram_abort(ram);
 		return rc;
@@ -277,7 +361,7 @@ static int ram_commit(void *ctx, uint64_t nr, const struct kc_devices *state, st
 	ram->torn = false;
 	free(ram->state.data);
 	ram->state = copy;
-	return 0;
+	return flags & KC_RAM_UNTRIED ? try(ram, old, err) : 0;
 }
 
 const struct kc_rx_ops kc_ram_ops = {
@@ -291,58 +375,103 @@ const struct kc_rx_ops kc_ram_ops = {
 	.abort = ram_abort,
 };
 
-/* A complete epoch that may not have reached the RAM files: its number, 0 if there is none. */
-int kc_ram_redo_again(struct kc_ram *ram, struct kc_err *err)
+/* The end of redo or undo, and its entries, malloc()ed; what is wrong with them is not said. */
+static int read_end(struct kc_ram *ram, int fd, const char magic[8], struct trailer *t,
+		    struct entry **out)
 {
-	struct entry *entries = NULL;
-	struct trailer t;
-	struct stat st;
+	struct entry *entries;
 	uint64_t i, size;
-	int fd, rc = 0;
+	struct stat st;
 
-	fd = openat(ram->dir, "redo", O_RDONLY | O_CLOEXEC | O_NOFOLLOW);
-	if (fd < 0)
-		return errno == ENOENT ? 0 : kc_ram_fail(err, ram, "open redo");
-	if (fstat(fd, &st) || st.st_size < (off_t)sizeof(t) ||
-	    pread(fd, &t, sizeof(t), st.st_size - sizeof(t)) != (ssize_t)sizeof(t))
-		goto damaged;
-	if (t.epoch <= ram->epoch || !ram->epoch)
-		goto out;	/* it had arrived, or is of before the boot */
-	size = st.st_size - sizeof(t);
-	if (memcmp(t.magic, redo_magic, sizeof(t.magic)) || t.nr_slots > size / KC_PAGE_SIZE ||
-	    t.nr_entries != (size - t.nr_slots * KC_PAGE_SIZE) / sizeof(*entries) ||
-	    (size - t.nr_slots * KC_PAGE_SIZE) % sizeof(*entries))
-		goto damaged;
-	size -= t.nr_slots * KC_PAGE_SIZE;
+	*out = NULL;
+	if (fstat(fd, &st) || st.st_size < (off_t)sizeof(*t) ||
+	    pread(fd, t, sizeof(*t), st.st_size - sizeof(*t)) != (ssize_t)sizeof(*t))
+		return -EPROTO;
+	size = st.st_size - sizeof(*t);
+	if (memcmp(t->magic, magic, sizeof(t->magic)) || t->nr_slots > size / KC_PAGE_SIZE ||
+	    t->nr_entries != (size - t->nr_slots * KC_PAGE_SIZE) / sizeof(*entries) ||
+	    (size - t->nr_slots * KC_PAGE_SIZE) % sizeof(*entries))
+		return -EPROTO;
+	size -= t->nr_slots * KC_PAGE_SIZE;
 	entries = malloc(size + 1);
-	if (!entries) {
-		rc = kc_fail(err, ENOMEM, "out of memory");
-		goto out;
-	}
-	if (pread(fd, entries, size, t.nr_slots * KC_PAGE_SIZE) != (ssize_t)size ||
-	    XXH3_64bits_withSeed(entries, size, XXH3_64bits(&t, offsetof(struct trailer, xxh))) !=
-		    t.xxh)
-		goto damaged;
-	for (i = 0; i < t.nr_entries; i++) {
+	if (!entries)
+		return -ENOMEM;
+	*out = entries;
+	if (pread(fd, entries, size, t->nr_slots * KC_PAGE_SIZE) != (ssize_t)size ||
+	    XXH3_64bits_withSeed(entries, size,
+				 XXH3_64bits(t, offsetof(struct trailer, xxh))) != t->xxh)
+		return -EPROTO;
+	for (i = 0; i < t->nr_entries; i++) {
 		if (entries[i].block >= ram->guest.nr_blocks ||
 		    entries[i].page >= ram->guest.blocks[entries[i].block].npages ||
-		    (entries[i].slot != SLOT_ZERO && entries[i].slot - 1 >= t.nr_slots))
-			goto damaged;
+		    (entries[i].slot != SLOT_ZERO && entries[i].slot - 1 >= t->nr_slots))
+			return -EPROTO;
 	}
-	kc_log(KC_LOG_INFO, "finishing epoch %" PRIu64 ", which was complete", t.epoch);
-	rc = apply(ram, fd, entries, t.nr_entries, t.nr_slots, err);
-	if (!rc)
-		rc = kc_ram_write_meta_tmp(ram, t.epoch, t.time_ms, t.flags, ram->durable, err);
-	if (!rc)
-		rc = arrived(ram, t.epoch, t.time_ms, t.flags, err);
-	goto out;
-damaged:
-	rc = kc_fail(err, EPROTO, "%s/redo is damaged: remove %s and start from nothing", ram->path,
-		     ram->path);
-out:
+	return 0;
+}
+
+static int replay(struct kc_ram *ram, const char *name, const char magic[8], struct kc_err *err)
+{
+	bool redo = magic == redo_magic;
+	struct entry *entries = NULL;
+	struct trailer t;
+	int fd, rc;
+
+	fd = openat(ram->dir, name, O_RDONLY | O_CLOEXEC | O_NOFOLLOW);
+	if (fd < 0)
+		return errno == ENOENT && redo ? 0 : kc_ram_fail(err, ram, "open undo or redo");
+	rc = read_end(ram, fd, magic, &t, &entries);
+	if (rc == -ENOMEM) {
+		kc_fail(err, ENOMEM, "out of memory");
+	} else if (rc) {
+		kc_fail(err, EPROTO, "%s/%s is damaged: remove %s and start from nothing", ram->path,
+			name, ram->path);
+	} else if (redo && (t.epoch <= ram->epoch || !ram->epoch)) {
+		/* It had arrived, or is of before the boot */
+	} else {
+		kc_log(KC_LOG_INFO, redo ? "finishing epoch %" PRIu64 ", which was complete" :
+		       "going back to epoch %" PRIu64, t.epoch);
+		rc = apply(ram, fd, entries, t.nr_entries, t.nr_slots, err);
+		if (!rc)
+			rc = kc_ram_write_meta_tmp(ram, t.epoch, t.time_ms, t.flags, ram->durable,
+						   err);
+		if (!rc)
+			rc = arrived(ram, t.epoch, t.time_ms, t.flags, err);
+	}
 	free(entries);
 	close(fd);
 	return rc;
+}
+
+int kc_ram_redo_again(struct kc_ram *ram, struct kc_err *err)
+{
+	return replay(ram, "redo", redo_magic, err);
+}
+
+int kc_ram_go_back(struct kc_ram *ram, struct kc_err *err)
+{
+	char name[32];
+	int rc;
+
+	if (!faccessat(ram->dir, "undo", F_OK, AT_SYMLINK_NOFOLLOW)) {
+		rc = replay(ram, "undo", undo_magic, err);
+		if (!rc)
+			rc = kc_ram_read_state(ram, err);
+		if (!rc)
+			unlinkat(ram->dir, "undo", 0);
+		return rc;
+	}
+	/* There was none before. */
+	kc_ram_state_name(name, ram->epoch);
+	rc = kc_ram_replace_meta(ram, 0, 0, false, err);
+	if (rc)
+		return rc;
+	ram->epoch = 0;
+	ram->flags = 0;
+	free(ram->state.data);
+	ram->state = (struct kc_devices){ .data = NULL };
+	unlinkat(ram->dir, name, 0);
+	return 0;
 }
 
 int kc_ram_read_state(struct kc_ram *ram, struct kc_err *err)
@@ -368,7 +497,9 @@ int kc_ram_settle(struct kc_ram *ram, struct kc_err *err)
 	if (!ram->torn)
 		return 0;
 	rc = kc_ram_redo_again(ram, err);
-	if (!rc)
+	if (!rc && (ram->flags & KC_RAM_UNTRIED))
+		rc = kc_ram_go_back(ram, err);
+	else if (!rc)
 		rc = kc_ram_read_state(ram, err);
 	if (!rc)
 		ram->torn = false;

@@ -48,6 +48,8 @@ struct kc_ram {
 	uint8_t *map[KC_MAX_BLOCKS];
 	struct kc_devices state;
 
+	const struct kc_ram_trial *trial;
+
 	/* The epoch that is being received. */
 	bool direct;
 	int redo;
@@ -86,6 +88,8 @@ void kc_ram_drop(struct kc_ram *ram);
 int kc_ram_flush(struct kc_ram *ram, struct kc_err *err);
 /* A complete epoch that may not have reached the RAM files. */
 int kc_ram_redo_again(struct kc_ram *ram, struct kc_err *err);
+/* The way back from an epoch that was not tried: to the one before, or to none. */
+int kc_ram_go_back(struct kc_ram *ram, struct kc_err *err);
 int kc_ram_read_state(struct kc_ram *ram, struct kc_err *err);
 
 #endif

@@ -153,6 +153,27 @@ static void heartbeat(struct session *s, uint64_t us)
 		kc_io_flush(s->io, NULL);
 }
 
+void kc_session_still_there(struct standby *sb)
+{
+	uint64_t now = kc_now_us();
+
+	/* The active one is that of this thread. */
+	if (sb->active && now - sb->still_there_us > heartbeat_ms(sb) * 1000ull / 2) {
+		sb->still_there_us = now;
+		heartbeat(sb->active, 0);
+	}
+}
+
+enum mode kc_standby_mode(struct standby *sb)
+{
+	enum mode mode;
+
+	pthread_mutex_lock(&sb->lock);
+	mode = sb->mode;
+	pthread_mutex_unlock(&sb->lock);
+	return mode;
+}
+
 /* Making RAM for a large guest takes its time: say that we live. */
 static void still_there(void *ctx)
 {
@@ -318,6 +339,7 @@ static int receive(struct session *s, struct kc_rx *rx, struct kc_err *err)
 		switch (rc) {
 		case KC_COMMIT:
 			rc = acknowledge(s, rx, t, &offset, err);
+			kc_ready_wait(sb);
 			break;
 		case KC_HEARTBEAT:
 			rc = kc_get_heartbeat(&rec, &t, err);

@@ -196,6 +196,7 @@ static void usage(FILE *f)
 		"                        a shell, but no shell; or as arguments after \"--\"\n"
 		"  --bare-exec           add nothing to it: it loads {state} by itself\n"
 		"  --capability NAME     migration capability to set before the state is loaded\n"
+		"  --no-trial            do not try to load the guest's state before it is needed\n"
 		"  --load-timeout TIME   for QEMU to have loaded the state (default 30s)\n"
 		"  --control PATH        unix socket for status and promote\n"
 		"  --psk-file FILE, --psk-identity NAME, --insecure, --io-timeout TIME\n"
@@ -244,6 +245,7 @@ static int parse(struct standby *sb, int argc, char **argv)
 		{ "exec", 1, NULL, 'e' },
 		{ "bare-exec", 0, NULL, 'b' },
 		{ "capability", 1, NULL, 'C' },
+		{ "no-trial", 0, NULL, 'N' },
 		{ "load-timeout", 1, NULL, 'L' },
 		{ "control", 1, NULL, 'c' },
 		{ "json", 0, NULL, 'j' },
@@ -297,6 +299,9 @@ static int parse(struct standby *sb, int argc, char **argv)
 			ok = nr_caps < 7;
 			if (ok)
 				sb->capabilities[nr_caps++] = optarg;
+			break;
+		case 'N':
+			sb->no_trial = true;
 			break;
 		case 'L':
 			ok = !kc_parse_ms(optarg, &sb->load_timeout_ms) && sb->load_timeout_ms;
@@ -426,6 +431,7 @@ int cmd_standby(int argc, char **argv)
 		       sb.ram_dir, sb.ram_dir);
 		goto out;
 	}
+	kc_ready_init(&sb);
 	sb.heard_us = kc_now_us();
 	listener = kc_io_listen(sb.listen, &sb.opts, &err);
 	if (listener < 0) {
@@ -452,6 +458,7 @@ int cmd_standby(int argc, char **argv)
 	kc_log(KC_LOG_INFO, "listening on %s%s; last complete epoch %" PRIu64, sb.listen,
 	       sb.opts.insecure ? " without encryption" : "", kc_ram_epoch(sb.ram));
 	rc = serve(&sb, listener, signals);
+	kc_ready_stop(&sb);
 	kc_ctl_stop(ctl);
 	/* A connection that does not end keeps what it uses; the process ends now anyway. */
 	if (sb.nr_sessions)

@@ -15,6 +15,10 @@
 #include "launch.h"
 #include "ram.h"
 #include "status.h"
+#include "vmstate.h"
+
+/* So many kinds of state are known to be loadable */
+#define KC_KINDS 64u
 
 enum mode { SERVING, FAILING_OVER, TAKEN_OVER, STOPPING };
 
@@ -42,6 +46,18 @@ struct standby {
 	char *capabilities[8];
 
 	struct kc_ram *ram;
+	/*
+	 * Whoever may touch the RAM may touch these (ready.c): QEMU that waits for the guest and
+	 * QEMU that tries to load it, if there are; the kinds of state that were loaded, and the one
+	 * that is about to be.
+	 */
+	struct kc_qemu warm, trial;
+	uint64_t warm_started_us, warm_not_before_us, warm_pause_us;
+	struct kc_ram_trial ram_trial;
+	struct kc_vmstate_memo memo;
+	uint64_t loaded[KC_KINDS], kind;
+	unsigned int nr_loaded;
+	bool no_trial, cancelled;
 	struct kc_status *status;
 	struct kc_sink_stats stats;
 
@@ -62,6 +78,7 @@ struct standby {
 	bool guest_died;
 	/* When an active session that is gone was heard last. */
 	uint64_t heard_us;
+	uint64_t still_there_us;	/* when the active session said so last */
 };
 
 /* --- session.c ------------------------------------------------------------ */
@@ -78,7 +95,31 @@ void kc_session_kick(struct session *s);
 /* With the lock, which is not held meanwhile.  0, or -ETIMEDOUT. */
 int kc_standby_wait(struct standby *sb, unsigned int ms);
 
+/* In the active session's thread: tell the primary that we live, if that is due. */
+void kc_session_still_there(struct standby *sb);
+
+enum mode kc_standby_mode(struct standby *sb);
+
+/* --- ready.c -------------------------------------------------------------- */
+
+/* Once, when the RAM is open. */
+void kc_ready_init(struct standby *sb);
+
+/* Now and then: have a QEMU that waits. */
+void kc_ready_wait(struct standby *sb);
+
+/* It is not needed any more. */
+void kc_ready_stop(struct standby *sb);
+
+/* It is the guest's now. */
+void kc_ready_forget(struct standby *sb);
+
 /* --- takeover.c ----------------------------------------------------------- */
+
+/* What QEMU would be started with now */
+int kc_make_launch(struct standby *sb, const struct kc_guest *g, struct kc_launch *l,
+		   struct kc_err *err);
+void kc_free_launch(struct kc_launch *l);
 
 /* Would QEMU get all of the guest's memory?  0 or -EOPNOTSUPP. */
 int kc_check_command(struct standby *sb, const struct kc_guest *guest, struct kc_err *err);

@@ -8,6 +8,7 @@
 #include <stdlib.h>
 #include <unistd.h>
 
+#include "process.h"
 #include "standby.h"
 
 static int taken_over(void *ctx, struct kc_err *err)
@@ -17,15 +18,14 @@ static int taken_over(void *ctx, struct kc_err *err)
 	return kc_ram_set_flags(sb->ram, kc_ram_flags(sb->ram) | KC_RAM_TAKEN_OVER, err);
 }
 
-static void free_launch(struct kc_launch *l)
+void kc_free_launch(struct kc_launch *l)
 {
 	kc_free_argv(l->ram);
 	free((char *)l->state);
 }
 
-/* What QEMU would be started with now */
-static int make_launch(struct standby *sb, const struct kc_guest *g, struct kc_launch *l,
-		       struct kc_err *err)
+int kc_make_launch(struct standby *sb, const struct kc_guest *g, struct kc_launch *l,
+		   struct kc_err *err)
 {
 	uint32_t i;
 
@@ -43,7 +43,7 @@ static int make_launch(struct standby *sb, const struct kc_guest *g, struct kc_l
 	}
 	if (l->ram && l->state && i == g->nr_blocks)
 		return 0;
-	free_launch(l);
+	kc_free_launch(l);
 	return kc_fail(err, ENOMEM, "out of memory");
 }
 
@@ -54,32 +54,38 @@ int kc_check_command(struct standby *sb, const struct kc_guest *guest, struct kc
 
 	if (!sb->exec || sb->bare)
 		return 0;
-	rc = make_launch(sb, guest, &l, err);
+	rc = kc_make_launch(sb, guest, &l, err);
 	if (rc)
 		return rc;
 	rc = kc_launch_check(&l, err);
 	if (!rc)
 		rc = kc_launch_check_blocks(&l, err);
-	free_launch(&l);
+	kc_free_launch(&l);
 	return rc ? -EOPNOTSUPP : 0;
 }
 
-/* As kc_launch() */
+/* As kc_launch(), into the QEMU that waits for that if there is one */
 static int start_guest(struct standby *sb, pid_t *pid, struct kc_err *err)
 {
 	struct kc_launch l;
-	int qmp, rc;
+	int rc;
 
-	rc = make_launch(sb, kc_ram_guest(sb->ram), &l, err);
+	rc = kc_make_launch(sb, kc_ram_guest(sb->ram), &l, err);
 	if (rc)
 		return rc;
-	rc = kc_launch(&l, pid, &qmp, err);
+	if (!kc_qemu_lives(&sb->warm))
+		kc_log(KC_LOG_INFO, "no QEMU has been started ahead");
+	rc = kc_launch(&l, &sb->warm, err);
 	/* A command that could not be started has not touched the RAM. */
 	if (rc < 0 && sb->bare && (kc_ram_flags(sb->ram) & KC_RAM_TAKEN_OVER))
 		kc_ram_set_flags(sb->ram, kc_ram_flags(sb->ram) & ~KC_RAM_TAKEN_OVER, NULL);
-	if (rc >= 0 && qmp >= 0)
-		close(qmp);
-	free_launch(&l);
+	kc_free_launch(&l);
+	if (rc < 0)
+		return rc;
+	kc_ready_forget(sb);
+	*pid = sb->warm.pid;
+	qmp_close(&sb->warm.qmp);
+	sb->warm.pid = 0;
 	return rc;
 }
 
