@@ -5,19 +5,25 @@
 #include <errno.h>
 #include <getopt.h>
 #include <inttypes.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
 #include <poll.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/eventfd.h>
 #include <sys/signalfd.h>
 #include <sys/wait.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "standby.h"
 
-#define TICK_MS 50u
 #define RETRY_MS 5000u
+#define MAX_SLEEP_US 1000000ull
+/* Nobody is late by so much for want of CPU alone, and uses none of it */
+#define STOPPED_US 500000ull
 
 static char *command(void *ctx, const char *line, bool *ok)
 {
@@ -34,6 +40,7 @@ static char *command(void *ctx, const char *line, bool *ok)
 		text = "there is no complete epoch to go on from";
 	} else {
 		sb->promote = "told to";
+		kc_standby_wake(sb);
 		text = "failing over";
 		*ok = true;
 	}
@@ -41,36 +48,82 @@ static char *command(void *ctx, const char *line, bool *ok)
 	return strdup(text);
 }
 
+void kc_standby_wake(struct standby *sb)
+{
+	eventfd_write(sb->wake, 1);
+}
+
 /*
- * How long the primary has been silent.  In ticks of which none counts for more than it should be:
- * when this host was suspended or this process stopped, it is not the primary who was silent.
+ * How long the primary has been silent: in full, whatever else goes on here.  But when this host was
+ * suspended or this process stopped, it is not the primary who was silent.
  */
 struct silence {
-	uint64_t last_us, heard_us;
-	unsigned int ms;
+	uint64_t since_us;	/* nothing before that counts */
+	uint64_t looked_us, cpu_us, plan_us;
 };
 
-static bool is_silent(struct standby *sb, struct silence *q)
+static uint64_t cpu_us(void)
+{
+	struct timespec ts;
+
+	clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &ts);
+	return (uint64_t)ts.tv_sec * 1000000 + ts.tv_nsec / 1000;
+}
+
+/* A process that is frozen is not told so; one that is busy with something takes the CPU. */
+static void notice_stop(struct silence *q)
+{
+	uint64_t now = kc_now_us(), cpu = cpu_us(), late = now - q->looked_us;
+
+	late = late > q->plan_us ? late - q->plan_us : 0;
+	if (late > STOPPED_US && cpu - q->cpu_us < late / 20)
+		q->since_us = now;
+	q->looked_us = now;
+	q->cpu_us = cpu;
+}
+
+static uint64_t silent_us(struct standby *sb, const struct silence *q)
 {
 	uint64_t now = kc_now_us(), heard;
-	unsigned int gap = (now - q->last_us) / 1000;
-	bool armed;
 
 	pthread_mutex_lock(&sb->lock);
-	armed = sb->armed;
 	heard = sb->heard_us;
 	if (sb->active && sb->active->io)
 		heard = sb->active->busy ? now : kc_io_heard_us(sb->active->io);
 	pthread_mutex_unlock(&sb->lock);
-	q->last_us = now;
-	if (heard > q->heard_us) {
-		q->heard_us = heard;
-		q->ms = 0;
-	} else {
-		q->ms += gap < 4 * TICK_MS ? gap : 4 * TICK_MS;
-	}
-	return armed && sb->timeout_ms && q->ms > sb->timeout_ms && kc_ram_epoch(sb->ram) &&
+	if (heard < q->since_us)
+		heard = q->since_us;
+	return now > heard ? now - heard : 0;
+}
+
+static bool may_be_missed(struct standby *sb)
+{
+	bool armed;
+
+	pthread_mutex_lock(&sb->lock);
+	armed = sb->armed;
+	pthread_mutex_unlock(&sb->lock);
+	return armed && sb->timeout_ms && kc_ram_epoch(sb->ram) &&
 	       !(kc_ram_flags(sb->ram) & KC_RAM_ENDED);
+}
+
+/* Until something may have to be done that nothing wakes us for */
+static int plan_ms(struct standby *sb, struct silence *q, uint64_t not_before_us)
+{
+	uint64_t us = MAX_SLEEP_US, silent, now = kc_now_us();
+
+	if (sb->timeout_ms) {
+		silent = silent_us(sb, q);
+		/* It may fall silent at any moment, and be at work until then. */
+		us = sb->timeout_ms * 1000ull;
+		us = silent >= us ? us : us - silent;
+	}
+	if (us > MAX_SLEEP_US)
+		us = MAX_SLEEP_US;
+	if (sb->guest_died && not_before_us > now && us > not_before_us - now)
+		us = not_before_us - now;
+	q->plan_us = us;
+	return (us + 999) / 1000;
 }
 
 /*
@@ -92,12 +145,14 @@ static int attend(struct standby *sb, pid_t pid, int listener, int signals)
 			       WIFSIGNALED(status) ? WTERMSIG(status) : WEXITSTATUS(status));
 			return WIFEXITED(status) && !WEXITSTATUS(status) ? 0 : 1;
 		}
-		if (poll(p, 2, 1000) <= 0)
+		/* QEMU's end is a signal, too. */
+		if (poll(p, 2, -1) <= 0)
 			continue;
 		if (p[0].revents)
 			kc_session_take(sb, listener);
-		if (p[1].revents && read(signals, &si, sizeof(si)) == sizeof(si) &&
-		    si.ssi_signo != SIGCHLD) {
+		while (read(signals, &si, sizeof(si)) == sizeof(si)) {
+			if (si.ssi_signo == SIGCHLD || si.ssi_signo == SIGCONT)
+				continue;
 			kc_log(KC_LOG_INFO, "leaving QEMU (process %d) alone", pid);
 			return 0;
 		}
@@ -106,27 +161,33 @@ static int attend(struct standby *sb, pid_t pid, int listener, int signals)
 
 static int serve(struct standby *sb, int listener, int signals)
 {
-	struct pollfd p[2] = {
+	struct pollfd p[3] = {
 		{ .fd = listener, .events = POLLIN }, { .fd = signals, .events = POLLIN },
+		{ .fd = sb->wake, .events = POLLIN },
 	};
-	struct silence q = { .last_us = kc_now_us() };
-	uint64_t not_before_us = 0;
+	struct silence q = { .looked_us = kc_now_us(), .since_us = kc_now_us() };
+	uint64_t not_before_us = 0, silent;
+	struct signalfd_siginfo si;
 	char reason[80];
 	struct kc_err err;
+	eventfd_t count;
 	const char *why;
 	pid_t pid;
 	int rc;
 
 	for (;;) {
-		if (poll(p, 2, TICK_MS) < 0 && errno != EINTR)
+		if (poll(p, 3, plan_ms(sb, &q, not_before_us)) < 0 && errno != EINTR)
 			return 1;
+		notice_stop(&q);
+		if (p[2].revents)
+			eventfd_read(sb->wake, &count);
 		if (p[0].revents)
 			kc_session_take(sb, listener);
-		if (p[1].revents) {
-			struct signalfd_siginfo si;
-
-			if (read(signals, &si, sizeof(si)) == sizeof(si) &&
-			    si.ssi_signo != SIGCHLD) {
+		kc_session_tell(sb);
+		while (read(signals, &si, sizeof(si)) == sizeof(si)) {
+			if (si.ssi_signo == SIGCONT) {
+				q.since_us = kc_now_us();
+			} else if (si.ssi_signo != SIGCHLD) {
 				kc_log(KC_LOG_INFO, "stopped; last complete epoch %" PRIu64,
 				       kc_ram_epoch(sb->ram));
 				kc_session_stop_all(sb, STOPPING);
@@ -138,9 +199,10 @@ static int serve(struct standby *sb, int listener, int signals)
 		if (!why && sb->guest_died && kc_now_us() >= not_before_us)
 			why = "the primary's guest died";
 		pthread_mutex_unlock(&sb->lock);
-		if (is_silent(sb, &q) && !why) {
-			snprintf(reason, sizeof(reason), "the primary has been silent for %u ms",
-				 q.ms);
+		silent = silent_us(sb, &q);
+		if (!why && may_be_missed(sb) && silent >= sb->timeout_ms * 1000ull) {
+			snprintf(reason, sizeof(reason),
+				 "the primary has been silent for %" PRIu64 " ms", silent / 1000);
 			why = reason;
 		}
 		if (!why)
@@ -166,7 +228,8 @@ static int serve(struct standby *sb, int listener, int signals)
 		pthread_mutex_lock(&sb->lock);
 		sb->mode = SERVING;
 		pthread_mutex_unlock(&sb->lock);
-		q = (struct silence){ .last_us = kc_now_us(), .heard_us = q.heard_us };
+		q = (struct silence){ .looked_us = kc_now_us(), .since_us = kc_now_us(),
+				      .cpu_us = cpu_us() };
 		not_before_us = kc_now_us() + RETRY_MS * 1000ull;
 	}
 }
@@ -417,11 +480,13 @@ int cmd_standby(int argc, char **argv)
 	if (!sigaction(SIGHUP, NULL, &sa) && sa.sa_handler != SIG_IGN)
 		sigaddset(&set, SIGHUP);
 	sigaddset(&set, SIGCHLD);
+	sigaddset(&set, SIGCONT);
 	pthread_sigmask(SIG_BLOCK, &set, NULL);
-	signals = signalfd(-1, &set, SFD_CLOEXEC);
+	signals = signalfd(-1, &set, SFD_CLOEXEC | SFD_NONBLOCK);
+	sb.wake = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 
 	sb.status = kc_status_new("standby", "");
-	if (signals < 0 || !sb.status || kc_ram_open(sb.ram_dir, sb.durable, &sb.ram, &err)) {
+	if (signals < 0 || sb.wake < 0 || !sb.status || kc_ram_open(sb.ram_dir, sb.durable, &sb.ram, &err)) {
 		kc_log(KC_LOG_ERROR, "%s", err.text[0] ? err.text : "out of memory");
 		goto out;
 	}
@@ -432,12 +497,14 @@ int cmd_standby(int argc, char **argv)
 		goto out;
 	}
 	kc_ready_init(&sb);
-	sb.heard_us = kc_now_us();
+	sb.heard_us = sb.told_us = kc_now_us();
 	listener = kc_io_listen(sb.listen, &sb.opts, &err);
 	if (listener < 0) {
 		kc_log(KC_LOG_ERROR, "%s", err.text);
 		goto out;
 	}
+	/* Who says nothing does not even get here. */
+	setsockopt(listener, IPPROTO_TCP, TCP_DEFER_ACCEPT, &(int){ 1 }, sizeof(int));
 	kc_status_phase(sb.status, "waiting for the primary");
 	if (g)
 		kc_status_guest(sb.status, g->name);

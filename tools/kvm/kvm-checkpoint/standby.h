@@ -31,6 +31,8 @@ struct session {
 	uint8_t instance[16];
 	/* Not waiting for the primary but at work for it. */
 	atomic_bool busy;
+	/* With the lock: it had a key, and said a guest; it is to end. */
+	bool is_primary, kicked;
 };
 
 struct standby {
@@ -78,13 +80,25 @@ struct standby {
 	bool guest_died;
 	/* When an active session that is gone was heard last. */
 	uint64_t heard_us;
+	/* Refusals that were told, or would have been, since then. */
+	unsigned int nr_told;
+	uint64_t told_us;
+	int wake;	/* an eventfd, for the main thread */
 	uint64_t still_there_us;	/* when the active session said so last */
 };
 
+/* --- standby.c ------------------------------------------------------------ */
+
+/* The main thread is to look at what has changed. */
+void kc_standby_wake(struct standby *sb);
+
 /* --- session.c ------------------------------------------------------------ */
 
-/* Accept what came to the listener, and serve it in a thread of its own. */
+/* Accept what came to the listener, and serve each in a thread of its own. */
 void kc_session_take(struct standby *sb, int listener);
+
+/* Now and then: how many refusals were not told. */
+void kc_session_tell(struct standby *sb);
 
 /* End all connections, and wait for their threads. */
 void kc_session_stop_all(struct standby *sb, enum mode mode);

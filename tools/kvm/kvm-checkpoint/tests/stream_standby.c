@@ -3,6 +3,7 @@
  * What a standby decides by itself: whether silence means that the primary is dead, and what it
  * says to primaries when it has taken over.
  */
+#include <arpa/inet.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <poll.h>
@@ -11,6 +12,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/prctl.h>
+#include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -128,6 +130,107 @@ void test_restarted_age(void)
 	must_wait(1500);
 	CHECK(log_has("clock was set back"), "it does not say why");
 	stop_standby(SIGTERM);
+	sim_free(&g);
+}
+
+/* --- Who has no key ------------------------------------------------------- */
+
+/* Connects as often as it can, says nothing, or nonsense, and keeps what it can keep. */
+static pid_t start_flood(void)
+{
+	static const char junk[] = "\x16\x03\x01GET / HTTP/1.0\r\n\r\n";
+	struct sockaddr_in sa = { .sin_family = AF_INET, .sin_port = htons(port),
+				  .sin_addr.s_addr = htonl(INADDR_LOOPBACK) };
+	int fds[200] = { 0 };
+	pid_t pid = fork();
+	unsigned int i;
+
+	if (pid)
+		return pid;
+	prctl(PR_SET_PDEATHSIG, SIGKILL);
+	for (i = 0;; i++) {
+		int *fd = &fds[i % 200];
+
+		if (*fd > 0)
+			close(*fd);
+		*fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+		if (connect(*fd, (struct sockaddr *)&sa, sizeof(sa)))
+			continue;
+		if (i % 3 && write(*fd, junk, i % 3 == 1 ? 1 : sizeof(junk)) < 0)
+			continue;
+	}
+}
+
+void test_flood(void)
+{
+	const unsigned int timeout_ms = 3000;
+	uint64_t end, heard, t;
+	unsigned int lines = 0;
+	struct kc_sink *s;
+	pid_t pid[2];
+	struct sim g;
+	uint8_t *buf;
+	size_t len;
+	char *p;
+
+	start_standby(path_of("ram"), "--fence", fence_command(), "--timeout", "3s");
+	pid[0] = start_flood();
+	pid[1] = start_flood();
+	poll(NULL, 0, 1000);
+	/* A primary gets in. */
+	for (end = kc_now_us() + 60000000; !(s = kc_sink_open(spec(), &opts, &guest, &err));)
+		CHECK(kc_sink_is_temporary(errno) && kc_now_us() < end, "no way in: %s", err.text);
+	sim_init(&g);
+	sim_step(&g);
+	OK(sim_send(&g, s, KC_EPOCH_FULL));
+	OK(kc_sink_wait(s, 1, 60000, &err));
+	/* Is heard. */
+	for (end = kc_now_us() + 11000000; kc_now_us() < end; poll(NULL, 0, 20))
+		OK(kc_sink_poll(s, NULL, &err));
+	CHECK(!exists(path_of("fenced")), "the host of a guest that lives is fenced");
+	/* And missed, in time. */
+	heard = kc_now_us();
+	kc_sink_close(s);
+	CHECK(wait_for(path_of("fenced"), 30000), "it is never missed");
+	t = kc_now_us() - heard;
+	printf("# fenced %" PRIu64 " ms after it was heard\n", t / 1000);
+	CHECK(t < (2 * timeout_ms + 1000) * 1000ull, "that took %" PRIu64 " ms", t / 1000);
+	kill(pid[0], SIGKILL);
+	kill(pid[1], SIGKILL);
+	reap(&pid[0]);
+	reap(&pid[1]);
+	CHECK(reap(&standby) == 0, "the standby failed");
+	read_all(path_of("log"), &buf, &len);
+	buf[len] = '\0';
+	for (p = (char *)buf; (p = strstr(p, "refused")); p++)
+		lines++;
+	CHECK(log_has("connections more") && lines < 60, "refused %u times", lines);
+	free(buf);
+	sim_free(&g);
+}
+
+/* That the standby itself was stopped says nothing about the primary. */
+void test_standby_stopped(void)
+{
+	struct kc_sink *s;
+	struct sim g;
+	unsigned int i;
+
+	start_standby(path_of("ram"), "--fence", fence_command(), "--timeout", "1s");
+	s = protected_guest(&g);
+	kill(standby, SIGSTOP);
+	for (i = 0; i < 150; i++) {
+		OK(kc_sink_poll(s, NULL, &err));
+		poll(NULL, 0, 20);
+	}
+	kill(standby, SIGCONT);
+	for (i = 0; i < 100; i++) {
+		OK(kc_sink_poll(s, NULL, &err));
+		poll(NULL, 0, 20);
+	}
+	must_wait(0);
+	kc_sink_close(s);
+	CHECK(reap(&standby) == 0 && log_has("taken over at epoch 2"), "did not fail over");
 	sim_free(&g);
 }
 

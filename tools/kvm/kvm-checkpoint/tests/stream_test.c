@@ -818,6 +818,8 @@ static const struct test tests[] = {
 	{ "failover_again", test_failover_again },
 	{ "restarted", test_restarted },
 	{ "restarted_age", test_restarted_age },
+	{ "flood", test_flood },
+	{ "standby_stopped", test_standby_stopped },
 	{ "configuration", test_configuration },
 	{ "taken_over", test_taken_over },
 	{ "kinds", test_kinds },

@@ -51,6 +51,8 @@ void test_full_queue(void);
 /* stream_standby.c */
 void test_restarted(void);
 void test_restarted_age(void);
+void test_flood(void);
+void test_standby_stopped(void);
 void test_configuration(void);
 void test_taken_over(void);
 
