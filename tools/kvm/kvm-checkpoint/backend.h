@@ -24,6 +24,8 @@ struct kc_sink_ops {
 	int (*digests)(struct kc_sink *s, uint32_t block, uint64_t first, uint32_t n, uint8_t *out,
 		       struct kc_err *err);
 	bool (*end)(struct kc_sink *s, enum kc_end end);
+	/* NULL if it holds no guest that could run. */
+	int (*switch_over)(struct kc_sink *s, struct kc_err *err);
 	void (*close)(struct kc_sink *s);
 	bool aborts_by_record;
 };

@@ -736,6 +736,12 @@ int guest_take(struct guest *g, struct guest_epoch *e, struct kc_err *err)
 	if (rc)
 		return rc;
 
+	/* By its owner's command, which nothing that we do later undoes. */
+	if (e->last) {
+		rc = qmp_call(&g->qmp, "stop", NULL, NULL, err);
+		if (rc)
+			return rc;
+	}
 	o = NULL;
 	rc = qmp_call(&g->qmp, "x-checkpoint-cont", NULL, &o, err);
 	t[7] = kc_now_us();

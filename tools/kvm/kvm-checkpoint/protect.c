@@ -35,7 +35,8 @@ static const char usage_text[] =
 "  --max-dirty N         an epoch sooner, when N pages were written; only with slot rings,\n"
 "                        and noticed when a ring is half full (default 8192, 0 for never)\n"
 "  --disk external       the guest may have writable disks: storage is taken care of\n"
-"  --control PATH        unix socket for status and detach\n"
+"  --control PATH        unix socket for status, detach and switchover\n"
+"  --leave-ram DIR       where a switchover leaves the guest's memory, for a standby here\n"
 "  --epochs N            end after N epochs; the guest runs on\n"
 "  --json                progress, epochs and messages as JSON, one object a line\n";
 
@@ -46,7 +47,7 @@ static const char usage_end[] =
 "was shut down, 1 after a failure, which it is too if the standby could not be told of\n"
 "that, 2 for a mistake in the command line.\n";
 
-atomic_bool kc_stop_requested;
+atomic_bool kc_stop_requested, kc_switch_requested;
 volatile sig_atomic_t kc_may_exit;
 
 static void on_signal(int sig)
@@ -59,12 +60,20 @@ static void on_signal(int sig)
 
 static char *on_command(void *ctx, const char *line, bool *ok)
 {
-	(void)ctx;
-	*ok = !strcmp(line, "detach");
-	if (*ok)
+	struct protect *p = ctx;
+
+	*ok = true;
+	if (!strcmp(line, "detach")) {
 		kc_stop_requested = true;
-	return strdup(*ok ? "the guest runs on, without protection" :
-			    "no such command; there is: detach");
+		return strdup("the guest runs on, without protection");
+	}
+	if (!strcmp(line, "switchover") && !strncmp(p->to, "tcp:", 4)) {
+		kc_switch_requested = true;
+		return strdup("the guest goes on at the standby as soon as that has all of it");
+	}
+	*ok = false;
+	return strdup(strcmp(line, "switchover") ? "no such command; there are: detach, switchover" :
+		      "only a standby can go on with a guest, and this one goes to a directory");
 }
 
 /* Until something fails or ends it */
@@ -122,6 +131,10 @@ static int protect(struct protect *p)
 			if (p->is_elsewhere)
 				return kc_guest_is_elsewhere(p, "the standby has taken over");
 			return rc;
+		case SWITCH:
+			if (kc_switch_over(p, &rc))
+				return rc;
+			continue;
 		case SINK:
 			if (p->lost) {
 				rc = p->lost;
@@ -202,10 +215,11 @@ static int parse_count(const char *s, uint64_t *n)
 
 int cmd_protect(int argc, char **argv)
 {
-	enum { QMP = 256, TO, INTERVAL, MAX_DIRTY, DISK, CONTROL, EPOCHS, JSON, HELP, SINK_OPTION };
+	enum { QMP = 256, LEAVE_RAM, TO, INTERVAL, MAX_DIRTY, DISK, CONTROL, EPOCHS, JSON, HELP, SINK_OPTION };
 	static const struct option options[] = {
 		{ "qmp", required_argument, NULL, QMP },
 		{ "to", required_argument, NULL, TO },
+		{ "leave-ram", required_argument, NULL, LEAVE_RAM },
 		{ "interval", required_argument, NULL, INTERVAL },
 		{ "max-dirty", required_argument, NULL, MAX_DIRTY },
 		{ "disk", required_argument, NULL, DISK },
@@ -243,6 +257,9 @@ int cmd_protect(int argc, char **argv)
 			break;
 		case TO:
 			p.to = optarg;
+			break;
+		case LEAVE_RAM:
+			p.leave_ram = optarg;
 			break;
 		case INTERVAL:
 			if (kc_parse_ms(optarg, &p.interval_ms) || !p.interval_ms)

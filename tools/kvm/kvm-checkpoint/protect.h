@@ -26,7 +26,7 @@ struct first {
 };
 
 struct protect {
-	const char *qmp, *to, *control;
+	const char *qmp, *to, *control, *leave_ram;
 	unsigned int interval_ms;
 	uint64_t max_dirty, max_epochs;
 	bool external, json;
@@ -54,9 +54,9 @@ struct protect {
 };
 
 /* Who failed, with what errno */
-enum where { OK, GUEST, SINK, STOPPED };
+enum where { OK, GUEST, SINK, STOPPED, SWITCH };
 
-extern atomic_bool kc_stop_requested;
+extern atomic_bool kc_stop_requested, kc_switch_requested;
 
 /*
  * A directory's epochs are all read when it is opened, which may take minutes.  Nothing is begun by
@@ -102,6 +102,9 @@ bool kc_link_end(struct protect *p, enum kc_end why);
  */
 int kc_guest_is_elsewhere(struct protect *p, const char *why);
 
+/* The guest goes on at the standby, and its QEMU ends here: true, with the exit status.  Or not. */
+bool kc_switch_over(struct protect *p, int *status);
+
 /* --- protect_epoch.c: epochs ---------------------------------------------- */
 
 /* The first one: all pages, or all that differ */
@@ -112,5 +115,7 @@ enum where kc_epoch_first(struct protect *p, int *rc, struct kc_err *err);
  */
 enum where kc_epoch_wait(struct protect *p, uint64_t until_us, int *rc, struct kc_err *err);
 enum where kc_epoch_next(struct protect *p, int *rc, struct kc_err *err);
+/* After which the guest does not run, and the sink has all of it; or not, if that fails */
+enum where kc_epoch_last(struct protect *p, int *rc, struct kc_err *err);
 
 #endif

@@ -16,6 +16,9 @@
 /* How often in a row somebody may interfere with an epoch */
 #define MAX_TRIES	50
 
+/* What a standby may need to try to load an epoch, on top of what sending it may take */
+#define LOAD_MS		30000
+
 enum where kc_epoch_wait(struct protect *p, uint64_t until_us, int *rc, struct kc_err *err)
 {
 	struct guest *g = &p->guest;
@@ -37,7 +40,9 @@ enum where kc_epoch_wait(struct protect *p, uint64_t until_us, int *rc, struct k
 		if (*rc)
 			return SINK;
 		full = watch && g->dirty.pages >= p->max_dirty;
-		if (ready && (now >= until_us || full))
+		if (p->acked >= p->nr && kc_switch_requested)
+			return SWITCH;
+		if (ready && !kc_switch_requested && (now >= until_us || full))
 			return OK;
 
 		fds[0] = (struct pollfd){ .fd = g->qmp.fd, .events = POLLIN };
@@ -285,5 +290,24 @@ enum where kc_epoch_first(struct protect *p, int *rc, struct kc_err *err)
 				   .compared = compare };
 	kc_status_phase(p->status, "sent");
 	*rc = kc_link_poll(p, err);
+	return *rc ? SINK : OK;
+}
+
+enum where kc_epoch_last(struct protect *p, int *rc, struct kc_err *err)
+{
+	p->epoch.last = true;
+	*rc = guest_take(&p->guest, &p->epoch, err);
+	p->epoch.last = false;
+	if (*rc)
+		return GUEST;
+	*rc = kc_epoch_begin(p->sink, p->nr + 1, 0, err);
+	if (*rc)
+		return SINK;
+	p->nr++;
+	*rc = send_epoch(p, err);
+	if (!*rc)
+		*rc = kc_sink_wait(p->sink, p->nr, p->opts.io_timeout_ms + LOAD_MS, err);
+	if (!*rc)
+		*rc = kc_link_poll(p, err);
 	return *rc ? SINK : OK;
 }

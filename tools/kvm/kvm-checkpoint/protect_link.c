@@ -3,6 +3,7 @@
  * kvm-checkpoint protect: where its epochs go.
  */
 #include <errno.h>
+#include <stdio.h>
 #include <string.h>
 #include <unistd.h>
 
@@ -138,6 +139,7 @@ enum where kc_link_open(struct protect *p, int *rc, struct kc_err *err)
 {
 	enum where where = OK;
 	unsigned int ms = 100;
+	char peer[300];
 	bool tried = false;
 
 	/* Opening a directory is to read all that is there. */
@@ -166,6 +168,8 @@ enum where kc_link_open(struct protect *p, int *rc, struct kc_err *err)
 	if (tried)
 		kc_log(KC_LOG_INFO, "connected to %s", p->to);
 	know(p);
+	snprintf(peer, sizeof(peer), "to %.290s", p->to);
+	kc_status_peer(p->status, peer);
 	/* What it has already is no answer to what it will be sent. */
 	p->acked = kc_sink_last_epoch(p->sink);
 	p->was_acked |= p->acked;
@@ -176,6 +180,7 @@ void kc_link_close(struct protect *p)
 {
 	if (p->sink)
 		kc_status_sink(p->status, NULL);
+	kc_status_peer(p->status, NULL);
 	kc_sink_close(p->sink);
 	p->sink = NULL;
 	p->lost = 0;

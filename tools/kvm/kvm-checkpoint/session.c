@@ -5,6 +5,7 @@
 #include <errno.h>
 #include <inttypes.h>
 #include <linux/tcp.h>
+#include <netdb.h>
 #include <netinet/in.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -221,6 +222,20 @@ static void still_there(void *ctx)
 	heartbeat(ctx, 0);
 }
 
+static void show_peer(struct session *s)
+{
+	struct sockaddr_storage sa;
+	socklen_t len = sizeof(sa);
+	char host[64], port[16], text[100];
+
+	if (getpeername(s->fd, (struct sockaddr *)&sa, &len) ||
+	    getnameinfo((struct sockaddr *)&sa, len, host, sizeof(host), port, sizeof(port),
+			NI_NUMERICHOST | NI_NUMERICSERV))
+		return;
+	snprintf(text, sizeof(text), strchr(host, ':') ? "from [%s]:%s" : "from %s:%s", host, port);
+	kc_status_peer(s->sb->status, text);
+}
+
 static int greet(struct session *s, const struct kc_hello *hello, struct kc_err *err)
 {
 	struct standby *sb = s->sb;
@@ -263,6 +278,7 @@ static int greet(struct session *s, const struct kc_hello *hello, struct kc_err 
 	kc_status_guest(sb->status, hello->guest.name[0] ? hello->guest.name : uuid);
 	kc_log(KC_LOG_INFO, "the primary of guest %s (%s) is connected; last complete epoch %" PRIu64, uuid,
 	       hello->guest.name, kc_ram_epoch(sb->ram));
+	show_peer(s);
 	w.timeout_ms = sb->timeout_ms;
 	w.last_epoch = kc_ram_epoch(sb->ram);
 	memcpy(w.receiver, kc_ram_id(sb->ram), sizeof(w.receiver));
@@ -345,6 +361,10 @@ static int ended(struct session *s, const struct kc_rec *rec, struct kc_err *err
 		pthread_mutex_unlock(&sb->lock);
 		return 0;
 	}
+	if (reason == KC_END_SWITCH_OVER) {
+		s->switches = true;
+		return 0;
+	}
 	kc_log(KC_LOG_INFO, "the primary ends the protection: %s",
 	       reason == KC_END_GUEST_SHUTDOWN ? "its guest shut down" : "detached");
 	kc_status_phase(sb->status, "ended");
@@ -352,10 +372,10 @@ static int ended(struct session *s, const struct kc_rec *rec, struct kc_err *err
 }
 
 /* That it ends; who is not told has to take care that nobody takes over from a guest that lives. */
-static void agree(struct session *s)
+static void agree(struct session *s, enum kc_end end)
 {
 	uint8_t rec[KC_REC_HDR + 4];
-	size_t n = kc_put_end(rec, KC_END_DETACH);
+	size_t n = kc_put_end(rec, end);
 
 	if (!kc_io_write(s->io, rec, n, NULL) && !kc_io_flush(s->io, NULL))
 		kc_io_linger(s->io, 2000);
@@ -394,8 +414,8 @@ static int receive(struct session *s, struct kc_rx *rx, struct kc_err *err)
 			break;
 		case KC_END:
 			rc = ended(s, &rec, err);
-			if (!rc)
-				agree(s);
+			if (!rc && !s->switches)
+				agree(s, KC_END_DETACH);
 			s->busy = false;
 			return rc;
 		}
@@ -403,6 +423,30 @@ static int receive(struct session *s, struct kc_rx *rx, struct kc_err *err)
 		if (rc)
 			return rc;
 	}
+}
+
+/*
+ * The primary's guest is stopped, and all of it is here: the main thread lets it run.  Called with
+ * the lock, and without touching the RAM any more.  0 or a negative errno.
+ */
+static int switch_over(struct session *s, struct kc_err *err)
+{
+	struct standby *sb = s->sb;
+
+	if (sb->mode != SERVING || !kc_ram_epoch(sb->ram) ||
+	    (kc_ram_flags(sb->ram) & KC_RAM_ENDED))
+		return kc_fail(err, EBUSY, "there is no epoch to go on from, or it is done already");
+	sb->mode = FAILING_OVER;
+	sb->switches = true;
+	kc_standby_wake(sb);
+	while (sb->mode == FAILING_OVER) {
+		kc_standby_wait(sb, heartbeat_ms(sb));
+		pthread_mutex_unlock(&sb->lock);
+		heartbeat(s, 0);
+		pthread_mutex_lock(&sb->lock);
+	}
+	return sb->mode == TAKEN_OVER ? 0 :
+	       kc_fail(err, EREMOTEIO, "it cannot go on with the guest: %s", sb->why_not.text);
 }
 
 static void *session(void *arg)
@@ -461,12 +505,17 @@ static void *session(void *arg)
 	if (active) {
 		if (rx && rc)
 			kc_status_phase(sb->status, "waiting for the primary");
+		kc_status_peer(sb->status, NULL);
 		if (rx)
 			sb->heard_us = kc_io_heard_us(io);
 		sb->active = NULL;
 		pthread_cond_broadcast(&sb->changed);
 	}
+	if (!rc && s->switches)
+		rc = switch_over(s, &err);
 	pthread_mutex_unlock(&sb->lock);
+	if (!rc && s->switches)
+		agree(s, KC_END_SWITCH_OVER);
 	if (rc && rc != -ENODATA && rc != -ECONNRESET && rc != -ETIMEDOUT)
 		send_error(io, -rc, err.text);
 out:
@@ -563,8 +612,12 @@ void kc_session_stop_all(struct standby *sb, enum mode mode)
 
 	pthread_mutex_lock(&sb->lock);
 	sb->mode = mode;
-	for (s = sb->sessions; s; s = s->next)
-		kc_session_kick(s);
+	pthread_cond_broadcast(&sb->changed);
+	for (s = sb->sessions; s; s = s->next) {
+		/* One that waits for just this has something to say first. */
+		if (mode != TAKEN_OVER || !s->switches)
+			kc_session_kick(s);
+	}
 	while (sb->nr_sessions && !kc_standby_wait(sb, 10000))
 		;
 	pthread_mutex_unlock(&sb->lock);

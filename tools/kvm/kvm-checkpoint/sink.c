@@ -178,6 +178,19 @@ bool kc_sink_end(struct kc_sink *s, enum kc_end end)
 	return !s->broken && s->ops->end(s, end);
 }
 
+int kc_sink_switch_over(struct kc_sink *s, struct kc_err *err)
+{
+	int rc;
+
+	if (!s->ops->switch_over)
+		return kc_fail(err, ECANCELED, "only a standby can go on with a guest");
+	if (s->broken || s->open || s->last_epoch != s->base)
+		return kc_fail(err, ECANCELED, "the standby does not have all of the guest");
+	rc = s->ops->switch_over(s, err);
+	s->broken = true;
+	return rc;
+}
+
 uint64_t kc_sink_last_epoch(const struct kc_sink *s)
 {
 	return s->last_epoch;

@@ -155,8 +155,12 @@ void kc_sink_close(struct kc_sink *sink);
  * @KC_END_DETACH: protection ended by intent; the guest lives on here, never fail over.
  * @KC_END_GUEST_SHUTDOWN: the guest itself shut down; never fail over.
  * @KC_END_GUEST_DIED: QEMU is gone or does not answer; fail over now, do not wait for the timeout.
+ * @KC_END_SWITCH_OVER: the guest is stopped, and the last epoch is all of it; go on with it.  For
+ *	kc_sink_switch_over().
  */
-enum kc_end { KC_END_DETACH = 1, KC_END_GUEST_SHUTDOWN = 2, KC_END_GUEST_DIED = 3 };
+enum kc_end {
+	KC_END_DETACH = 1, KC_END_GUEST_SHUTDOWN = 2, KC_END_GUEST_DIED = 3, KC_END_SWITCH_OVER = 4,
+};
 
 /**
  * kc_sink_end() - tell the receiver why no more epochs come, then kc_sink_close()
@@ -166,6 +170,20 @@ enum kc_end { KC_END_DETACH = 1, KC_END_GUEST_SHUTDOWN = 2, KC_END_GUEST_DIED = 
  * Return: false if it could not be told, or does not react within the I/O timeout.
  */
 bool kc_sink_end(struct kc_sink *sink, enum kc_end end);
+
+/**
+ * kc_sink_switch_over() - have a standby go on with the guest, then kc_sink_close()
+ * @sink: all that was committed is acknowledged.
+ * @err: why not.
+ *
+ * The guest must not run here from before the last epoch was taken on, and never again unless it is
+ * certain that it will not run there.
+ *
+ * Return: 0, the guest is there; -ECANCELED, it is certain that the standby will not go on with it;
+ * another negative errno, and nothing is certain: kc_sink_open() will tell, by -ESHUTDOWN if it did,
+ * by success if it did not.
+ */
+int kc_sink_switch_over(struct kc_sink *sink, struct kc_err *err);
 
 /**
  * kc_sink_last_epoch() - the last complete epoch that the receiver holds, 0 for none

@@ -195,7 +195,7 @@ static int serve(struct standby *sb, int listener, int signals)
 			}
 		}
 		pthread_mutex_lock(&sb->lock);
-		why = sb->promote;
+		why = sb->switches ? "the primary hands it over" : sb->promote;
 		if (!why && sb->guest_died && kc_now_us() >= not_before_us)
 			why = "the primary's guest died";
 		pthread_mutex_unlock(&sb->lock);
@@ -227,6 +227,9 @@ static int serve(struct standby *sb, int listener, int signals)
 		kc_status_phase(sb->status, "failing over failed");
 		pthread_mutex_lock(&sb->lock);
 		sb->mode = SERVING;
+		sb->switches = false;
+		sb->why_not = err;
+		pthread_cond_broadcast(&sb->changed);
 		pthread_mutex_unlock(&sb->lock);
 		q = (struct silence){ .looked_us = kc_now_us(), .since_us = kc_now_us(),
 				      .cpu_us = cpu_us() };

@@ -33,6 +33,8 @@ struct session {
 	atomic_bool busy;
 	/* With the lock: it had a key, and said a guest; it is to end. */
 	bool is_primary, kicked;
+	/* Its primary has handed over the guest. */
+	bool switches;
 };
 
 struct standby {
@@ -71,6 +73,9 @@ struct standby {
 	unsigned int nr_sessions;
 	/* By whom failing over was asked for, if it was. */
 	const char *promote;
+	/* The primary has handed over the guest; why that did not work. */
+	bool switches;
+	struct kc_err why_not;
 	/*
 	 * A primary was heard in this run: its silence means something.  That of one that was never
 	 * heard does not, as it may live and be protected elsewhere, or not at all.
@@ -138,7 +143,10 @@ void kc_free_launch(struct kc_launch *l);
 /* Would QEMU get all of the guest's memory?  0 or -EOPNOTSUPP. */
 int kc_check_command(struct standby *sb, const struct kc_guest *guest, struct kc_err *err);
 
-/* 0 if the guest runs here now (*pid > 0) or its files are given away (*pid is 0). */
+/*
+ * 0 if the guest runs here now (*pid > 0) or its files are given away (*pid is 0).  Without the
+ * fence if the primary itself has handed it over.
+ */
 int kc_take_over(struct standby *sb, const char *reason, pid_t *pid, struct kc_err *err);
 
 /* After that, without a command: for people or a script. */

@@ -88,6 +88,7 @@ static uint64_t hist_quantile(const struct hist *h, double q)
 struct kc_status {
 	pthread_mutex_t lock;
 	char role[16], guest[KC_NAME_SIZE], phase[64];
+	char peer[300];
 	char trouble[sizeof(((struct kc_err *)0)->text)];
 	uint64_t started_us, done, total, resyncs;
 	struct hist pause[KC_PAUSE_PARTS + 1];
@@ -130,6 +131,13 @@ void kc_status_phase(struct kc_status *st, const char *phase)
 {
 	pthread_mutex_lock(&st->lock);
 	snprintf(st->phase, sizeof(st->phase), "%s", phase);
+	pthread_mutex_unlock(&st->lock);
+}
+
+void kc_status_peer(struct kc_status *st, const char *text)
+{
+	pthread_mutex_lock(&st->lock);
+	snprintf(st->peer, sizeof(st->peer), "%s", text ? text : "");
 	pthread_mutex_unlock(&st->lock);
 }
 
@@ -238,6 +246,8 @@ static void print_text(FILE *f, const struct kc_status *st, const struct report 
 
 	fprintf(f, "%s %s%s%s, up %.0f s\n", st->role, st->phase, st->guest[0] ? ": guest " : "",
 		st->guest, r->uptime);
+	if (st->peer[0])
+		fprintf(f, "peer      %s\n", st->peer);
 	if (st->trouble[0])
 		fprintf(f, "trouble   %s\n", st->trouble);
 	if (st->total)
@@ -282,6 +292,7 @@ static void print_json(FILE *f, const struct kc_status *st, const struct report 
 	json_object_object_add(o, "role", json_object_new_string(st->role));
 	json_object_object_add(o, "guest", json_object_new_string(st->guest));
 	json_object_object_add(o, "phase", json_object_new_string(st->phase));
+	json_object_object_add(o, "peer", st->peer[0] ? json_object_new_string(st->peer) : NULL);
 	json_object_object_add(o, "trouble",
 			       st->trouble[0] ? json_object_new_string(st->trouble) : NULL);
 	json_object_object_add(o, "uptime_s", json_object_new_double(r->uptime));

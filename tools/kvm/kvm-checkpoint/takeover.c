@@ -73,7 +73,7 @@ static int start_guest(struct standby *sb, pid_t *pid, struct kc_err *err)
 	rc = kc_make_launch(sb, kc_ram_guest(sb->ram), &l, err);
 	if (rc)
 		return rc;
-	if (!kc_qemu_lives(&sb->warm))
+	if (!sb->bare && !kc_qemu_lives(&sb->warm))
 		kc_log(KC_LOG_INFO, "no QEMU has been started ahead");
 	rc = kc_launch(&l, &sb->warm, err);
 	/* A command that could not be started has not touched the RAM. */
@@ -112,7 +112,7 @@ int kc_take_over(struct standby *sb, const char *reason, pid_t *pid, struct kc_e
 		return rc;
 	kc_log(KC_LOG_WARN, "failing over to epoch %" PRIu64 ": %s", kc_ram_epoch(sb->ram), reason);
 	kc_status_phase(sb->status, "failing over");
-	if (sb->fence) {
+	if (sb->fence && !sb->switches) {
 		rc = kc_run_fence(sb->fence, sb->fence_timeout_ms, err);
 		if (rc)
 			return rc;

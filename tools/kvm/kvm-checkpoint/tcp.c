@@ -188,6 +188,35 @@ static bool tcp_end(struct kc_sink *s, enum kc_end end)
 	return told;
 }
 
+static int tcp_switch_over(struct kc_sink *s, struct kc_err *err)
+{
+	uint8_t buf[KC_REC_HDR + 4];
+	struct kc_rec rec;
+	int rc;
+
+	kc_put_end(buf, KC_END_SWITCH_OVER);
+	rc = kc_sink_emit(s, buf, sizeof(buf), NULL, 0, err);
+	if (!rc)
+		rc = tcp_flush(s, err);
+	/* QEMU takes its time there; heartbeats say that somebody waits for it. */
+	if (!rc)
+		rc = next(s, s->opts.io_timeout_ms + 4 * s->heartbeat_ms, &rec, err);
+	switch (rc) {
+	case 0:
+		return rec.type == KC_END ? 0 :
+		       kc_fail(err, EPROTO, "the standby sent a record of type %u for no reason",
+			       rec.type);
+	case -EREMOTEIO:
+	case -EBUSY:
+	case -ENOSPC:
+	case -EOPNOTSUPP:
+		return -ECANCELED;
+	case -ESHUTDOWN:
+		return 0;
+	}
+	return rc == -ECANCELED ? -ECONNABORTED : rc;
+}
+
 static void tcp_close(struct kc_sink *s)
 {
 	kc_io_close(io_of(s));
@@ -201,6 +230,7 @@ static const struct kc_sink_ops tcp_ops = {
 	.poll = tcp_poll,
 	.digests = tcp_digests,
 	.end = tcp_end,
+	.switch_over = tcp_switch_over,
 	.close = tcp_close,
 	.aborts_by_record = true,
 };

@@ -371,6 +371,19 @@ static void do_qmp_stop(struct qemu *q)
 	answer(q, "{}");
 }
 
+static void end_it(struct qemu *q)
+{
+	answer(q, "{}");
+	q->dies_after = true;
+}
+
+static void do_qmp_cont(struct qemu *q)
+{
+	q->running = true;
+	send_event(q, "RESUME");
+	answer(q, "{}");
+}
+
 static void do_getfd(struct qemu *q, const char *name)
 {
 	int *fd = strstr(name, "socket") ? &q->got_socket : &q->got_buffer;
@@ -404,6 +417,10 @@ static void obey(struct qemu *q, const char *command, struct json_object *args)
 		answer(q, "{}");
 	else if (!strcmp(command, "stop"))
 		do_qmp_stop(q);
+	else if (!strcmp(command, "cont"))
+		do_qmp_cont(q);
+	else if (!strcmp(command, "quit"))
+		end_it(q);
 	else if (!strcmp(command, "query-status"))
 		answer(q, "{\"running\": %s}", q->running ? "true" : "false");
 	else if (!strcmp(command, "query-block"))

@@ -32,4 +32,12 @@ void test_taken_over(void);
 void test_taken_over_at_end(void);
 void test_taken_over_resists(void);
 
+/* protect_switch.c */
+void test_switchover(void);
+void test_switchover_stopped(void);
+void test_switchover_fails(void);
+void test_switchover_late(void);
+void test_switchover_unknown(void);
+void test_switchover_directory(void);
+
 #endif
