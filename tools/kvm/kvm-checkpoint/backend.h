@@ -39,7 +39,7 @@ struct kc_sink {
 
 	/* Set by the backend when opened. */
 	uint64_t last_epoch;		/* complete at the receiver, and known to be */
-	bool has_ram;
+	bool has_ram, same_sender;
 	uint8_t receiver[16];
 	unsigned int heartbeat_ms;	/* 0 for none */
 

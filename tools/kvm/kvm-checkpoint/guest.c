@@ -31,7 +31,7 @@ struct qemu_run {
  * Dirty pages
  */
 
-static int dirty_add(struct dirty *d, uint32_t block, uint64_t page, uint64_t n)
+int dirty_add(struct dirty *d, uint32_t block, uint64_t page, uint64_t n)
 {
 	while (n) {
 		uint64_t word = page / 64, first = page % 64;

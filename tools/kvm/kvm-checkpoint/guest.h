@@ -153,5 +153,6 @@ int guest_copy_running(struct guest *g, struct guest_epoch *e, uint64_t max, str
 bool guest_died(struct guest *g);
 
 void dirty_forget(struct dirty *d);
+int dirty_add(struct dirty *d, uint32_t block, uint64_t page, uint64_t n);
 
 #endif

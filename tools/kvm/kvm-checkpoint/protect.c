@@ -5,9 +5,8 @@
  * One thread does it all, so that heartbeats stop when epochs do.  While a sink is slow the guest
  * runs, and the next epoch is longer; it is never paused for the sink.
  *
- * Whenever it is not known what the receiver holds (a lost link, this daemon was restarted, QEMU
- * refused something), all of the guest's memory is compared with it by digests and what differs is
- * sent.
+ * Whenever it is not known what the receiver lacks (this daemon was restarted, QEMU refused
+ * something), all of the guest's memory is compared with it by digests and what differs is sent.
  */
 #include <errno.h>
 #include <getopt.h>
@@ -171,6 +170,7 @@ static int protect(struct protect *p)
 			return 1;
 		}
 		guest_close(&p->guest);
+		kc_sent_forget(p);
 		may_be_dead = false;
 		if (kc_now_us() - began > 60000000)
 			reopened = 0;
@@ -326,6 +326,7 @@ int cmd_protect(int argc, char **argv)
 		}
 	}
 	status = protect(&p);
+	kc_sent_forget(&p);
 	kc_ctl_stop(ctl);
 	guest_close(&p.guest);
 	free(p.epoch.copy.pages);

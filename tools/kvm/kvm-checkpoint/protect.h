@@ -22,8 +22,22 @@
 /* The first epoch of a sink, until it is acknowledged */
 struct first {
 	uint64_t nr, sent, differed;
-	bool compared;
+	bool compared, continued;
 };
+
+/* An epoch that is not acknowledged: which pages are in it */
+struct sent_page {
+	uint64_t page;
+	uint32_t block;
+};
+
+struct sent_epoch {
+	uint64_t nr;		/* 0: unused */
+	struct sent_page *pages;
+	size_t nr_pages;
+};
+
+#define KC_SENT 8u
 
 struct protect {
 	const char *qmp, *to, *control, *leave_ram;
@@ -40,6 +54,8 @@ struct protect {
 	struct kc_status *status;
 	uint64_t nr;		/* of the newest epoch that was begun */
 	uint64_t acked, epochs;
+	struct sent_epoch sent[KC_SENT];
+	uint64_t known_from;	/* all that was sent after this epoch is in sent; 0: it is not */
 	struct first first;
 	uint8_t receiver[16];	/* kc_sink_receiver() of the last sink */
 	bool was_acked;		/* the receiver once had a complete epoch */
@@ -104,6 +120,16 @@ int kc_guest_is_elsewhere(struct protect *p, const char *why);
 
 /* The guest goes on at the standby, and its QEMU ends here: true, with the exit status.  Or not. */
 bool kc_switch_over(struct protect *p, int *status);
+
+/* --- protect_sent.c: what is in epochs that are not acknowledged ---------- */
+
+/* The pages in p->epoch are in this one, too. */
+void kc_sent_note(struct protect *p, uint64_t nr);
+void kc_sent_acked(struct protect *p);
+/* Pages may have been lost, or nothing is known any more */
+void kc_sent_forget(struct protect *p);
+/* With a new sink: all that it lacks is dirty now.  False if that is not known. */
+bool kc_sent_again(struct protect *p);
 
 /* --- protect_epoch.c: epochs ---------------------------------------------- */
 

@@ -135,6 +135,7 @@ enum where kc_epoch_next(struct protect *p, int *rc, struct kc_err *err)
 		return OK;
 	p->idle = !p->epoch.was_running;
 
+	kc_sent_note(p, p->nr + 1);
 	*rc = kc_epoch_begin(p->sink, p->nr + 1, 0, err);
 	if (*rc)
 		return SINK;
@@ -234,15 +235,17 @@ static enum where copy_all(struct protect *p, bool compare, uint64_t *sent, int 
 enum where kc_epoch_first(struct protect *p, int *rc, struct kc_err *err)
 {
 	unsigned int flags = kc_sink_start(p->sink), pass;
-	bool compare = flags & KC_EPOCH_RESYNC;
+	bool compare = flags & KC_EPOCH_RESYNC, again;
 	uint64_t sent = 0, differed, before = UINT64_MAX, last = kc_sink_last_epoch(p->sink);
-	enum where where;
+	enum where where = OK;
 
-	/* What is dirty by now will be read after this */
+	again = compare && kc_sent_again(p);
 	*rc = guest_collect(&p->guest, err);
 	if (*rc)
 		return GUEST;
-	dirty_forget(&p->guest.dirty);
+	/* What is dirty by now will be read after this */
+	if (!again)
+		dirty_forget(&p->guest.dirty);
 
 	if (p->nr < last)
 		p->nr = last;
@@ -250,10 +253,11 @@ enum where kc_epoch_first(struct protect *p, int *rc, struct kc_err *err)
 	if (*rc)
 		return SINK;
 	p->nr++;
-	where = copy_all(p, compare, &sent, rc, err);
+	if (!again)
+		where = copy_all(p, compare, &sent, rc, err);
 	if (where != OK)
 		return where;
-	differed = sent;
+	differed = again ? p->guest.dirty.pages : sent;
 
 	for (pass = 0; pass < MAX_PASSES; pass++) {
 		*rc = guest_collect(&p->guest, err);
@@ -268,6 +272,7 @@ enum where kc_epoch_first(struct protect *p, int *rc, struct kc_err *err)
 			*rc = guest_copy_running(&p->guest, &p->epoch, BATCH, err);
 			if (*rc)
 				return GUEST;
+			kc_sent_note(p, p->nr);
 			*rc = send_pages(p, err);
 			if (*rc)
 				return SINK;
@@ -279,15 +284,18 @@ enum where kc_epoch_first(struct protect *p, int *rc, struct kc_err *err)
 	if (where != OK)
 		return where;
 	sent += p->epoch.copy.nr;
+	kc_sent_note(p, p->nr);
 	*rc = send_epoch(p, err);
 	if (*rc)
 		return SINK;
+	if (!again)
+		p->known_from = p->nr;
 	p->idle = !p->epoch.was_running;
-	if (compare)
+	if (compare && !again)
 		kc_status_resync(p->status);
 	/* Protected means that the receiver says that it is of use. */
 	p->first = (struct first){ .nr = p->nr, .sent = sent, .differed = differed,
-				   .compared = compare };
+				   .compared = compare, .continued = again };
 	kc_status_phase(p->status, "sent");
 	*rc = kc_link_poll(p, err);
 	return *rc ? SINK : OK;
@@ -295,6 +303,8 @@ enum where kc_epoch_first(struct protect *p, int *rc, struct kc_err *err)
 
 enum where kc_epoch_last(struct protect *p, int *rc, struct kc_err *err)
 {
+	/* Whatever comes of it, what is written after that is of no epoch. */
+	kc_sent_forget(p);
 	p->epoch.last = true;
 	*rc = guest_take(&p->guest, &p->epoch, err);
 	p->epoch.last = false;

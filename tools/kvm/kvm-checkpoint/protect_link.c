@@ -23,6 +23,7 @@ int kc_link_poll(struct protect *p, struct kc_err *err)
 		struct json_object *o = kc_show_event("acked");
 
 		p->acked = acked;
+		kc_sent_acked(p);
 		p->was_acked = true;
 		p->pause_ms = 0;
 		p->told = 0;

@@ -283,9 +283,13 @@ const uint8_t *kc_ram_id(const struct kc_ram *ram)
 	return ram->id;
 }
 
-void kc_ram_set_process(struct kc_ram *ram, const uint8_t process[16])
+bool kc_ram_set_sender(struct kc_ram *ram, const uint8_t sender[16], const uint8_t process[16])
 {
+	bool same = !memcmp(ram->sender, sender, sizeof(ram->sender));
+
 	memcpy(ram->guest.process, process, sizeof(ram->guest.process));
+	memcpy(ram->sender, sender, sizeof(ram->sender));
+	return same;
 }
 
 uint64_t kc_ram_epoch(const struct kc_ram *ram)

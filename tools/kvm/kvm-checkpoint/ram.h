@@ -48,8 +48,11 @@ int kc_ram_create(struct kc_ram *ram, const struct kc_guest *guest, void (*progr
 /* 16 random bytes that were made with the RAM. */
 const uint8_t *kc_ram_id(const struct kc_ram *ram);
 
-/* The guest's QEMU is another process now; stored with the next epoch. */
-void kc_ram_set_process(struct kc_ram *ram, const uint8_t process[16]);
+/*
+ * Who sends epochs from now on, and of which QEMU process; stored with the next epoch.  Is it the
+ * sender of the last one?
+ */
+bool kc_ram_set_sender(struct kc_ram *ram, const uint8_t sender[16], const uint8_t process[16]);
 
 /**
  * kc_ram_settle() - finish an epoch that was complete when copying it to the RAM files failed

@@ -28,7 +28,7 @@ struct meta {
 	char magic[8];
 	uint32_t flags, durable, hello_len, reserved;
 	uint64_t epoch, time_ms;
-	uint8_t id[16];
+	uint8_t id[16], sender[16];
 	char boot_id[40];
 	/* Then a HELLO record, then the XXH3-64 of all of it. */
 };
@@ -44,7 +44,7 @@ struct kc_ram {
 	_Atomic uint64_t epoch;
 	_Atomic unsigned int flags;
 	uint64_t time_ms;	/* when it was complete, by the clock on the wall */
-	uint8_t id[16];
+	uint8_t id[16], sender[16];
 	uint8_t *map[KC_MAX_BLOCKS];
 	struct kc_devices state;
 

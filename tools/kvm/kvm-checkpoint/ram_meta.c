@@ -125,6 +125,7 @@ int kc_ram_write_meta_tmp(struct kc_ram *ram, uint64_t epoch, uint64_t time_ms,
 		return kc_fail(err, ENOMEM, "out of memory");
 	memcpy(m.magic, meta_magic, sizeof(m.magic));
 	memcpy(m.id, ram->id, sizeof(m.id));
+	memcpy(m.sender, ram->sender, sizeof(m.sender));
 	boot_id(m.boot_id);
 	m.hello_len = kc_put_hello(buf + sizeof(m), &ram->guest, nobody);
 	memcpy(buf, &m, sizeof(m));
@@ -204,6 +205,7 @@ int kc_ram_read_meta(struct kc_ram *ram, struct kc_err *err)
 		ram->epoch = m.epoch;
 	ram->time_ms = m.time_ms;
 	memcpy(ram->id, m.id, sizeof(ram->id));
+	memcpy(ram->sender, m.sender, sizeof(ram->sender));
 out:
 	if (rc)
 		kc_fail(err, EPROTO, "%s/meta is damaged: remove %s and start from nothing",

@@ -252,7 +252,6 @@ static int greet(struct session *s, const struct kc_hello *hello, struct kc_err 
 			return kc_fail(err, EEXIST,
 				       "%s (give the standby another --ram-dir, or remove its old one)",
 				       why.text);
-		kc_ram_set_process(sb->ram, hello->guest.process);
 		/* Whatever keeps us from taking it now: it lives. */
 		pthread_mutex_lock(&sb->lock);
 		sb->guest_died = false;
@@ -280,6 +279,7 @@ static int greet(struct session *s, const struct kc_hello *hello, struct kc_err 
 	       hello->guest.name, kc_ram_epoch(sb->ram));
 	show_peer(s);
 	w.timeout_ms = sb->timeout_ms;
+	w.same_sender = kc_ram_set_sender(sb->ram, hello->instance, hello->guest.process);
 	w.last_epoch = kc_ram_epoch(sb->ram);
 	memcpy(w.receiver, kc_ram_id(sb->ram), sizeof(w.receiver));
 	kc_put_welcome(rec, &w);

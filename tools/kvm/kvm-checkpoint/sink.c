@@ -201,6 +201,11 @@ const uint8_t *kc_sink_receiver(const struct kc_sink *s)
 	return s->receiver;
 }
 
+bool kc_sink_continues(const struct kc_sink *s)
+{
+	return s->same_sender;
+}
+
 unsigned int kc_sink_start(const struct kc_sink *s)
 {
 	return s->has_ram ? KC_EPOCH_RESYNC : KC_EPOCH_FULL;

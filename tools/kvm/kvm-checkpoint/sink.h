@@ -199,6 +199,13 @@ uint64_t kc_sink_last_epoch(const struct kc_sink *sink);
 const uint8_t *kc_sink_receiver(const struct kc_sink *sink);
 
 /**
+ * kc_sink_continues() - is kc_sink_last_epoch(), as of kc_sink_open(), one that this process sent?
+ *
+ * Then whoever remembers what it has sent since and what was written since needs no digests.
+ */
+bool kc_sink_continues(const struct kc_sink *sink);
+
+/**
  * kc_sink_start() - how the first epoch after kc_sink_open() has to begin
  *
  * Return: KC_EPOCH_FULL if the receiver holds nothing, KC_EPOCH_RESYNC if kc_sink_digests() works

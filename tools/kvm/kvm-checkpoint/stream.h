@@ -77,7 +77,7 @@ struct kc_hello {
 
 struct kc_welcome {
 	uint16_t version;
-	bool has_ram;
+	bool has_ram, same_sender;	/* the last epoch came from the same instance */
 	uint32_t timeout_ms;
 	uint64_t last_epoch;
 	uint8_t receiver[16];

@@ -287,6 +287,7 @@ int kc_tcp_open(struct kc_sink *s, const char *hostport, struct kc_err *err)
 			       w.version, KC_VERSION);
 	s->last_epoch = w.last_epoch;
 	s->has_ram = w.has_ram;
+	s->same_sender = w.same_sender;
 	memcpy(s->receiver, w.receiver, sizeof(s->receiver));
 	s->heartbeat_ms = w.timeout_ms ? (w.timeout_ms + 3) / 4 : 1000;
 	s->wrote_us = s->data_us = s->beat_us = kc_now_us();

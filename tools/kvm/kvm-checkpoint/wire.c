@@ -96,7 +96,7 @@ size_t kc_put_welcome(uint8_t *out, const struct kc_welcome *w)
 	uint8_t *p = out + KC_REC_HDR;
 
 	p = put16(p, w->version);
-	p = put16(p, w->has_ram);
+	p = put16(p, w->has_ram | w->same_sender << 1);
 	p = put32(p, w->timeout_ms);
 	p = put64(p, w->last_epoch);
 	p = put_bytes(p, w->receiver, sizeof(w->receiver));
@@ -358,10 +358,11 @@ int kc_get_welcome(const struct kc_rec *rec, struct kc_welcome *w, struct kc_err
 	w->version = get16(&in);
 	flags = get16(&in);
 	w->has_ram = flags & 1;
+	w->same_sender = flags & 2;
 	w->timeout_ms = get32(&in);
 	w->last_epoch = get64(&in);
 	get_copy(&in, w->receiver, sizeof(w->receiver));
-	if (flags & ~1)
+	if (flags & ~3)
 		in.bad = true;
 	return done(&in, "welcome", err);
 }

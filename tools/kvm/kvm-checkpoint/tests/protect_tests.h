@@ -32,6 +32,11 @@ void test_taken_over(void);
 void test_taken_over_at_end(void);
 void test_taken_over_resists(void);
 
+/* protect_blip.c */
+void test_blip(void);
+void test_blip_set_back(void);
+void test_blip_other_sender(void);
+
 /* protect_switch.c */
 void test_switchover(void);
 void test_switchover_stopped(void);

@@ -93,7 +93,7 @@ static void test_records(void)
 			n[k] = kc_put_hello(buf, &guest, id);
 			break;
 		case 1:
-			n[k] = kc_put_welcome(buf, &(struct kc_welcome){ 1, true, 5, 6, { 7 } });
+			n[k] = kc_put_welcome(buf, &(struct kc_welcome){ 1, true, true, 5, 6, { 7 } });
 			break;
 		case 2:
 			n[k] = kc_put_begin(buf, &(struct kc_begin){ 7, 6, 0 });
