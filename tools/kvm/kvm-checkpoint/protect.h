@@ -99,6 +99,8 @@ void kc_show_protected(struct protect *p, const struct first *f);
 int kc_link_poll(struct protect *p, struct kc_err *err);
 /* Heartbeats while QEMU works; an error is of interest when the sink is used next */
 void kc_link_tick(void *ctx);
+/* What has happened meanwhile, to whom */
+enum where kc_link_look(struct protect *p, int *rc, struct kc_err *err);
 /*
  * The sink failed, and is closed by this.  Is it to be opened again, as protection goes on?  If not,
  * that is the user's to know.

@@ -24,6 +24,7 @@ enum where kc_epoch_wait(struct protect *p, uint64_t until_us, int *rc, struct k
 	struct guest *g = &p->guest;
 	bool watch = p->max_dirty && g->nr_logs;
 	struct pollfd fds[2 + g->nr_logs];
+	enum where where;
 	unsigned int i;
 
 	for (;;) {
@@ -31,14 +32,9 @@ enum where kc_epoch_wait(struct protect *p, uint64_t until_us, int *rc, struct k
 		bool ready = p->acked + 1 >= p->nr, full = false;
 		int ms;
 
-		if (kc_stop_requested)
-			return STOPPED;
-		*rc = qmp_poll(&g->qmp, err);
-		if (*rc)
-			return GUEST;
-		*rc = kc_link_poll(p, err);
-		if (*rc)
-			return SINK;
+		where = kc_link_look(p, rc, err);
+		if (where != OK)
+			return where;
 		full = watch && g->dirty.pages >= p->max_dirty;
 		if (p->acked >= p->nr && kc_switch_requested)
 			return SWITCH;
@@ -179,6 +175,7 @@ static enum where copy_all(struct protect *p, bool compare, uint64_t *sent, int 
 	static uint8_t page[KC_PAGE_SIZE];
 	const char *what = compare ? "resync" : "full copy";
 	uint64_t done = 0, total = 0, i;
+	enum where where;
 	unsigned int b;
 
 	for (b = 0; b < p->guest.id.nr_blocks; b++)
@@ -201,15 +198,10 @@ static enum where copy_all(struct protect *p, bool compare, uint64_t *sent, int 
 					return SINK;
 			}
 			if (!(i % BATCH)) {
-				if (kc_stop_requested)
-					return STOPPED;
 				kc_show_progress(p, what, done, total);
-				*rc = qmp_poll(&p->guest.qmp, err);
-				if (*rc)
-					return GUEST;
-				*rc = kc_link_poll(p, err);
-				if (*rc)
-					return SINK;
+				where = kc_link_look(p, rc, err);
+				if (where != OK)
+					return where;
 			}
 			/* Reading a hole would allocate memory */
 			if (is_hole(&holes, block->fd, i))

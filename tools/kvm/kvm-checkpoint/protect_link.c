@@ -105,22 +105,27 @@ bool kc_link_failed(struct protect *p, int error, const struct kc_err *err)
 	return true;
 }
 
+enum where kc_link_look(struct protect *p, int *rc, struct kc_err *err)
+{
+	if (kc_stop_requested)
+		return STOPPED;
+	*rc = qmp_poll(&p->guest.qmp, err);
+	if (*rc)
+		return GUEST;
+	*rc = p->sink ? kc_link_poll(p, err) : 0;
+	return *rc ? SINK : OK;
+}
+
 /* In the meantime the standby is to hear of us, if it can. */
 static enum where wait_ms(struct protect *p, unsigned int ms, int *rc, struct kc_err *err)
 {
 	uint64_t until = kc_now_us() + ms * 1000ull;
 
-	for (; kc_now_us() < until; usleep(20000)) {
-		if (kc_stop_requested)
-			return STOPPED;
-		*rc = qmp_poll(&p->guest.qmp, err);
-		if (*rc)
-			return GUEST;
-		*rc = p->sink ? kc_link_poll(p, err) : 0;
-		if (*rc)
-			return SINK;
-	}
-	return OK;
+	enum where where = OK;
+
+	for (; where == OK && kc_now_us() < until; usleep(20000))
+		where = kc_link_look(p, rc, err);
+	return where;
 }
 
 /* One that took over from a standby that lives would be a second copy: that is worth a word. */

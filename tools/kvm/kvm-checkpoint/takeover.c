@@ -91,7 +91,7 @@ static int start_guest(struct standby *sb, pid_t *pid, struct kc_err *err)
 
 int kc_take_over(struct standby *sb, const char *reason, pid_t *pid, struct kc_err *err)
 {
-	uint64_t t = kc_now_us();
+	uint64_t t = kc_now_us(), fenced;
 	int rc = 0;
 
 	*pid = 0;
@@ -118,13 +118,15 @@ int kc_take_over(struct standby *sb, const char *reason, pid_t *pid, struct kc_e
 			return rc;
 		kc_log(KC_LOG_INFO, "the fence says that the primary is dead");
 	}
+	fenced = kc_now_us();
 	rc = sb->exec ? start_guest(sb, pid, err) : taken_over(sb, err);
 	if (rc < 0)
 		return rc;
 	if (rc)
 		kc_log(KC_LOG_ERROR, "%s: see QEMU's other monitors what it needs", err->text);
-	kc_log(KC_LOG_WARN, "taken over at epoch %" PRIu64 " after %.3f s%s", kc_ram_epoch(sb->ram),
-	       (kc_now_us() - t) / 1e6, !sb->exec ? "" : rc ? ": the guest is here" :
+	kc_log(KC_LOG_WARN,
+	       "taken over at epoch %" PRIu64 " after %.3f s, of which %.3f s since the fence%s",
+	       kc_ram_epoch(sb->ram), (kc_now_us() - t) / 1e6, (kc_now_us() - fenced) / 1e6, !sb->exec ? "" : rc ? ": the guest is here" :
 	       kc_ram_flags(sb->ram) & KC_RAM_STOPPED ?
 	       ": the guest is here, and stopped as it was when the epoch was taken" :
 	       ": the guest runs here");

@@ -18,14 +18,6 @@
 #include "status.h"
 #include "stream.h"
 
-static const char *fence(void)
-{
-	char text[PATH_MAX + 50];
-
-	snprintf(text, sizeof(text), "#!/bin/sh\n>%s/fenced\n", dir);
-	return script("fence", text);
-}
-
 /* A guest that is protected, by a standby that would start this */
 static void start_pair(const char *qemu_text, const char *option, const char *arg)
 {
@@ -35,15 +27,6 @@ static void start_pair(const char *qemu_text, const char *option, const char *ar
 	start_protect(CHECKED, spec(), "--interval", "2ms", "--control", path_of("pctl"), option, arg,
 		      NULL);
 	serve_until_log("protected since epoch 1");
-}
-
-/* Be QEMU for so long */
-static void be_qemu_for(unsigned int ms)
-{
-	uint64_t end = kc_now_us() + ms * 1000ull;
-
-	while (kc_now_us() < end)
-		step(&qemu, 1);
 }
 
 static void must_be_there(void)

@@ -20,22 +20,6 @@
 #include "protect_tests.h"
 #include "status.h"
 
-static const char *fence(void)
-{
-	char text[PATH_MAX + 50];
-
-	snprintf(text, sizeof(text), "#!/bin/sh\n>%s/fenced\n", dir);
-	return script("fence", text);
-}
-
-static void be_qemu_for(unsigned int ms)
-{
-	uint64_t end = kc_now_us() + ms * 1000ull;
-
-	while (kc_now_us() < end)
-		step(&qemu, 1);
-}
-
 /* Be QEMU until the status of protect has this, or has it no more. */
 static void serve_until_status(const char *text, bool has)
 {

@@ -192,7 +192,6 @@ static void other_boot(const char *ram)
 {
 	char path[PATH_MAX], id[37] = "", *at;
 	int fd = open("/proc/sys/kernel/random/boot_id", O_RDONLY | O_CLOEXEC);
-	uint64_t xxh;
 	uint8_t *buf;
 	size_t len;
 
@@ -203,11 +202,7 @@ static void other_boot(const char *ram)
 	at = memmem(buf, len, id, 36);
 	CHECK(at, "the boot ID is not in meta");
 	*at ^= 1;
-	xxh = XXH3_64bits(buf, len - sizeof(xxh));
-	memcpy(buf + len - sizeof(xxh), &xxh, sizeof(xxh));
-	fd = open(path, O_WRONLY | O_TRUNC | O_CLOEXEC);
-	CHECK(fd >= 0 && write(fd, buf, len) == (ssize_t)len, "cannot write %s", path);
-	close(fd);
+	write_meta(path, buf, len);
 	free(buf);
 }
 

@@ -16,7 +16,6 @@
 #include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
-#include <xxhash.h>
 
 #include "ram.h"
 #include "sim.h"
@@ -48,10 +47,9 @@ static void must_wait(unsigned int ms)
 static void age_epoch(const char *ram, int64_t ms)
 {
 	char path[PATH_MAX];
-	uint64_t time, xxh;
+	uint64_t time;
 	uint8_t *buf;
 	size_t len;
-	int fd;
 
 	snprintf(path, sizeof(path), "%s/meta", ram);
 	read_all(path, &buf, &len);
@@ -60,11 +58,7 @@ static void age_epoch(const char *ram, int64_t ms)
 	      kc_wall_ms() - time);
 	time -= ms;
 	memcpy(buf + 32, &time, sizeof(time));
-	xxh = XXH3_64bits(buf, len - sizeof(xxh));
-	memcpy(buf + len - sizeof(xxh), &xxh, sizeof(xxh));
-	fd = open(path, O_WRONLY | O_TRUNC | O_CLOEXEC);
-	CHECK(fd >= 0 && write(fd, buf, len) == (ssize_t)len, "cannot write %s", path);
-	close(fd);
+	write_meta(path, buf, len);
 	free(buf);
 }
 
