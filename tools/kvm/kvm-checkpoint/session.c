@@ -542,28 +542,36 @@ static bool has_spoken(const struct session *s)
 	return getsockopt(s->fd, IPPROTO_TCP, TCP_INFO, &info, &len) || info.tcpi_bytes_received;
 }
 
+/* With the lock: who is ended to make room, the oldest of those that have said least */
+static struct session *find_victim(struct standby *sb)
+{
+	struct session *s, *victim = NULL;
+	bool spoken = true;
+
+	/* The oldest one is the last one. */
+	for (s = sb->sessions; s; s = s->next) {
+		if (s->is_primary || s->kicked || (!spoken && has_spoken(s)))
+			continue;
+		spoken = has_spoken(s);
+		victim = s;
+	}
+	return victim;
+}
+
 /* With the lock: room for another one.  False if there is none. */
 static bool make_room(struct standby *sb)
 {
-	struct session *s, *victim = NULL;
+	struct session *s;
 	unsigned int nr = 0;
-	bool spoken = true;
 
-	for (s = sb->sessions; s; s = s->next) {
+	for (s = sb->sessions; s; s = s->next)
 		nr += !s->kicked;
-		if (s->is_primary || s->kicked)
-			continue;
-		/* The oldest one is the last one. */
-		if (spoken || !has_spoken(s)) {
-			spoken = spoken && has_spoken(s);
-			victim = s;
-		}
+	if (nr >= MAX_SESSIONS) {
+		s = find_victim(sb);
+		if (!s)
+			return false;
+		kc_session_kick(s);
 	}
-	if (nr < MAX_SESSIONS)
-		return sb->nr_sessions < MAX_THREADS;
-	if (!victim)
-		return false;
-	kc_session_kick(victim);
 	return sb->nr_sessions < MAX_THREADS;
 }
 
