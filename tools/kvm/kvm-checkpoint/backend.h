@@ -57,6 +57,13 @@ struct kc_sink {
 	uint32_t state_len[2];
 	bool has_state;
 	uint64_t commit_us[64];		/* when an epoch was committed, by its number */
+	/*
+	 * Digests that a standby was asked for ahead; whether they are here, and of pages that were
+	 * sent since.
+	 */
+	struct kc_digest_req ahead;	/* n is 0: none */
+	uint8_t *ahead_digests;
+	bool ahead_here, ahead_stale;
 	uint64_t beat_us;		/* when the last heartbeat was sent */
 	uint64_t confirmed_us;
 

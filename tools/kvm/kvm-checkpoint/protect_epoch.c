@@ -168,13 +168,78 @@ static bool is_hole(struct holes *h, int fd, uint64_t page)
 	return page < h->hole_until;
 }
 
+/*
+ * Which of these pages the receiver lacks.  What is written meanwhile may be found to be the same or
+ * not: it gets dirty, too.
+ */
+static int compare_chunk(struct protect *p, unsigned int b, uint64_t first, uint32_t n,
+			 struct holes *holes, bool *differs, struct kc_err *err)
+{
+	static uint8_t theirs[KC_DIGESTS_CHUNK * KC_DIGEST_SIZE];
+	static uint8_t ours[KC_DIGESTS_CHUNK * KC_DIGEST_SIZE];
+	static const uint8_t *pages[KC_DIGESTS_CHUNK];
+	const struct guest_block *block = &p->guest.blocks[b];
+	static const uint8_t zeros[KC_PAGE_SIZE];
+	uint32_t i;
+	int rc;
+
+	rc = kc_sink_digests(p->sink, b, first, n, theirs, err);
+	if (rc)
+		return rc;
+	/* Reading a hole would allocate memory */
+	for (i = 0; i < n; i++)
+		pages[i] = is_hole(holes, block->fd, first + i) ? zeros :
+			   block->map + (first + i) * KC_PAGE_SIZE;
+	kc_page_digests(pages, n, ours);
+	for (i = 0; i < n; i++)
+		differs[i] = memcmp(ours + i * KC_DIGEST_SIZE, theirs + i * KC_DIGEST_SIZE,
+				    KC_DIGEST_SIZE);
+	return 0;
+}
+
+static enum where copy_block(struct protect *p, unsigned int b, bool compare, uint64_t done,
+			     uint64_t total, uint64_t *sent, int *rc, struct kc_err *err)
+{
+	static uint8_t page[KC_PAGE_SIZE];
+	static bool differs[KC_DIGESTS_CHUNK];
+	const struct guest_block *block = &p->guest.blocks[b];
+	struct holes holes = { 0, 0 }, compared = { 0, 0 };
+	uint64_t npages = p->guest.block_ids[b].npages, i;
+	enum where where;
+
+	for (i = 0; i < npages; i++) {
+		if (!(i % BATCH)) {
+			kc_show_progress(p, compare ? "resync" : "full copy", done + i, total);
+			where = kc_link_look(p, rc, err);
+			if (where != OK)
+				return where;
+		}
+		if (compare && !(i % KC_DIGESTS_CHUNK)) {
+			uint64_t n = npages - i < KC_DIGESTS_CHUNK ? npages - i : KC_DIGESTS_CHUNK;
+
+			*rc = compare_chunk(p, b, i, n, &compared, differs, err);
+			if (*rc)
+				return SINK;
+		}
+		if (compare && !differs[i % KC_DIGESTS_CHUNK])
+			continue;
+		if (is_hole(&holes, block->fd, i))
+			memset(page, 0, sizeof(page));
+		else
+			memcpy(page, block->map + i * KC_PAGE_SIZE, KC_PAGE_SIZE);
+		*rc = kc_epoch_page(p->sink, b, i, page, err);
+		if (*rc)
+			return SINK;
+		++*sent;
+	}
+	return OK;
+}
+
 static enum where copy_all(struct protect *p, bool compare, uint64_t *sent, int *rc,
 			   struct kc_err *err)
 {
-	static uint8_t digests[KC_DIGESTS_CHUNK * KC_DIGEST_SIZE], digest[KC_DIGEST_SIZE];
-	static uint8_t page[KC_PAGE_SIZE];
 	const char *what = compare ? "resync" : "full copy";
-	uint64_t done = 0, total = 0, i;
+	uint64_t done = 0, total = 0;
 	enum where where;
 	unsigned int b;
 
@@ -182,43 +247,11 @@ static enum where copy_all(struct protect *p, bool compare, uint64_t *sent, int 
 		total += p->guest.block_ids[b].npages;
 	kc_status_phase(p->status, what);
 	p->started_us = kc_now_us();
-
 	for (b = 0; b < p->guest.id.nr_blocks; b++) {
-		uint64_t npages = p->guest.block_ids[b].npages;
-		const struct guest_block *block = &p->guest.blocks[b];
-		struct holes holes = { 0, 0 };
-
-		for (i = 0; i < npages; i++, done++) {
-			if (compare && !(i % KC_DIGESTS_CHUNK)) {
-				uint64_t left = npages - i;
-				uint32_t n = left < KC_DIGESTS_CHUNK ? left : KC_DIGESTS_CHUNK;
-
-				*rc = kc_sink_digests(p->sink, b, i, n, digests, err);
-				if (*rc)
-					return SINK;
-			}
-			if (!(i % BATCH)) {
-				kc_show_progress(p, what, done, total);
-				where = kc_link_look(p, rc, err);
-				if (where != OK)
-					return where;
-			}
-			/* Reading a hole would allocate memory */
-			if (is_hole(&holes, block->fd, i))
-				memset(page, 0, sizeof(page));
-			else
-				memcpy(page, block->map + i * KC_PAGE_SIZE, KC_PAGE_SIZE);
-			if (compare) {
-				kc_page_digest(page, digest);
-				if (!memcmp(digest, digests + i % KC_DIGESTS_CHUNK * KC_DIGEST_SIZE,
-					    KC_DIGEST_SIZE))
-					continue;
-			}
-			*rc = kc_epoch_page(p->sink, b, i, page, err);
-			if (*rc)
-				return SINK;
-			++*sent;
-		}
+		where = copy_block(p, b, compare, done, total, sent, rc, err);
+		if (where != OK)
+			return where;
+		done += p->guest.block_ids[b].npages;
 	}
 	kc_show_progress(p, what, total, total);
 	return OK;

@@ -169,6 +169,7 @@ void kc_sink_close(struct kc_sink *s)
 	kc_guest_free(&s->guest);
 	free(s->state[0]);
 	free(s->state[1]);
+	free(s->ahead_digests);
 	pthread_mutex_destroy(&s->lock);
 	free(s);
 }
@@ -378,6 +379,8 @@ int kc_epoch_page(struct kc_sink *s, uint32_t block, uint64_t page, const void *
 		return kc_fail(err, EINVAL, "the guest has no page %llu in block %u",
 			       (unsigned long long)page, block);
 	s->stats.pages++;
+	if (block == s->ahead.block && page - s->ahead.first < s->ahead.n)
+		s->ahead_stale = true;
 	return broken(s, put_page(s, block, page, data, err));
 }
 

@@ -222,6 +222,9 @@ unsigned int kc_sink_start(const struct kc_sink *sink);
  * @out: @n digests of KC_DIGEST_SIZE bytes, to be compared with kc_page_digest().
  * @err: why not.
  *
+ * A standby is asked for what follows in the block as well, and looks for that while the caller
+ * compares: so ask in ascending order.
+ *
  * The same as the receiver's memory is what a page with an equal digest is: the digest is a
  * cryptographic one, because what is in a page may be chosen by an adversary in the guest.
  *
@@ -234,6 +237,9 @@ int kc_sink_digests(struct kc_sink *sink, uint32_t block, uint64_t first, uint32
 
 /** kc_page_digest() - digest of one page, KC_DIGEST_SIZE bytes to @out. Any thread. */
 void kc_page_digest(const void *data, uint8_t *out);
+
+/** kc_page_digests() - of @n pages, which may be anywhere, by several threads */
+void kc_page_digests(const uint8_t *const *pages, uint32_t n, uint8_t *out);
 
 /*
  * Flags of kc_epoch_begin().  0: an increment, pages that are not in it are as they were in the

@@ -358,6 +358,49 @@ static void test_epochs(void)
 	sim_free(&g);
 }
 
+/* A standby is asked for more than was asked for; what is sent meanwhile counts nevertheless. */
+static void test_digests_ahead(void)
+{
+	static uint8_t digests[KC_DIGESTS_CHUNK * KC_DIGEST_SIZE], own[KC_DIGEST_SIZE];
+	uint64_t junk[KC_PAGE_SIZE / 8] = { 1 }, n, first;
+	struct kc_sink *s;
+	struct sim g;
+
+	blocks[0].npages = 3 * KC_DIGESTS_CHUNK - 100;
+	start_standby(path_of("ram"), "--no-fence", "--timeout", "0");
+	s = protected_guest(&g);
+	OK(kc_epoch_begin(s, g.epoch + 1, 0, &err));
+	for (first = 0; first < blocks[0].npages; first += KC_DIGESTS_CHUNK) {
+		n = blocks[0].npages - first;
+		n = n < KC_DIGESTS_CHUNK ? n : KC_DIGESTS_CHUNK;
+		/* Answers come, and nobody waits for them. */
+		poll(NULL, 0, 200);
+		OK(kc_sink_poll(s, NULL, &err));
+		if (first)
+			OK(kc_epoch_page(s, 0, first + 7, junk, &err));
+		if (!first || first > KC_DIGESTS_CHUNK)
+			OK(kc_sink_digests(s, 0, first, n, digests, &err));
+		else
+			continue;
+		kc_page_digest(first ? (void *)junk : g.ram[0] + 7 * KC_PAGE_SIZE, own);
+		CHECK(!memcmp(own, digests + 7 * KC_DIGEST_SIZE, sizeof(own)), "a digest is of before");
+		kc_page_digest(g.ram[0] + (first + n - 1) * KC_PAGE_SIZE, own);
+		CHECK(!memcmp(own, digests + (n - 1) * KC_DIGEST_SIZE, sizeof(own)),
+		      "the last digest is wrong");
+	}
+	/* One that was asked ahead and sent again */
+	OK(kc_sink_digests(s, 0, 0, KC_DIGESTS_CHUNK, digests, &err));
+	junk[0]++;
+	OK(kc_epoch_page(s, 0, KC_DIGESTS_CHUNK + 7, junk, &err));
+	OK(kc_sink_digests(s, 0, KC_DIGESTS_CHUNK, KC_DIGESTS_CHUNK, digests, &err));
+	kc_page_digest(junk, own);
+	CHECK(!memcmp(own, digests + 7 * KC_DIGEST_SIZE, sizeof(own)), "a digest is of before");
+	/* And the end with an answer on its way. */
+	CHECK(kc_sink_end(s, KC_END_DETACH), "it is not told");
+	kc_sink_close(s);
+	sim_free(&g);
+}
+
 static void test_resync(void)
 {
 	struct sim g;
@@ -801,6 +844,7 @@ static const struct test tests[] = {
 	{ "tcp", test_tcp },
 	{ "epochs", test_epochs },
 	{ "resync", test_resync },
+	{ "digests_ahead", test_digests_ahead },
 	{ "resync_directory", test_resync_directory },
 	{ "merging", test_merging },
 	{ "damage", test_damage },
