@@ -215,7 +215,10 @@ static int parse_count(const char *s, uint64_t *n)
 
 int cmd_protect(int argc, char **argv)
 {
-	enum { QMP = 256, LEAVE_RAM, TO, INTERVAL, MAX_DIRTY, DISK, CONTROL, EPOCHS, JSON, HELP, SINK_OPTION };
+	enum {
+		QMP = 256, LEAVE_RAM, TO, INTERVAL, MAX_DIRTY, DISK, CONTROL, EPOCHS, JSON, HELP,
+		SINK_OPTION
+	};
 	static const struct option options[] = {
 		{ "qmp", required_argument, NULL, QMP },
 		{ "to", required_argument, NULL, TO },

@@ -102,8 +102,8 @@ void kc_link_tick(void *ctx);
 /* What has happened meanwhile, to whom */
 enum where kc_link_look(struct protect *p, int *rc, struct kc_err *err);
 /*
- * The sink failed, and is closed by this.  Is it to be opened again, as protection goes on?  If not,
- * that is the user's to know.
+ * The sink failed, and is closed by this.  Is it to be opened again, as protection goes on?  If
+ * not, that is the user's to know.
  */
 bool kc_link_failed(struct protect *p, int error, const struct kc_err *err);
 /* As long as that takes, and a while longer if the last failure was not that of the link */
@@ -115,8 +115,8 @@ bool kc_link_end(struct protect *p, enum kc_end why);
 /* --- protect_over.c: the guest goes on elsewhere -------------------------- */
 
 /*
- * The standby has taken over: stops the guest here, whatever it takes, unless told to end.  The exit
- * status.
+ * The standby has taken over: stops the guest here, whatever it takes, unless told to end.  The
+ * exit status.
  */
 int kc_guest_is_elsewhere(struct protect *p, const char *why);
 

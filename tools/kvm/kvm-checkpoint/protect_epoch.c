@@ -169,8 +169,8 @@ static bool is_hole(struct holes *h, int fd, uint64_t page)
 }
 
 /*
- * Which of these pages the receiver lacks.  What is written meanwhile may be found to be the same or
- * not: it gets dirty, too.
+ * Which of these pages the receiver lacks.  What is written meanwhile may be found to be the same
+ * or not: it gets dirty, too.
  */
 static int compare_chunk(struct protect *p, unsigned int b, uint64_t first, uint32_t n,
 			 struct holes *holes, bool *differs, struct kc_err *err)

@@ -180,8 +180,8 @@ bool kc_sink_end(struct kc_sink *sink, enum kc_end end);
  * certain that it will not run there.
  *
  * Return: 0, the guest is there; -ECANCELED, it is certain that the standby will not go on with it;
- * another negative errno, and nothing is certain: kc_sink_open() will tell, by -ESHUTDOWN if it did,
- * by success if it did not.
+ * another negative errno, and nothing is certain: kc_sink_open() will tell, by -ESHUTDOWN if it
+ * did, by success if it did not.
  */
 int kc_sink_switch_over(struct kc_sink *sink, struct kc_err *err);
 

@@ -54,8 +54,8 @@ void kc_standby_wake(struct standby *sb)
 }
 
 /*
- * How long the primary has been silent: in full, whatever else goes on here.  But when this host was
- * suspended or this process stopped, it is not the primary who was silent.
+ * How long the primary has been silent: in full, whatever else goes on here.  But when this host
+ * was suspended or this process stopped, it is not the primary who was silent.
  */
 struct silence {
 	uint64_t since_us;	/* nothing before that counts */
@@ -489,7 +489,8 @@ int cmd_standby(int argc, char **argv)
 	sb.wake = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 
 	sb.status = kc_status_new("standby", "");
-	if (signals < 0 || sb.wake < 0 || !sb.status || kc_ram_open(sb.ram_dir, sb.durable, &sb.ram, &err)) {
+	if (signals < 0 || sb.wake < 0 || !sb.status ||
+	    kc_ram_open(sb.ram_dir, sb.durable, &sb.ram, &err)) {
 		kc_log(KC_LOG_ERROR, "%s", err.text[0] ? err.text : "out of memory");
 		goto out;
 	}

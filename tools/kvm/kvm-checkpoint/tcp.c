@@ -202,6 +202,7 @@ static int tcp_digests(struct kc_sink *s, uint32_t block, uint64_t first, uint32
 		       struct kc_err *err)
 {
 	uint64_t left = s->guest.blocks[block].npages - first - n;
+	uint32_t next_n = left < KC_DIGESTS_CHUNK ? left : KC_DIGESTS_CHUNK;
 	int rc;
 
 	if (s->ahead_stale || s->ahead.block != block || s->ahead.first != first ||
@@ -219,10 +220,7 @@ static int tcp_digests(struct kc_sink *s, uint32_t block, uint64_t first, uint32
 	memcpy(out, s->ahead_digests, (size_t)n * KC_DIGEST_SIZE);
 	s->ahead.n = 0;
 	/* Both ends are at work then. */
-	if (left)
-		rc = ask_digests(s, block, first + n, left < KC_DIGESTS_CHUNK ? left : KC_DIGESTS_CHUNK,
-				 err);
-	return rc;
+	return left ? ask_digests(s, block, first + n, next_n, err) : 0;
 }
 
 static bool tcp_end(struct kc_sink *s, enum kc_end end)
