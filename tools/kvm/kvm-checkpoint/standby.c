@@ -82,6 +82,23 @@ static void notice_stop(struct silence *q)
 	q->cpu_us = cpu;
 }
 
+/*
+ * When we are at work for the primary, such as to try to load an epoch, nobody reads what it sends.
+ * But its packets are seen.
+ */
+static uint64_t packet_us(const struct session *s, uint64_t now)
+{
+	struct tcp_info info = { .tcpi_last_data_recv = 0 };
+	socklen_t len = sizeof(info);
+	uint64_t ms;
+
+	if (getsockopt(s->fd, IPPROTO_TCP, TCP_INFO, &info, &len))
+		return now;
+	ms = info.tcpi_last_data_recv < info.tcpi_last_ack_recv ? info.tcpi_last_data_recv :
+								  info.tcpi_last_ack_recv;
+	return now - ms * 1000;
+}
+
 static uint64_t silent_us(struct standby *sb, const struct silence *q)
 {
 	uint64_t now = kc_now_us(), heard;
@@ -89,7 +106,8 @@ static uint64_t silent_us(struct standby *sb, const struct silence *q)
 	pthread_mutex_lock(&sb->lock);
 	heard = sb->heard_us;
 	if (sb->active && sb->active->io)
-		heard = sb->active->busy ? now : kc_io_heard_us(sb->active->io);
+		heard = sb->active->busy ? packet_us(sb->active, now) :
+					   kc_io_heard_us(sb->active->io);
 	pthread_mutex_unlock(&sb->lock);
 	if (heard < q->since_us)
 		heard = q->since_us;

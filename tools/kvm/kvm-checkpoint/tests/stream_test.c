@@ -871,6 +871,7 @@ static const struct test tests[] = {
 	{ "trial", test_trial },
 	{ "trial_killed", test_trial_killed },
 	{ "trial_promoted", test_trial_promoted },
+	{ "trial_silence", test_trial_silence },
 	{ "warm_dies", test_warm_dies },
 	{ "full_ram_dir", test_full_ram_dir },
 	{ "qemu", test_qemu },

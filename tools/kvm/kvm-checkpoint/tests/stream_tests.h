@@ -39,6 +39,7 @@ void test_kinds(void);
 void test_trial(void);
 void test_trial_killed(void);
 void test_trial_promoted(void);
+void test_trial_silence(void);
 void test_warm_dies(void);
 
 /* stream_be_qemu.c */
