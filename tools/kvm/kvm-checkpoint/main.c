@@ -168,51 +168,6 @@ int cmd_list(int argc, char **argv)
 
 /* --- verify --------------------------------------------------------------- */
 
-/*
- * Each file once: a chain that only goes on from one that was seen is not read again from its
- * start.  The exit status, or -ESTALE.
- */
-static int verify(const struct kc_store *st, struct kc_err *err)
-{
-	uint64_t last = 0;
-	size_t *chain, i, sound, bad = 0;
-	ssize_t n;
-	int rc;
-	/* What the last verified chain held. */
-	bool *seen = calloc(st->nr_files + 1, sizeof(*seen));
-
-	if (!seen)
-		return 1;
-	for (i = st->nr_files; i-- > 0;) {
-		if (seen[i])
-			continue;
-		n = kc_store_chain(st, st->files[i].nr, &chain, err);
-		sound = 0;
-		rc = n < 0 ? n : kc_store_replay(st, chain, n, NULL, NULL, NULL, &sound, err);
-		if (rc == -ESTALE) {
-			if (n >= 0)
-				free(chain);
-			free(seen);
-			return rc;
-		}
-		if (rc) {
-			kc_log(KC_LOG_ERROR, "epoch %" PRIu64 " is lost: %s", st->files[i].nr,
-			       err->text);
-			bad++;
-		}
-		for (; n > 0 && sound > 0; sound--) {
-			seen[chain[sound - 1]] = true;
-			if (st->files[chain[sound - 1]].nr > last)
-				last = st->files[chain[sound - 1]].nr;
-		}
-		if (n >= 0)
-			free(chain);
-	}
-	free(seen);
-	printf("%zu epochs, %zu of them lost; last sound epoch %" PRIu64 "\n", st->nr_files, bad, last);
-	return bad || !last;
-}
-
 int cmd_verify(int argc, char **argv)
 {
 	static const struct option options[] = {
@@ -221,6 +176,8 @@ int cmd_verify(int argc, char **argv)
 	unsigned int looks = 0;
 	struct kc_store st;
 	struct kc_err err;
+	uint64_t last;
+	size_t n, lost;
 	int o, rc;
 
 	while ((o = getopt_long(argc, argv, "h", options, NULL)) != -1) {
@@ -234,10 +191,14 @@ int cmd_verify(int argc, char **argv)
 	do {
 		if (kc_store_read(argv[optind], &st, &err))
 			return fail(&err);
-		rc = verify(&st, &err);
+		rc = kc_store_verify(&st, &last, &lost, &err);
+		n = st.nr_files;
 		kc_store_free(&st);
 	} while (look_again(rc, &looks, &err));
-	return rc < 0 ? fail(&err) : rc;
+	if (rc)
+		return fail(&err);
+	printf("%zu epochs, %zu of them lost; last sound epoch %" PRIu64 "\n", n, lost, last);
+	return lost || !last;
 }
 
 /* --- restore -------------------------------------------------------------- */

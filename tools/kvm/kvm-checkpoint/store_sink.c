@@ -417,6 +417,8 @@ int kc_store_open(struct kc_sink *s, const char *path, struct kc_err *err)
 	if (mkdir(path, 0700) && errno != EEXIST)
 		return kc_fail(err, errno, "cannot make %s: %s", path, strerror(errno));
 	rc = kc_store_read(path, &ss->store, err);
+	if (!rc)
+		rc = kc_check_owner(ss->store.dir, path, err);
 	if (rc)
 		return rc;
 	ss->lock = openat(ss->store.dir, "lock", O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0600);

@@ -11,6 +11,9 @@ void test_merging(void);
 void test_damage_directory(void);
 void test_changing_directory(void);
 void test_read_while_merged(void);
+void test_verify_once(void);
+void test_no_files(void);
+void test_open_store(void);
 
 /* stream_full.c */
 void test_full_directory(void);
