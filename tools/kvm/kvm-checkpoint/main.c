@@ -349,11 +349,37 @@ int cmd_restore(int argc, char **argv)
 static void status_usage(FILE *f)
 {
 	fprintf(f,
-		"usage: kvm-checkpoint status [--json|--prometheus] SOCKET\n"
+		"usage: kvm-checkpoint status [--json] SOCKET\n"
+		"       kvm-checkpoint status --prometheus SOCKET...\n"
 		"       kvm-checkpoint status SOCKET COMMAND\n"
 		"\n"
 		"Asks a daemon at its --control socket for its status, or gives it a command: promote\n"
-		"(to a standby: fail over now) or what protect --help names.\n");
+		"(to a standby: fail over now) or what protect --help names.  What Prometheus reads may be\n"
+		"that of several daemons.\n");
+}
+
+/* Those who do not answer are left out, and make it fail. */
+static int status_prometheus(char **sockets, size_t n)
+{
+	char **texts = calloc(n, sizeof(*texts));
+	struct kc_err err;
+	size_t i, got = 0;
+
+	if (!texts) {
+		kc_log(KC_LOG_ERROR, "out of memory");
+		return 1;
+	}
+	for (i = 0; i < n; i++) {
+		if (kc_ctl_request(sockets[i], "status prometheus", &texts[got], &err))
+			fail(&err);
+		else
+			got++;
+	}
+	kc_prometheus_merge(texts, got, stdout);
+	for (i = 0; i < got; i++)
+		free(texts[i]);
+	free(texts);
+	return got < n;
 }
 
 int cmd_status(int argc, char **argv)
@@ -362,10 +388,10 @@ int cmd_status(int argc, char **argv)
 		{ "json", 0, NULL, 'j' }, { "prometheus", 0, NULL, 'p' }, { "help", 0, NULL, 'h' },
 		{ NULL, 0, NULL, 0 }
 	};
-	const char *line = "status";
+	const char *line = NULL;
 	struct kc_err err;
+	int o, n;
 	char *text;
-	int o;
 
 	while ((o = getopt_long(argc, argv, "h", options, NULL)) != -1) {
 		switch (o) {
@@ -382,11 +408,14 @@ int cmd_status(int argc, char **argv)
 			return bad_usage("status");
 		}
 	}
-	if (argc - optind == 2 && !strcmp(line, "status") && argv[optind + 1][0])
+	n = argc - optind;
+	if (n && line && !strcmp(line, "status prometheus"))
+		return status_prometheus(argv + optind, n);
+	if (n == 2 && !line && argv[optind + 1][0])
 		line = argv[optind + 1];
-	else if (argc - optind != 1)
+	else if (n != 1)
 		return bad_usage("status");
-	if (kc_ctl_request(argv[optind], line, &text, &err))
+	if (kc_ctl_request(argv[optind], line ? line : "status", &text, &err))
 		return fail(&err);
 	fputs(text, stdout);
 	free(text);

@@ -768,6 +768,8 @@ static const struct test tests[] = {
 	{ "commands", test_commands },
 	{ "status", test_status },
 	{ "full_queue", test_full_queue },
+	{ "idle_clients", test_idle_clients },
+	{ "prometheus", test_prometheus },
 	{ "tcp", test_tcp },
 	{ "epochs", test_epochs },
 	{ "resync", test_resync },

@@ -40,5 +40,7 @@ int be_qemu(int argc, char **argv);
 /* stream_status.c */
 void test_status(void);
 void test_full_queue(void);
+void test_idle_clients(void);
+void test_prometheus(void);
 
 #endif
