@@ -30,10 +30,34 @@ static int fail(const struct kc_err *err)
 	return 1;
 }
 
-static int bad_usage(const char *command)
+/* @why: NULL if that has been said. */
+static int bad_usage(const char *command, const char *why)
 {
-	fprintf(stderr, "try: kvm-checkpoint %s --help\n", command);
+	if (why)
+		fprintf(stderr, "kvm-checkpoint: %s: %s\n", command, why);
+	fprintf(stderr, "Try: kvm-checkpoint %s --help\n", command);
 	return 2;
+}
+
+/* What is left on the command line of one that takes a directory, or why not. */
+static const char *not_one_directory(int argc, char **argv)
+{
+	static char why[256];
+
+	if (argc - optind == 1)
+		return NULL;
+	if (argc == optind)
+		return "DIR is missing: which directory?";
+	snprintf(why, sizeof(why), "there is an argument too many: %.200s", argv[optind + 1]);
+	return why;
+}
+
+static int bad_argument(const char *command, const char *option, const char *arg)
+{
+	char why[256];
+
+	snprintf(why, sizeof(why), "--%s does not take %.200s", option, arg);
+	return bad_usage(command, why);
 }
 
 static bool parse_epoch(const char *s, uint64_t *nr)
@@ -137,6 +161,7 @@ int cmd_list(int argc, char **argv)
 	static const struct option options[] = {
 		{ "json", 0, NULL, 'j' }, { "help", 0, NULL, 'h' }, { NULL, 0, NULL, 0 }
 	};
+	const char *why;
 	struct kc_store st;
 	struct kc_err err;
 	bool json = false;
@@ -151,11 +176,12 @@ int cmd_list(int argc, char **argv)
 			printf("usage: kvm-checkpoint list [--json] DIR\n\nLists the epochs in a directory. It does not read all of them: see verify.\n");
 			return 0;
 		default:
-			return bad_usage("list");
+			return bad_usage("list", NULL);
 		}
 	}
-	if (argc - optind != 1)
-		return bad_usage("list");
+	why = not_one_directory(argc, argv);
+	if (why)
+		return bad_usage("list", why);
 	if (kc_store_read(argv[optind], &st, &err))
 		return fail(&err);
 	if (json)
@@ -174,6 +200,7 @@ int cmd_verify(int argc, char **argv)
 		{ "help", 0, NULL, 'h' }, { NULL, 0, NULL, 0 }
 	};
 	unsigned int looks = 0;
+	const char *why;
 	struct kc_store st;
 	struct kc_err err;
 	uint64_t last;
@@ -182,12 +209,13 @@ int cmd_verify(int argc, char **argv)
 
 	while ((o = getopt_long(argc, argv, "h", options, NULL)) != -1) {
 		if (o != 'h')
-			return bad_usage("verify");
+			return bad_usage("verify", NULL);
 		printf("usage: kvm-checkpoint verify DIR\n\nReads all epochs of a directory and checks each page and checksum.\n");
 		return 0;
 	}
-	if (argc - optind != 1)
-		return bad_usage("verify");
+	why = not_one_directory(argc, argv);
+	if (why)
+		return bad_usage("verify", why);
 	do {
 		if (kc_store_read(argv[optind], &st, &err))
 			return fail(&err);
@@ -270,8 +298,7 @@ int cmd_restore(int argc, char **argv)
 		case 'e':
 			if (parse_epoch(optarg, &want))
 				break;
-			kc_log(KC_LOG_ERROR, "--epoch does not take %s", optarg);
-			return 2;
+			return bad_argument("restore", "epoch", optarg);
 		case 'r':
 			out = optarg;
 			break;
@@ -280,23 +307,22 @@ int cmd_restore(int argc, char **argv)
 			break;
 		case 'C':
 			if (nr_caps == 7)
-				return bad_usage("restore");
+				return bad_usage("restore", "--capability: these are too many");
 			caps[nr_caps++] = optarg;
 			break;
 		case 'L':
 			if (!kc_parse_ms(optarg, &l.timeout_ms) && l.timeout_ms)
 				break;
-			kc_log(KC_LOG_ERROR, "--load-timeout does not take %s", optarg);
-			return 2;
+			return bad_argument("restore", "load-timeout", optarg);
 		case 'h':
 			restore_usage(stdout);
 			return 0;
 		default:
-			return bad_usage("restore");
+			return bad_usage("restore", NULL);
 		}
 	}
 	if (optind >= argc)
-		return bad_usage("restore");
+		return bad_usage("restore", "DIR is missing: which directory?");
 	l.argv = argv + optind + 1;
 	if (l.argv[0] && !strcmp(l.argv[0], "--"))
 		l.argv++;
@@ -405,7 +431,7 @@ int cmd_status(int argc, char **argv)
 			status_usage(stdout);
 			return 0;
 		default:
-			return bad_usage("status");
+			return bad_usage("status", NULL);
 		}
 	}
 	n = argc - optind;
@@ -414,7 +440,8 @@ int cmd_status(int argc, char **argv)
 	if (n == 2 && !line && argv[optind + 1][0])
 		line = argv[optind + 1];
 	else if (n != 1)
-		return bad_usage("status");
+		return bad_usage("status", n ? "one SOCKET, and a command only without --json" :
+				 "SOCKET is missing: what was the daemon's --control?");
 	if (kc_ctl_request(argv[optind], line ? line : "status", &text, &err))
 		return fail(&err);
 	fputs(text, stdout);
@@ -480,10 +507,14 @@ int main(int argc, char **argv)
 		setrlimit(RLIMIT_NOFILE, &rl);
 	}
 	for (i = 0; i < sizeof(commands) / sizeof(commands[0]); i++) {
-		if (!strcmp(argv[1], commands[i].name))
-			return commands[i].run(argc - 1, argv + 1);
+		if (strcmp(argv[1], commands[i].name))
+			continue;
+		/* getopt_long() begins its messages with this. */
+		if (asprintf(&argv[1], "kvm-checkpoint: %s", commands[i].name) < 0)
+			return 1;
+		return commands[i].run(argc - 1, argv + 1);
 	}
 	kc_log(KC_LOG_ERROR, "there is no command %s", argv[1]);
-	fprintf(stderr, "try: kvm-checkpoint --help\n");
+	fprintf(stderr, "Try: kvm-checkpoint --help\n");
 	return 2;
 }

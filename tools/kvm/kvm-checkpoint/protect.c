@@ -184,9 +184,12 @@ static int protect(struct protect *p)
 	}
 }
 
+/* @text: NULL if getopt_long() has said it. */
 static int usage_error(const char *text)
 {
-	fprintf(stderr, "kvm-checkpoint protect: %s\nTry: kvm-checkpoint protect --help\n", text);
+	if (text)
+		fprintf(stderr, "kvm-checkpoint: protect: %s\n", text);
+	fputs("Try: kvm-checkpoint protect --help\n", stderr);
 	return 2;
 }
 
@@ -276,7 +279,7 @@ int cmd_protect(int argc, char **argv)
 				return usage_error(err.text);
 			break;
 		default:
-			return usage_error("see above");
+			return usage_error(NULL);
 		}
 	}
 	if (optind < argc)
@@ -285,6 +288,8 @@ int cmd_protect(int argc, char **argv)
 		return usage_error("--qmp is missing: where is QEMU's monitor?");
 	if (!p.to)
 		return usage_error("--to is missing: tcp:HOST:PORT of a standby, or a directory");
+	if (kc_sink_check(p.to, &p.opts, &err))
+		return usage_error(err.text);
 
 	p.tty = isatty(1) && !p.json;
 	kc_log_may_lose = true;

@@ -9,6 +9,7 @@
 #include <string.h>
 
 #include "backend.h"
+#include "peer.h"
 
 const char kc_sink_options_help[] =
 	"  --psk-file FILE       TLS key, IDENTITY:HEX as psktool makes it; only you may read it\n"
@@ -87,6 +88,11 @@ int kc_sink_parse_option(struct kc_sink_opts *o, const char *name, const char *a
 	return 0;
 bad:
 	return kc_fail(err, EINVAL, "--%s does not take %s", name, arg);
+}
+
+int kc_sink_check(const char *spec, const struct kc_sink_opts *opts, struct kc_err *err)
+{
+	return strncmp(spec, "tcp:", 4) ? 0 : kc_check_peer(spec + 4, false, opts, err);
 }
 
 bool kc_sink_is_temporary(int error)

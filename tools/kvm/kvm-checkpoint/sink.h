@@ -112,6 +112,14 @@ void kc_sink_defaults(struct kc_sink_opts *opts);
 int kc_sink_parse_option(struct kc_sink_opts *opts, const char *name, const char *arg,
 			 struct kc_err *err);
 
+/**
+ * kc_sink_check() - is there a mistake that can be seen without opening it?
+ * @spec: as for kc_sink_open().
+ *
+ * Return: 0, or a negative errno if the address makes no sense or the key is missing or unfit.
+ */
+int kc_sink_check(const char *spec, const struct kc_sink_opts *opts, struct kc_err *err);
+
 /* For --help of whoever uses kc_sink_parse_option(). */
 extern const char kc_sink_options_help[];
 

@@ -14,6 +14,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include "peer.h"
 #include "standby.h"
 
 #define TICK_MS 50u
@@ -276,7 +277,7 @@ static int parse(struct standby *sb, int argc, char **argv)
 			usage(stdout);
 			return 0;
 		default:
-			fprintf(stderr, "try: kvm-checkpoint standby --help\n");
+			fprintf(stderr, "Try: kvm-checkpoint standby --help\n");
 			return 2;
 		}
 		if (!ok) {
@@ -313,6 +314,10 @@ static int parse(struct standby *sb, int argc, char **argv)
 		sb->exec = calloc(argc - optind + 1, sizeof(char *));
 		for (i = optind; sb->exec && i < argc; i++)
 			sb->exec[i - optind] = strdup(argv[i]);
+	}
+	if (kc_check_peer(sb->listen, true, &sb->opts, &err)) {
+		kc_log(KC_LOG_ERROR, "%s", err.text);
+		return 2;
 	}
 	l.argv = sb->exec;
 	if (sb->exec && kc_launch_check(&l, &err)) {

@@ -255,7 +255,8 @@ void test_other_key(void)
 	CHECK(snap_of_standby(path_of("ram")) == qemu.nr_snaps - 1, "the last epoch is missing");
 	/* But one that was never right is not. */
 	qemu.hook = NULL;
-	key_file = path_of("other.psk");
+	/* For longer than other paths. */
+	key_file = strdup(path_of("other.psk"));
 	start_standby(path_of("ram"), "--no-fence", "--timeout", "0");
 	must_fail(protect(CHECKED, spec()), "; the guest runs on, without protection");
 	CHECK(!log_has("trying again"), "it tries again");

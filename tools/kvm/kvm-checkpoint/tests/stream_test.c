@@ -567,10 +567,10 @@ static void test_security(void)
 	/* And it still works with the right key. */
 	kc_sink_close(must_open(spec()));
 	CHECK(run("standby", "--listen", "0.0.0.0:0", "--insecure", "--no-fence", "--ram-dir",
-		  path_of("ram2"), NULL) == 1,
+		  path_of("ram2"), NULL) == 2,
 	      "--insecure listens to the world");
 	CHECK(run("standby", "--listen", "127.0.0.1:0", "--no-fence", "--ram-dir", path_of("ram2"),
-		  NULL) == 1,
+		  NULL) == 2,
 	      "it listens without keys");
 	CHECK(run("standby", "--listen", "127.0.0.1:0", "--insecure", NULL) == 2,
 	      "neither fence nor --no-fence");
@@ -766,6 +766,7 @@ static const struct test tests[] = {
 	{ "records", test_records },
 	{ "pages", test_pages },
 	{ "commands", test_commands },
+	{ "usage", test_usage },
 	{ "status", test_status },
 	{ "full_queue", test_full_queue },
 	{ "idle_clients", test_idle_clients },

@@ -37,6 +37,9 @@ void test_io_error(void);
 void test_silent_qemu(void);
 int be_qemu(int argc, char **argv);
 
+/* stream_usage.c */
+void test_usage(void);
+
 /* stream_status.c */
 void test_status(void);
 void test_full_queue(void);
