@@ -221,6 +221,7 @@ int cmd_protect(int argc, char **argv)
 		{ "psk-file", required_argument, NULL, SINK_OPTION },
 		{ "psk-identity", required_argument, NULL, SINK_OPTION },
 		{ "insecure", no_argument, NULL, SINK_OPTION },
+		{ "bandwidth", required_argument, NULL, SINK_OPTION },
 		{ "keep", required_argument, NULL, SINK_OPTION },
 		{ NULL, 0, NULL, 0 }
 	};

@@ -7,9 +7,16 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "backend.h"
 #include "peer.h"
+
+/* At less, a page would take so long that the receiver thinks that we are gone. */
+#define MIN_BANDWIDTH	(64u << 10)
+/* Time that was not used is made up for up to so long; and waits are not shorter. */
+#define MAX_BURST_US	100000u
+#define MIN_WAIT_US	5000u
 
 const char kc_sink_options_help[] =
 	"  --psk-file FILE       TLS key, IDENTITY:HEX as psktool makes it; only you may read it\n"
@@ -20,6 +27,8 @@ const char kc_sink_options_help[] =
 	"                        (default 64M, 0 for none; not used for a directory)\n"
 	"  --io-timeout TIME     give up a peer or disk that takes nothing for so long\n"
 	"                        (default 10s)\n"
+	"  --bandwidth SIZE      so many bytes a second at most are sent or written, at least 64k\n"
+	"                        (default: as many as possible)\n"
 	"  --keep N              a directory keeps N epochs to go back to (default 100)\n";
 
 void kc_sink_defaults(struct kc_sink_opts *opts)
@@ -70,6 +79,11 @@ int kc_sink_parse_option(struct kc_sink_opts *o, const char *name, const char *a
 	}
 	if (!strcmp(name, "delta-cache")) {
 		if (kc_parse_size(arg, &o->delta_cache))
+			goto bad;
+		return 1;
+	}
+	if (!strcmp(name, "bandwidth")) {
+		if (kc_parse_size(arg, &o->bandwidth) || o->bandwidth < MIN_BANDWIDTH)
 			goto bad;
 		return 1;
 	}
@@ -239,6 +253,30 @@ static int usable(struct kc_sink *s, bool open, struct kc_err *err)
 	return 0;
 }
 
+/*
+ * Something was handed over: wait until its time is up, if there is a limit.  What was handed over
+ * is on its way meanwhile, so the receiver hears of us as often as there are waits.
+ */
+static int pace(struct kc_sink *s, size_t len, struct kc_err *err)
+{
+	uint64_t now = kc_now_us();
+	int rc = 0;
+
+	if (!s->opts.bandwidth)
+		return 0;
+	if (s->paid_ns < (now - MAX_BURST_US) * 1000)
+		s->paid_ns = (now - MAX_BURST_US) * 1000;
+	s->paid_ns += len * 1000000000ull / s->opts.bandwidth;
+	/* A record without contents, such as a heartbeat, does not wait: the guest may. */
+	if (len <= KC_REC_HDR || s->paid_ns / 1000 < now + MIN_WAIT_US)
+		return 0;
+	if (s->ops->flush)
+		rc = s->ops->flush(s, err);
+	if (!rc)
+		usleep(s->paid_ns / 1000 - now);
+	return rc;
+}
+
 int kc_sink_emit(struct kc_sink *s, const uint8_t *rec, size_t len, const void *more,
 		 size_t more_len, struct kc_err *err)
 {
@@ -259,7 +297,7 @@ int kc_sink_emit(struct kc_sink *s, const uint8_t *rec, size_t len, const void *
 		s->data_us = s->wrote_us;
 	s->stats.wire_bytes += len + more_len;
 	s->stats.io_us += s->wrote_us - t;
-	return rc;
+	return rc ? rc : pace(s, len + more_len, err);
 }
 
 static int flush_zeros(struct kc_sink *s, struct kc_err *err)

@@ -17,7 +17,8 @@
  * (to the kernel's socket buffer or, for a directory, to the disk), and nothing of the caller's is
  * referred to any more.  One sink belongs to one thread, except kc_sink_stats(), for any thread.
  *
- * Time: no call blocks longer than opts.io_timeout_ms without progress.
+ * Time: no call blocks longer than opts.io_timeout_ms without progress, and those that hand something
+ * over take as long as opts.bandwidth says.
  *
  * Failure: every call that fails with a negative errno, other than -EINVAL for a wrong use, leaves
  * the sink broken: close it, open another, begin with KC_EPOCH_RESYNC or KC_EPOCH_FULL (see
@@ -82,6 +83,7 @@ enum kc_codec { KC_CODEC_NONE, KC_CODEC_LZ4, KC_CODEC_ZSTD };
  * @psk_file: keys in GnuTLS psktool's format ("identity:hex"), readable by nobody else.
  * @psk_identity: which line of it, NULL for the first.
  * @insecure: neither authenticated nor encrypted; only to a loopback address.
+ * @bandwidth: bytes a second that are sent or written at most, before encryption; 0 for no limit.
  * @keep: a directory keeps at least this many of the last epochs restorable, and merges older ones.
  */
 struct kc_sink_opts {
@@ -93,6 +95,7 @@ struct kc_sink_opts {
 	const char *psk_file;
 	const char *psk_identity;
 	bool insecure;
+	uint64_t bandwidth;
 	unsigned int keep;
 };
 
@@ -103,7 +106,7 @@ void kc_sink_defaults(struct kc_sink_opts *opts);
  * kc_sink_parse_option() - take one of the options that describe a sink
  * @opts: to change.
  * @name: long option without dashes: compress, delta-cache, io-timeout, psk-file, psk-identity,
- *	insecure, keep.
+ *	insecure, bandwidth, keep.
  * @arg: its argument, NULL for insecure.  Must stay valid.
  * @err: why not.
  *

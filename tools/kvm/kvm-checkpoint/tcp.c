@@ -184,6 +184,7 @@ static void tcp_close(struct kc_sink *s)
 static const struct kc_sink_ops tcp_ops = {
 	.begin = tcp_begin,
 	.write = tcp_write,
+	.flush = tcp_flush,
 	.commit = tcp_flush,
 	.abort = tcp_flush,
 	.poll = tcp_poll,

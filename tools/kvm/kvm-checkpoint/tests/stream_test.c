@@ -773,6 +773,7 @@ static const struct test tests[] = {
 	{ "prometheus", test_prometheus },
 	{ "tcp", test_tcp },
 	{ "epochs", test_epochs },
+	{ "bandwidth", test_bandwidth },
 	{ "resync", test_resync },
 	{ "resync_directory", test_resync_directory },
 	{ "merging", test_merging },

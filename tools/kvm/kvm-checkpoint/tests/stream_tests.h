@@ -37,6 +37,9 @@ void test_io_error(void);
 void test_silent_qemu(void);
 int be_qemu(int argc, char **argv);
 
+/* stream_bandwidth.c */
+void test_bandwidth(void);
+
 /* stream_usage.c */
 void test_usage(void);
 
