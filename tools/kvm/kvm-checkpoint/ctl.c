@@ -19,6 +19,7 @@
 #include <unistd.h>
 
 #include "status.h"
+#include "wake.h"
 
 /* One that does not read or write is not waited for long. */
 #define CTL_TIMEOUT_MS 2000
@@ -87,6 +88,7 @@ static void make_answer(struct kc_ctl *ctl, struct client *c)
 		text = kc_status_print(ctl->st, KC_STATUS_PROMETHEUS);
 	} else if (ctl->command) {
 		text = ctl->command(ctl->ctx, line, &ok);
+		kc_wake();
 	} else {
 		ok = false;
 		text = strdup("unknown command");

@@ -11,6 +11,7 @@
  */
 #include <errno.h>
 #include <getopt.h>
+#include <poll.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -55,6 +56,7 @@ static void on_signal(int sig)
 	kc_stop_requested = true;
 	if (kc_may_exit)
 		_exit(0);
+	kc_wake();
 }
 
 static char *on_command(void *ctx, const char *line, bool *ok)
@@ -65,6 +67,29 @@ static char *on_command(void *ctx, const char *line, bool *ok)
 		kc_stop_requested = true;
 	return strdup(*ok ? "the guest runs on, without protection" :
 			    "no such command; there is: detach");
+}
+
+int kc_sleep_ms(const struct protect *p, uint64_t until_us)
+{
+	uint64_t now = kc_now_us(), due = p->sink ? kc_sink_due_us(p->sink) : UINT64_MAX;
+
+	if (due > until_us)
+		due = until_us;
+	if (due > now + MAX_SLEEP_MS * 1000)
+		due = now + MAX_SLEEP_MS * 1000;
+	return due > now ? (due - now + 999) / 1000 : 0;
+}
+
+void kc_sleep(struct protect *p, uint64_t until_us)
+{
+	struct pollfd fds[] = {
+		{ .fd = kc_wake_fd(), .events = POLLIN },
+		{ .fd = p->guest.qmp.fd, .events = POLLIN },
+		{ .fd = p->sink ? kc_sink_fd(p->sink) : -1, .events = POLLIN },
+	};
+
+	poll(fds, 3, kc_sleep_ms(p, until_us));
+	kc_wake_clear();
 }
 
 /* Until something fails or ends it */
@@ -292,6 +317,10 @@ int cmd_protect(int argc, char **argv)
 	if (kc_sink_check(p.to, &p.opts, &err))
 		return usage_error(err.text);
 
+	if (kc_wake_fd() < 0) {
+		kc_log(KC_LOG_ERROR, "cannot make an eventfd: %s", strerror(errno));
+		return 1;
+	}
 	p.tty = isatty(1) && !p.json;
 	kc_log_may_lose = true;
 	sigaction(SIGTERM, &sa, NULL);

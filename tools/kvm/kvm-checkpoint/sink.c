@@ -549,6 +549,11 @@ int kc_sink_poll(struct kc_sink *s, uint64_t *acked, struct kc_err *err)
 	return broken(s, rc);
 }
 
+uint64_t kc_sink_due_us(const struct kc_sink *s)
+{
+	return s->heartbeat_ms ? s->wrote_us + s->heartbeat_ms * 1000ull : UINT64_MAX;
+}
+
 int kc_sink_wait(struct kc_sink *s, uint64_t nr, unsigned int timeout_ms, struct kc_err *err)
 {
 	uint64_t end = kc_now_us() + timeout_ms * 1000ull;
@@ -556,13 +561,18 @@ int kc_sink_wait(struct kc_sink *s, uint64_t nr, unsigned int timeout_ms, struct
 	int rc;
 
 	for (;;) {
+		uint64_t now, due;
+
 		rc = kc_sink_poll(s, NULL, err);
 		if (rc || s->last_epoch >= nr)
 			return rc;
-		if (kc_now_us() >= end)
+		now = kc_now_us();
+		if (now >= end)
 			return kc_fail(err, ETIMEDOUT,
 				       "epoch %llu was not acknowledged within %u ms",
 				       (unsigned long long)nr, timeout_ms);
-		poll(&p, 1, 20);
+		due = kc_sink_due_us(s);
+		due = due < end ? due : end;
+		poll(&p, 1, due > now ? (due - now + 999) / 1000 : 0);
 	}
 }

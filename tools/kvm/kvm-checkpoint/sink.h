@@ -10,7 +10,8 @@
  *	kc_epoch_state(sink, state, len, stopped, &err)
  *	kc_epoch_commit(sink, &err)
  *
- * and between epochs, at least every 100 ms, kc_sink_poll() for acknowledgements and heartbeats.
+ * and between epochs, by kc_sink_due_us() at the latest, kc_sink_poll() for acknowledgements and
+ * heartbeats.
  *
  * Threading: none inside for tcp.  Compression, encryption and sending happen in the caller's
  * thread, while the guest runs.  So when kc_epoch_commit() returns, the epoch has been handed over
@@ -299,6 +300,15 @@ int kc_epoch_abort(struct kc_sink *sink, struct kc_err *err);
  * Return: 0, or a negative errno if the link or the receiver failed.
  */
 int kc_sink_poll(struct kc_sink *sink, uint64_t *acked, struct kc_err *err);
+
+/**
+ * kc_sink_due_us() - when kc_sink_poll() has to be called next, by kc_now_us()
+ *
+ * Sooner is never wrong, and what comes of the receiver is told by kc_sink_fd().
+ *
+ * Return: the time, or UINT64_MAX if there is none.
+ */
+uint64_t kc_sink_due_us(const struct kc_sink *sink);
 
 /**
  * kc_sink_wait() - wait until an epoch is acknowledged, with heartbeats

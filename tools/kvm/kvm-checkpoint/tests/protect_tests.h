@@ -21,4 +21,7 @@ void test_other_key(void);
 void test_unread_stdout(void);
 void test_unread_stderr(void);
 
+/* protect_pairs.c */
+void test_pairs(void);
+
 #endif

@@ -737,7 +737,7 @@ static void test_silent_peers(void)
 	OK(kc_sink_wait(s, 1, 10000, &err));
 	CHECK(kc_sink_wait(s, 2, 100, &err) == -ETIMEDOUT,
 	      "an epoch that was not sent is acknowledged");
-	kill(standby, SIGSTOP);
+	freeze(standby);
 	for (rc = 0; !rc; poll(NULL, 0, 10))
 		rc = kc_sink_poll(s, NULL, &err);
 	CHECK(rc == -ETIMEDOUT && strstr(err.text, "not answered"), "%d: %s", rc, err.text);
@@ -749,7 +749,7 @@ static void test_silent_peers(void)
 		CHECK(s || kc_sink_is_temporary(errno), "%s", err.text);
 	}
 	CHECK(kc_sink_last_epoch(s) == 1, "epoch 1 is lost");
-	kill(standby, SIGSTOP);
+	freeze(standby);
 	for (rc = 0; !rc;) {
 		sim_step(&g);
 		rc = sim_send(&g, s, KC_EPOCH_FULL);
