@@ -124,32 +124,12 @@ static int look(struct survey *sv, size_t i, struct kc_err *err)
 	return 0;
 }
 
-int kc_store_last_sound(const struct kc_store *st, uint64_t *nr, struct kc_err *err)
+/* From the newest one on: all, or until one is sound. */
+static int survey(const struct kc_store *st, bool all, uint64_t *last, size_t *lost,
+		  struct kc_err *err)
 {
 	struct survey sv;
-	size_t i;
-	int rc;
-
-	*nr = 0;
-	rc = survey_begin(&sv, st, err);
-	if (rc)
-		return rc;
-	for (i = st->nr_files; i-- > 0 && !rc && !*nr;) {
-		bool known = sv.of[i] != UNKNOWN;
-
-		rc = look(&sv, i, err);
-		if (!rc && sv.of[i] == SOUND)
-			*nr = st->files[i].nr;
-		else if (!rc && !known)
-			kc_log(KC_LOG_WARN, "%s", sv.why[sv.of[i] - LOST]);
-	}
-	survey_end(&sv);
-	return rc;
-}
-
-int kc_store_verify(const struct kc_store *st, uint64_t *last, size_t *lost, struct kc_err *err)
-{
-	struct survey sv;
+	bool known;
 	size_t i;
 	int rc;
 
@@ -158,16 +138,35 @@ int kc_store_verify(const struct kc_store *st, uint64_t *last, size_t *lost, str
 	rc = survey_begin(&sv, st, err);
 	if (rc)
 		return rc;
-	for (i = st->nr_files; i-- > 0 && !rc;) {
+	for (i = st->nr_files; i-- > 0 && !rc && (all || !*last);) {
+		known = sv.of[i] != UNKNOWN;
 		rc = look(&sv, i, err);
-		if (!rc && sv.of[i] == SOUND) {
-			*last = st->files[i].nr > *last ? st->files[i].nr : *last;
-		} else if (!rc) {
+		if (rc)
+			break;
+		if (sv.of[i] == SOUND) {
+			if (!*last)
+				*last = st->files[i].nr;
+			continue;
+		}
+		++*lost;
+		if (all)
 			kc_log(KC_LOG_ERROR, "epoch %" PRIu64 " is lost: %s", st->files[i].nr,
 			       sv.why[sv.of[i] - LOST]);
-			++*lost;
-		}
+		else if (!known)
+			kc_log(KC_LOG_WARN, "%s", sv.why[sv.of[i] - LOST]);
 	}
 	survey_end(&sv);
 	return rc;
+}
+
+int kc_store_last_sound(const struct kc_store *st, uint64_t *nr, struct kc_err *err)
+{
+	size_t lost;
+
+	return survey(st, false, nr, &lost, err);
+}
+
+int kc_store_verify(const struct kc_store *st, uint64_t *last, size_t *lost, struct kc_err *err)
+{
+	return survey(st, true, last, lost, err);
 }
