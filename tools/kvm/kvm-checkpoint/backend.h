@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
 /*
- * What a kind of sink (tcp.c, store_sink.c) has to provide to sink.c, which packs epochs into records.
+ * What a kind of sink (tcp.c, store_sink.c) has to provide to sink.c, which packs epochs into
+ * records.
  */
 #ifndef KC_BACKEND_H
 #define KC_BACKEND_H

@@ -93,7 +93,8 @@ static int look_up(const char *hostport, bool passive, int flags, struct addrinf
 	else
 		memcpy(host, hostport, n);
 	/* It takes 70000 for 4464. */
-	if (strspn(colon + 1, "0123456789") == strlen(colon + 1) && strtoul(colon + 1, NULL, 10) > 65535)
+	if (strspn(colon + 1, "0123456789") == strlen(colon + 1) &&
+	    strtoul(colon + 1, NULL, 10) > 65535)
 		return kc_fail(err, EINVAL, "%s: ports are numbers up to 65535", hostport);
 	return getaddrinfo(n ? host : NULL, colon + 1, &hints, ai);
 }

@@ -94,7 +94,8 @@ enum where kc_link_open(struct protect *p, int *rc, struct kc_err *err)
 			kc_log(KC_LOG_WARN, "%s; the guest runs on, trying again", err->text);
 		}
 		kc_status_phase(p->status, "link lost");
-		for (until = kc_now_us() + wait_ms * 1000; kc_now_us() < until; kc_sleep(p, until)) {
+		until = kc_now_us() + wait_ms * 1000;
+		for (; kc_now_us() < until; kc_sleep(p, until)) {
 			if (kc_stop_requested)
 				return STOPPED;
 			*rc = qmp_poll(&p->guest.qmp, err);

@@ -18,8 +18,8 @@
  * (to the kernel's socket buffer or, for a directory, to the disk), and nothing of the caller's is
  * referred to any more.  One sink belongs to one thread, except kc_sink_stats(), for any thread.
  *
- * Time: no call blocks longer than opts.io_timeout_ms without progress, and those that hand something
- * over take as long as opts.bandwidth says.
+ * Time: no call blocks longer than opts.io_timeout_ms without progress, and those that hand
+ * something over take as long as opts.bandwidth says.
  *
  * Failure: every call that fails with a negative errno, other than -EINVAL for a wrong use, leaves
  * the sink broken: close it, open another, begin with KC_EPOCH_RESYNC or KC_EPOCH_FULL (see

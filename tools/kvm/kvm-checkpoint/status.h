@@ -75,8 +75,9 @@ struct kc_ctl;
  * kc_ctl_start() - serve a control socket in a thread of its own, all clients at once
  * @path: of the unix socket; a stale one is replaced, one in use is an error.  Made with mode 0600.
  * @st: what "status" prints.
- * @command: called in the control thread, so it must not wait, for other commands ("promote", "detach", ...), returns
- *	malloc()ed text to answer (without final newline) and sets *@ok; NULL if there are none.
+ * @command: called in the control thread, so it must not wait, for other commands ("promote",
+ *	"detach", ...), returns malloc()ed text to answer (without final newline) and sets *@ok;
+ *	NULL if there are none.
  * @ctx: for @command.
  * @err: why not.
  *

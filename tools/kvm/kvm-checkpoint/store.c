@@ -238,10 +238,11 @@ ssize_t kc_store_chain(const struct kc_store *st, uint64_t nr, size_t **out, str
 				return kc_fail(err, ENOENT, "%s has no epoch %" PRIu64, st->path,
 					       nr);
 			if (want == nr)
-				return kc_fail(err, EPROTO, "the file of epoch %" PRIu64 " is damaged", nr);
+				return kc_fail(err, EPROTO,
+					       "the file of epoch %" PRIu64 " is damaged", nr);
 			return kc_fail(err, EPROTO,
-				       "epoch %" PRIu64 " needs epoch %" PRIu64 ", whose file is %s", nr,
-				       want, f < 0 ? "missing" : "damaged");
+				       "epoch %" PRIu64 " needs epoch %" PRIu64 ", whose file is %s",
+				       nr, want, f < 0 ? "missing" : "damaged");
 		}
 		chain[n++] = f;
 		if (st->files[f].flags == KC_EPOCH_FULL)

@@ -120,8 +120,8 @@ void test_pairs(void)
 	struct pair *pairs;
 	double seconds;
 
-	pairs = mmap(NULL, nr * sizeof(*pairs), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1,
-		     0);
+	pairs = mmap(NULL, nr * sizeof(*pairs), PROT_READ | PROT_WRITE,
+		     MAP_SHARED | MAP_ANONYMOUS, -1, 0);
 	CHECK(nr > 0 && pairs != MAP_FAILED, "no memory");
 	for (i = 0; i < nr; i++)
 		start_pair(&pairs[i], i);
@@ -149,8 +149,8 @@ void test_pairs(void)
 	}
 	printf("# %u pairs, an epoch a second; of each daemon:\n", nr);
 	for (j = 0; j < 2; j++)
-		printf("# %s: %.1f threads, %.1f MiB of its own, %.1f wake-ups a second\n", names[j],
-		       (double)sum[j].threads / nr, sum[j].private_kib / 1024.0 / nr,
+		printf("# %s: %.1f threads, %.1f MiB of its own, %.1f wake-ups a second\n",
+		       names[j], (double)sum[j].threads / nr, sum[j].private_kib / 1024.0 / nr,
 		       sum[j].wakeups / seconds / nr);
 	for (i = 0; i < nr; i++)
 		pairs[i].stop = true;
@@ -160,6 +160,7 @@ void test_pairs(void)
 	for (j = 0; j < 2; j++) {
 		CHECK(sum[j].threads <= 3 * nr, "%s has too many threads", names[j]);
 		CHECK(sum[j].private_kib / nr < 16 << 10, "%s needs too much memory", names[j]);
-		CHECK(sum[j].wakeups / seconds / nr < (j ? 30 : 15), "%s wakes up too often", names[j]);
+		CHECK(sum[j].wakeups / seconds / nr < (j ? 30 : 15), "%s wakes up too often",
+		      names[j]);
 	}
 }

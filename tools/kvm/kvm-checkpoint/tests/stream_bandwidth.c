@@ -48,8 +48,8 @@ static void limited(const char *to, uint64_t bandwidth)
 	s = must_open(to);
 	us = send_junk(s, &bytes);
 	least = (bytes - bandwidth / 10) * 1000000 / bandwidth;
-	CHECK(us + 20000 >= least, "%" PRIu64 " bytes took %" PRIu64 " us, and not %" PRIu64, bytes, us,
-	      least);
+	CHECK(us + 20000 >= least, "%" PRIu64 " bytes took %" PRIu64 " us, and not %" PRIu64,
+	      bytes, us, least);
 	/* It hears of us often enough. */
 	CHECK(!standby || (!waitpid(standby, NULL, WNOHANG) && !log_has("failing over") &&
 			   !log_has("lost the primary")), "the standby thinks that we are gone");
@@ -73,6 +73,6 @@ void test_bandwidth(void)
 	      kc_sink_parse_option(&opts, "bandwidth", "x", &err) == -EINVAL &&
 	      kc_sink_parse_option(&opts, "bandwidth", "0", &err) == -EINVAL,
 	      "takes a limit at which nothing can be sent");
-	CHECK(kc_sink_parse_option(&opts, "bandwidth", "10M", &err) == 1 && opts.bandwidth == 10 << 20,
-	      "does not take 10M");
+	CHECK(kc_sink_parse_option(&opts, "bandwidth", "10M", &err) == 1 &&
+	      opts.bandwidth == 10 << 20, "does not take 10M");
 }

@@ -430,7 +430,8 @@ void test_verify_once(void)
 	CHECK(run_measured(verify, &bad) == 1, "verify finds nothing");
 	CHECK(log_has("epoch 75 is lost") && log_has("epoch 150 is lost") &&
 	      !log_has("epoch 74 is lost") &&
-	      log_has("150 epochs, 76 of them lost; last sound epoch 74"), "it finds the wrong ones");
+	      log_has("150 epochs, 76 of them lost; last sound epoch 74"),
+	      "it finds the wrong ones");
 	read_all(path_of("log"), &log, &len);
 	log[len] = '\0';
 	CHECK(strstr((char *)log, "epoch 120 is lost") &&
@@ -442,7 +443,8 @@ void test_verify_once(void)
 	/* Where the first is bad there is nothing to be restored, and that is known at once. */
 	CHECK(!stat(epoch_path("store", 1), &sb) &&
 	      !truncate(epoch_path("store", 1), sb.st_size - 1), "cannot truncate");
-	CHECK(run_measured(restore, &bad) == 1 && log_has("no sound epoch"), "it restores something");
+	CHECK(run_measured(restore, &bad) == 1 && log_has("no sound epoch"),
+	      "it restores something");
 	CHECK(bad <= sound + 65536, "it reads %" PRIu64 " bytes, not %" PRIu64, bad, sound);
 	CHECK(run_measured(verify, &bad) == 1 && log_has("150 of them lost; last sound epoch 0"),
 	      "verify finds something sound");
@@ -486,7 +488,8 @@ void test_no_files(void)
 	CHECK(log_has("the file of epoch 4 is damaged"), "it does not say what is wrong");
 	/* They are not in the way of who writes on. */
 	kc_sink_close(must_open(store));
-	CHECK(exists(path_of("store/damaged-epoch-00000000000000000004.kc")), "the FIFO is left there");
+	CHECK(exists(path_of("store/damaged-epoch-00000000000000000004.kc")),
+	      "the FIFO is left there");
 }
 
 /* What others can write to is no place for what a guest is to go on from. */

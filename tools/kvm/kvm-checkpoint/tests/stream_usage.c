@@ -45,7 +45,7 @@ static const struct {
 	{ { TO, "tcp:192.0.2.1:7", "--insecure" }, "--insecure is only for loopback" },
 	{ { TO, "tcp:localhost:7070" }, "no key: make one with" },
 	{ { TO, "tcp:localhost:7070", "--psk-file", "nokey" }, "cannot read nokey" },
-	{ { TO, "tcp:localhost:7070", "--psk-file", psk, "--psk-identity", "x" }, "has no key of x" },
+	{ { TO, "tcp:localhost:7", "--psk-file", psk, "--psk-identity", "x" }, "has no key of x" },
 	{ { "standby", "--bogus" }, "standby: unrecognized option '--bogus'" },
 	{ { "standby", "--no-fence" }, "--listen HOST:PORT is missing" },
 	{ { LISTEN, "127.0.0.1:0", "--insecure" }, "give --fence COMMAND" },
@@ -73,8 +73,8 @@ void test_usage(void)
 		rc = reap(&pid);
 		read_all(path_of("log"), (uint8_t **)&text, &len);
 		text[len] = '\0';
-		CHECK(rc == 2, "\"%s\": it ends with %d, not 2, and says \"%s\"", mistakes[i].says, rc,
-		      text);
+		CHECK(rc == 2, "\"%s\": it ends with %d, not 2, and says \"%s\"",
+		      mistakes[i].says, rc, text);
 		CHECK(!strncmp(text, name, strlen(name)) && strstr(text, mistakes[i].says),
 		      "it does not say \"%s\", but \"%s\"", mistakes[i].says, text);
 		free(text);
