@@ -13,11 +13,13 @@
 #include "guest.h"
 #include "sink.h"
 #include "status.h"
+#include "wake.h"
 
 /* Pages that are copied of the running guest, or sent, at a time */
 #define BATCH		256
 
-#define TICK_MS		50
+/* However little there is to do, it is looked after so often */
+#define MAX_SLEEP_MS	1000
 
 /* The first epoch of a sink, until it is acknowledged */
 struct first {
@@ -79,6 +81,14 @@ extern atomic_bool kc_stop_requested, kc_switch_requested;
  * then, and there is nobody to say goodbye to.
  */
 extern volatile sig_atomic_t kc_may_exit;
+
+/*
+ * How long poll() may wait for what is due then; the sink's heartbeats come before.  kc_wake_fd()
+ * has to be among what it waits for.
+ */
+int kc_sleep_ms(const struct protect *p, uint64_t until_us);
+/* Waits until then, or until something comes from QEMU or the sink, or somebody wants something */
+void kc_sleep(struct protect *p, uint64_t until_us);
 
 /* --- protect_show.c: what is shown ---------------------------------------- */
 

@@ -23,18 +23,19 @@ enum where kc_epoch_wait(struct protect *p, uint64_t until_us, int *rc, struct k
 {
 	struct guest *g = &p->guest;
 	bool watch = p->max_dirty && g->nr_logs;
-	struct pollfd fds[2 + g->nr_logs];
+	struct pollfd fds[3 + g->nr_logs];
 	enum where where;
 	unsigned int i;
 
 	for (;;) {
 		uint64_t now = kc_now_us();
-		bool ready = p->acked + 1 >= p->nr, full = false;
-		int ms;
+		bool ready, full = false;
 
+		kc_wake_clear();
 		where = kc_link_look(p, rc, err);
 		if (where != OK)
 			return where;
+		ready = p->acked + 1 >= p->nr;
 		full = watch && g->dirty.pages >= p->max_dirty;
 		if (p->acked >= p->nr && kc_switch_requested)
 			return SWITCH;
@@ -43,15 +44,15 @@ enum where kc_epoch_wait(struct protect *p, uint64_t until_us, int *rc, struct k
 
 		fds[0] = (struct pollfd){ .fd = g->qmp.fd, .events = POLLIN };
 		fds[1] = (struct pollfd){ .fd = kc_sink_fd(p->sink), .events = POLLIN };
+		fds[2] = (struct pollfd){ .fd = kc_wake_fd(), .events = POLLIN };
 		for (i = 0; i < g->nr_logs; i++)
-			fds[2 + i] = (struct pollfd){ .fd = g->logs[i].fd, .events = POLLIN };
-		ms = now < until_us ? (until_us - now + 999) / 1000 : TICK_MS;
-		if (ms > TICK_MS)
-			ms = TICK_MS;
-		if (poll(fds, watch && !full ? 2 + g->nr_logs : 2, ms) <= 0)
+			fds[3 + i] = (struct pollfd){ .fd = g->logs[i].fd, .events = POLLIN };
+		/* When it is due, it waits for an acknowledgement. */
+		if (poll(fds, watch && !full ? 3 + g->nr_logs : 3,
+			 kc_sleep_ms(p, now < until_us ? until_us : UINT64_MAX)) <= 0)
 			continue;
 		for (i = 0; watch && !full && i < g->nr_logs; i++) {
-			if (!(fds[2 + i].revents & POLLIN))
+			if (!(fds[3 + i].revents & POLLIN))
 				continue;
 			*rc = guest_harvest(g, err);
 			if (*rc)

@@ -13,6 +13,7 @@
 #include <unistd.h>
 
 #include "standby.h"
+#include "wake.h"
 
 static uint32_t errno_code(int error)
 {
@@ -316,7 +317,7 @@ static int ended(struct session *s, const struct kc_rec *rec, struct kc_err *err
 			kc_log(KC_LOG_ERROR, "there is no complete epoch of it to go on from");
 		else if (sb->mode == SERVING)
 			sb->guest_died = true;
-		kc_standby_wake(sb);
+		kc_wake();
 		pthread_mutex_unlock(&sb->lock);
 		return 0;
 	}
@@ -397,7 +398,7 @@ static int switch_over(struct session *s, struct kc_err *err)
 		return kc_fail(err, EBUSY, "there is no epoch to go on from, or it is done already");
 	sb->mode = FAILING_OVER;
 	sb->switches = true;
-	kc_standby_wake(sb);
+	kc_wake();
 	while (sb->mode == FAILING_OVER) {
 		kc_standby_wait(sb, heartbeat_ms(sb));
 		pthread_mutex_unlock(&sb->lock);

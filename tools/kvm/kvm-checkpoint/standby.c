@@ -12,13 +12,14 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/eventfd.h>
 #include <sys/signalfd.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
 
+#include "peer.h"
 #include "standby.h"
+#include "wake.h"
 
 #define RETRY_MS 5000u
 #define MAX_SLEEP_US 1000000ull
@@ -40,17 +41,11 @@ static char *command(void *ctx, const char *line, bool *ok)
 		text = "there is no complete epoch to go on from";
 	} else {
 		sb->promote = "told to";
-		kc_standby_wake(sb);
 		text = "failing over";
 		*ok = true;
 	}
 	pthread_mutex_unlock(&sb->lock);
 	return strdup(text);
-}
-
-void kc_standby_wake(struct standby *sb)
-{
-	eventfd_write(sb->wake, 1);
 }
 
 /*
@@ -181,14 +176,13 @@ static int serve(struct standby *sb, int listener, int signals)
 {
 	struct pollfd p[3] = {
 		{ .fd = listener, .events = POLLIN }, { .fd = signals, .events = POLLIN },
-		{ .fd = sb->wake, .events = POLLIN },
+		{ .fd = kc_wake_fd(), .events = POLLIN },
 	};
 	struct silence q = { .looked_us = kc_now_us(), .since_us = kc_now_us() };
 	uint64_t not_before_us = 0, silent;
 	struct signalfd_siginfo si;
 	char reason[80];
 	struct kc_err err;
-	eventfd_t count;
 	const char *why;
 	pid_t pid;
 	int rc;
@@ -197,8 +191,7 @@ static int serve(struct standby *sb, int listener, int signals)
 		if (poll(p, 3, plan_ms(sb, &q, not_before_us)) < 0 && errno != EINTR)
 			return 1;
 		notice_stop(&q);
-		if (p[2].revents)
-			eventfd_read(sb->wake, &count);
+		kc_wake_clear();
 		if (p[0].revents)
 			kc_session_take(sb, listener);
 		kc_session_tell(sb);
@@ -407,7 +400,7 @@ static int parse(struct standby *sb, int argc, char **argv)
 			usage(stdout);
 			return 0;
 		default:
-			fprintf(stderr, "try: kvm-checkpoint standby --help\n");
+			fprintf(stderr, "Try: kvm-checkpoint standby --help\n");
 			return 2;
 		}
 		if (!ok) {
@@ -444,6 +437,10 @@ static int parse(struct standby *sb, int argc, char **argv)
 		sb->exec = calloc(argc - optind + 1, sizeof(char *));
 		for (i = optind; sb->exec && i < argc; i++)
 			sb->exec[i - optind] = strdup(argv[i]);
+	}
+	if (kc_check_peer(sb->listen, true, &sb->opts, &err)) {
+		kc_log(KC_LOG_ERROR, "%s", err.text);
+		return 2;
 	}
 	return check(sb);
 }
@@ -504,10 +501,9 @@ int cmd_standby(int argc, char **argv)
 	sigaddset(&set, SIGCONT);
 	pthread_sigmask(SIG_BLOCK, &set, NULL);
 	signals = signalfd(-1, &set, SFD_CLOEXEC | SFD_NONBLOCK);
-	sb.wake = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 
 	sb.status = kc_status_new("standby", "");
-	if (signals < 0 || sb.wake < 0 || !sb.status ||
+	if (signals < 0 || kc_wake_fd() < 0 || !sb.status ||
 	    kc_ram_open(sb.ram_dir, sb.durable, &sb.ram, &err)) {
 		kc_log(KC_LOG_ERROR, "%s", err.text[0] ? err.text : "out of memory");
 		goto out;

@@ -88,14 +88,8 @@ struct standby {
 	/* Refusals that were told, or would have been, since then. */
 	unsigned int nr_told;
 	uint64_t told_us;
-	int wake;	/* an eventfd, for the main thread */
 	uint64_t still_there_us;	/* when the active session said so last */
 };
-
-/* --- standby.c ------------------------------------------------------------ */
-
-/* The main thread is to look at what has changed. */
-void kc_standby_wake(struct standby *sb);
 
 /* --- door.c --------------------------------------------------------------- */
 

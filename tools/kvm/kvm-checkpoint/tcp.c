@@ -275,6 +275,7 @@ static void tcp_close(struct kc_sink *s)
 static const struct kc_sink_ops tcp_ops = {
 	.begin = tcp_begin,
 	.write = tcp_write,
+	.flush = tcp_flush,
 	.commit = tcp_flush,
 	.abort = tcp_flush,
 	.poll = tcp_poll,
@@ -340,7 +341,7 @@ int kc_tcp_open(struct kc_sink *s, const char *hostport, struct kc_err *err)
 	s->same_sender = w.same_sender;
 	memcpy(s->receiver, w.receiver, sizeof(s->receiver));
 	s->heartbeat_ms = w.timeout_ms ? (w.timeout_ms + 3) / 4 : 1000;
-	s->wrote_us = s->data_us = s->beat_us = kc_now_us();
+	s->data_us = s->beat_us = kc_now_us();
 	s->confirmed_us = sent_us;
 	return 0;
 }

@@ -737,6 +737,7 @@ static const struct test tests[] = {
 	{ "protect_shutdown_lost", test_shutdown_lost },
 	{ "protect_unread_stdout", test_unread_stdout },
 	{ "protect_unread_stderr", test_unread_stderr },
+	{ "protect_pairs", test_pairs },
 };
 
 int main(int argc, char **argv)

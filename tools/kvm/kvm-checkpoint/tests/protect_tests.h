@@ -45,4 +45,7 @@ void test_switchover_late(void);
 void test_switchover_unknown(void);
 void test_switchover_directory(void);
 
+/* protect_pairs.c */
+void test_pairs(void);
+
 #endif
