@@ -278,10 +278,9 @@ void test_trial_promoted(void)
 	g.state_len = make_state(g.state, "save-vm", two);
 	OK(sim_send(&g, s, 0));
 	wait_times("take private", 2);
-	unlink(path_of("qemu.slow"));
-	write_text(path_of("qemu.refuse"), 0600, "too late\n");
 	CHECK(!run("status", path_of("ctl"), "promote", NULL), "promote failed");
-	unlink(path_of("qemu.refuse"));
+	wait_log("failing over to epoch 1");
+	unlink(path_of("qemu.slow"));
 	kc_sink_close(s);
 	wait_log("taken over at epoch 1");
 	compare_kind(1, "running");
