@@ -263,21 +263,30 @@ void test_trial_killed(void)
 	sim_free(&g);
 }
 
+/* A standby has one epoch, and tries to load the second one, which takes for ever. */
+static struct kc_sink *begin_slow_trial(struct sim *g, const char *timeout)
+{
+	struct kc_sink *s;
+
+	start_ready_standby(timeout);
+	sim_init(g);
+	s = must_open(spec());
+	OK(send_kind(g, s, KC_EPOCH_FULL, "running"));
+	write_text(path_of("qemu.slow"), 0600, "");
+	sim_step(g);
+	g->state_len = make_state(g->state, "save-vm", two);
+	OK(sim_send(g, s, 0));
+	wait_times("take private", 2);
+	return s;
+}
+
 /* It is needed while it does not know: then as of what it knows. */
 void test_trial_promoted(void)
 {
 	struct kc_sink *s;
 	struct sim g;
 
-	start_ready_standby("0");
-	sim_init(&g);
-	s = must_open(spec());
-	OK(send_kind(&g, s, KC_EPOCH_FULL, "running"));
-	write_text(path_of("qemu.slow"), 0600, "");
-	sim_step(&g);
-	g.state_len = make_state(g.state, "save-vm", two);
-	OK(sim_send(&g, s, 0));
-	wait_times("take private", 2);
+	s = begin_slow_trial(&g, "0");
 	CHECK(!run("status", path_of("ctl"), "promote", NULL), "promote failed");
 	wait_log("failing over to epoch 1");
 	unlink(path_of("qemu.slow"));
@@ -296,15 +305,7 @@ void test_trial_silence(void)
 	struct sim g;
 	unsigned int i;
 
-	start_ready_standby("2s");
-	sim_init(&g);
-	s = must_open(spec());
-	OK(send_kind(&g, s, KC_EPOCH_FULL, "running"));
-	write_text(path_of("qemu.slow"), 0600, "");
-	sim_step(&g);
-	g.state_len = make_state(g.state, "save-vm", two);
-	OK(sim_send(&g, s, 0));
-	wait_times("take private", 2);
+	s = begin_slow_trial(&g, "2s");
 	/* As long as it lives, there is time. */
 	for (i = 0; i < 200; i++) {
 		OK(kc_sink_poll(s, NULL, &err));
