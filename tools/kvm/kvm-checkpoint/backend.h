@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
 /*
- * What a kind of sink (tcp.c, store.c) has to provide to sink.c, which packs epochs into records.
+ * What a kind of sink (tcp.c, store_sink.c) has to provide to sink.c, which packs epochs into
+ * records.
  */
 #ifndef KC_BACKEND_H
 #define KC_BACKEND_H
@@ -15,6 +16,8 @@ struct kc_sink_ops {
 	/* An epoch file or nothing; BEGIN is written after it. */
 	int (*begin)(struct kc_sink *s, struct kc_err *err);
 	int (*write)(struct kc_sink *s, const void *buf, size_t len, struct kc_err *err);
+	/* Hand on what was written; NULL if there is nobody who waits for it. */
+	int (*flush)(struct kc_sink *s, struct kc_err *err);
 	/* COMMIT was written. */
 	int (*commit)(struct kc_sink *s, struct kc_err *err);
 	/* ABORT was written if aborts_by_record. */
@@ -24,6 +27,8 @@ struct kc_sink_ops {
 	int (*digests)(struct kc_sink *s, uint32_t block, uint64_t first, uint32_t n, uint8_t *out,
 		       struct kc_err *err);
 	bool (*end)(struct kc_sink *s, enum kc_end end);
+	/* NULL if it holds no guest that could run. */
+	int (*switch_over)(struct kc_sink *s, struct kc_err *err);
 	void (*close)(struct kc_sink *s);
 	bool aborts_by_record;
 };
@@ -37,7 +42,8 @@ struct kc_sink {
 
 	/* Set by the backend when opened. */
 	uint64_t last_epoch;		/* complete at the receiver, and known to be */
-	bool has_ram;
+	bool has_ram, same_sender;
+	uint8_t receiver[16];
 	unsigned int heartbeat_ms;	/* 0 for none */
 
 	/* The rest is sink.c's. */
@@ -48,12 +54,22 @@ struct kc_sink {
 	uint64_t records, epoch_pages;
 	XXH3_state_t *sum;
 	struct kc_zero zeros;		/* a run that may grow */
-	uint64_t wrote_us, data_us;	/* anything; anything but heartbeats */
+	uint64_t data_us;		/* when anything but heartbeats was sent last */
+	uint64_t paid_ns;		/* when the bandwidth allows for more */
 	/* The device state of the last epoch committed, and of the open one. */
 	uint8_t *state[2];
 	uint32_t state_len[2];
 	bool has_state;
 	uint64_t commit_us[64];		/* when an epoch was committed, by its number */
+	/*
+	 * Digests that a standby was asked for ahead; whether they are here, and of pages that were
+	 * sent since.
+	 */
+	struct kc_digest_req ahead;	/* n is 0: none */
+	uint8_t *ahead_digests;
+	bool ahead_here, ahead_stale;
+	uint64_t beat_us;		/* when the last heartbeat was sent */
+	uint64_t confirmed_us;
 
 	struct kc_sink_stats stats;
 	pthread_mutex_t lock;		/* for published */

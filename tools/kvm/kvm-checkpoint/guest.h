@@ -80,6 +80,7 @@ struct guest_epoch {
 	uint64_t taken_us;		/* when the guest was stopped, or found stopped */
 	uint64_t us[KC_PAUSE_PARTS];
 	bool was_running, resumed;
+	bool last;			/* in: the guest is to stay stopped */
 	char status[32];		/* QEMU's word for it */
 };
 
@@ -152,5 +153,6 @@ int guest_copy_running(struct guest *g, struct guest_epoch *e, uint64_t max, str
 bool guest_died(struct guest *g);
 
 void dirty_forget(struct dirty *d);
+int dirty_add(struct dirty *d, uint32_t block, uint64_t page, uint64_t n);
 
 #endif

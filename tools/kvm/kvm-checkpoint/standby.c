@@ -1,558 +1,30 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
  * kvm-checkpoint standby: receives epochs, and goes on with the guest when the primary is gone.
- *
- * One thread for each connection.  Only the one that is "active" touches the RAM; the main thread
- * does so after it has seen to it that none is.
  */
 #include <errno.h>
 #include <getopt.h>
 #include <inttypes.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
 #include <poll.h>
-#include <pthread.h>
 #include <signal.h>
-#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/signalfd.h>
-#include <sys/socket.h>
 #include <sys/wait.h>
+#include <time.h>
 #include <unistd.h>
 
-#include "launch.h"
-#include "ram.h"
-#include "status.h"
+#include "peer.h"
+#include "standby.h"
+#include "wake.h"
 
-#define MAX_SESSIONS 16u
-#define TICK_MS 50u
 #define RETRY_MS 5000u
-
-enum mode { SERVING, FAILING_OVER, TAKEN_OVER, STOPPING };
-
-struct session {
-	struct standby *sb;
-	struct session *next;
-	pthread_t thread;
-	int fd;
-	struct kc_io *io;
-	uint8_t instance[16];
-	/* Not waiting for the primary but at work for it. */
-	atomic_bool busy;
-};
-
-struct standby {
-	struct kc_sink_opts opts;
-	const char *listen, *ram_dir, *control;
-	bool durable;
-	unsigned int timeout_ms, fence_timeout_ms, load_timeout_ms;
-	char **fence;
-	bool no_fence, bare;
-	char **exec;
-	char *capabilities[8];
-
-	struct kc_ram *ram;
-	struct kc_status *status;
-	struct kc_sink_stats stats;
-
-	pthread_mutex_t lock;
-	pthread_cond_t changed;
-	enum mode mode;
-	struct session *sessions, *active;
-	unsigned int nr_sessions;
-	/* By whom failing over was asked for, if it was. */
-	const char *promote;
-	/* Not to be forgotten when failing over fails, but when a primary comes again. */
-	bool guest_died;
-	/* When an active session that is gone was heard last. */
-	uint64_t heard_us;
-};
-
-/* --- A connection --------------------------------------------------------- */
-
-static uint32_t errno_code(int error)
-{
-	switch (error) {
-	case EPROTONOSUPPORT:
-		return KC_ERR_VERSION;
-	case EEXIST:
-		return KC_ERR_GUEST;
-	case EBUSY:
-		return KC_ERR_BUSY;
-	case ESHUTDOWN:
-		return KC_ERR_TAKEN_OVER;
-	case EPROTO:
-	case EBADMSG:
-		return KC_ERR_STREAM;
-	case ENOSPC:
-	case EDQUOT:
-	case EFBIG:
-		return KC_ERR_SPACE;
-	default:
-		return KC_ERR_OTHER;
-	}
-}
-
-static void send_error(struct kc_io *io, int error, const char *text)
-{
-	uint8_t rec[KC_REC_HDR + 4 + sizeof(((struct kc_err *)0)->text)];
-	size_t n = kc_put_error(rec, errno_code(error), text);
-
-	if (!kc_io_write(io, rec, n, NULL) && !kc_io_flush(io, NULL))
-		kc_io_linger(io, 2000);
-}
-
-/* With the lock.  How long nothing was heard of the primary on this connection. */
-static uint64_t silent_us(const struct session *s)
-{
-	uint64_t heard, now = kc_now_us();
-
-	if (!s->io || s->busy)
-		return 0;
-	heard = kc_io_heard_us(s->io);
-	return now > heard ? now - heard : 0;
-}
-
-static unsigned int heartbeat_ms(const struct standby *sb)
-{
-	return sb->timeout_ms ? (sb->timeout_ms + 3) / 4 : 1000;
-}
-
-/* With the lock.  End it; its thread will notice. */
-static void kick(struct session *s)
-{
-	shutdown(s->fd, SHUT_RDWR);
-}
-
-static int wait_changed(struct standby *sb, unsigned int ms)
-{
-	struct timespec ts;
-
-	clock_gettime(CLOCK_MONOTONIC, &ts);
-	ts.tv_sec += ms / 1000;
-	ts.tv_nsec += ms % 1000 * 1000000l;
-	if (ts.tv_nsec >= 1000000000) {
-		ts.tv_sec++;
-		ts.tv_nsec -= 1000000000;
-	}
-	return -pthread_cond_timedwait(&sb->changed, &sb->lock, &ts);
-}
-
-/* Become the active session, or say why not. */
-static int activate(struct session *s, struct kc_err *err)
-{
-	struct standby *sb = s->sb;
-	struct session *other;
-	int rc = 0;
-
-	pthread_mutex_lock(&sb->lock);
-	other = sb->active;
-	if (other && sb->mode == SERVING) {
-		/*
-		 * The same process again, or one that was restarted: what it had before is a link
-		 * that broke and that we have not noticed yet.  A second primary is something else.
-		 */
-		if (memcmp(other->instance, s->instance, sizeof(s->instance)) &&
-		    silent_us(other) < 2 * heartbeat_ms(sb) * 1000ull) {
-			rc = kc_fail(err, EBUSY, "another primary is connected");
-		} else {
-			kick(other);
-			while (sb->active == other && !rc)
-				rc = wait_changed(sb, 5000);
-			if (rc || sb->active)
-				rc = kc_fail(err, EBUSY, "another connection is at work");
-		}
-	}
-	if (!rc && sb->mode == FAILING_OVER)
-		rc = kc_fail(err, EBUSY, "the standby is failing over");
-	if (!rc && sb->mode != SERVING)
-		rc = kc_fail(err, ESHUTDOWN,
-			     "the standby has taken over the guest at epoch %" PRIu64,
-			     kc_ram_epoch(sb->ram));
-	if (!rc)
-		sb->active = s;
-	pthread_mutex_unlock(&sb->lock);
-	return rc;
-}
-
-/* Making RAM for a large guest takes its time: say that we live. */
-static void still_there(void *ctx)
-{
-	struct session *s = ctx;
-	uint8_t rec[KC_REC_HDR];
-
-	kc_put_rec(rec, KC_HEARTBEAT, 0, 0);
-	if (!kc_io_write(s->io, rec, sizeof(rec), NULL))
-		kc_io_flush(s->io, NULL);
-}
-
-static int greet(struct session *s, const struct kc_hello *hello, struct kc_err *err)
-{
-	struct standby *sb = s->sb;
-	struct kc_welcome w = { .version = KC_VERSION };
-	uint8_t rec[KC_REC_HDR + 16];
-	struct kc_err why;
-	char uuid[37];
-	int rc;
-
-	w.has_ram = kc_ram_guest(sb->ram);
-	if (w.has_ram) {
-		rc = kc_guest_same(kc_ram_guest(sb->ram), &hello->guest, &why);
-		if (rc)
-			return kc_fail(err, EEXIST,
-				       "%s (give the standby another --ram-dir, or remove its old one)",
-				       why.text);
-	} else {
-		kc_log(KC_LOG_INFO, "making %" PRIu64 " MiB of RAM in %s",
-		       kc_guest_pages(&hello->guest) >> 8, sb->ram_dir);
-		rc = kc_ram_create(sb->ram, &hello->guest, still_there, s, err);
-		if (rc)
-			return rc;
-	}
-	/* That protection had ended is forgotten with the next complete epoch, not before. */
-	rc = kc_ram_settle(sb->ram, err);
-	if (rc)
-		return rc;
-	kc_uuid_text(hello->guest.uuid, uuid);
-	kc_status_guest(sb->status, hello->guest.name[0] ? hello->guest.name : uuid);
-	kc_log(KC_LOG_INFO, "the primary of guest %s (%s) is connected; last complete epoch %" PRIu64, uuid,
-	       hello->guest.name, kc_ram_epoch(sb->ram));
-	w.timeout_ms = sb->timeout_ms;
-	w.last_epoch = kc_ram_epoch(sb->ram);
-	kc_put_welcome(rec, &w);
-	pthread_mutex_lock(&sb->lock);
-	sb->guest_died = false;
-	pthread_mutex_unlock(&sb->lock);
-	rc = kc_io_write(s->io, rec, sizeof(rec), err);
-	return rc ? rc : kc_io_flush(s->io, err);
-}
-
-static int answer_digests(struct session *s, const struct kc_rec *rec, struct kc_err *err)
-{
-	uint8_t head[KC_REC_HDR + 16], *digests;
-	struct kc_digest_req req;
-	int rc;
-
-	rc = kc_get_digest_req(rec, &req, err);
-	if (rc)
-		return rc;
-	digests = malloc((size_t)req.n * KC_DIGEST_SIZE);
-	if (!digests)
-		return kc_fail(err, ENOMEM, "out of memory");
-	rc = kc_ram_digests(s->sb->ram, req.block, req.first, req.n, digests, err);
-	if (!rc) {
-		kc_put_digest_req(head, KC_DIGESTS, &req);
-		rc = kc_io_write(s->io, head, sizeof(head), err);
-	}
-	if (!rc)
-		rc = kc_io_write(s->io, digests, (size_t)req.n * KC_DIGEST_SIZE, err);
-	if (!rc)
-		rc = kc_io_flush(s->io, err);
-	free(digests);
-	return rc;
-}
-
-static int acknowledge(struct session *s, const struct kc_rx *rx, uint64_t started,
-		       uint64_t *offset, struct kc_err *err)
-{
-	struct standby *sb = s->sb;
-	uint64_t nr = kc_ram_epoch(sb->ram), now = kc_now_us();
-	uint8_t rec[KC_REC_HDR + 16];
-	int rc;
-
-	kc_put_nr(rec, KC_ACK, nr, now - started);
-	rc = kc_io_write(s->io, rec, sizeof(rec), err);
-	if (!rc)
-		rc = kc_io_flush(s->io, err);
-	sb->stats.epoch_sent = sb->stats.epoch_acked = nr;
-	sb->stats.epochs++;
-	sb->stats.pages += kc_rx_pages(rx);
-	sb->stats.wire_bytes += kc_io_offset(s->io) - *offset;
-	sb->stats.io_us += now - started;
-	sb->stats.ack_us = now - started;
-	*offset = kc_io_offset(s->io);
-	kc_status_epoch(sb->status, nr, now);
-	kc_status_sink(sb->status, &sb->stats);
-	return rc;
-}
-
-static int ended(struct session *s, const struct kc_rec *rec, struct kc_err *err)
-{
-	struct standby *sb = s->sb;
-	uint32_t reason;
-	int rc;
-
-	rc = kc_get_end(rec, &reason, err);
-	if (rc)
-		return rc;
-	if (reason == KC_END_GUEST_DIED) {
-		kc_log(KC_LOG_WARN, "the primary says that its guest died");
-		pthread_mutex_lock(&sb->lock);
-		/* Not to what is not there, nor to what was left when it was once detached. */
-		if (!kc_ram_epoch(sb->ram) || (kc_ram_flags(sb->ram) & KC_RAM_ENDED))
-			kc_log(KC_LOG_ERROR, "there is no complete epoch of it to go on from");
-		else if (sb->mode == SERVING)
-			sb->guest_died = true;
-		pthread_mutex_unlock(&sb->lock);
-		return 0;
-	}
-	kc_log(KC_LOG_INFO, "the primary ends the protection: %s",
-	       reason == KC_END_GUEST_SHUTDOWN ? "its guest shut down" : "detached");
-	kc_status_phase(sb->status, "ended");
-	return kc_ram_set_flags(sb->ram, kc_ram_flags(sb->ram) | KC_RAM_ENDED, err);
-}
-
-/* Until the connection ends: 0 if the primary ended it as it should. */
-static int receive(struct session *s, struct kc_rx *rx, struct kc_err *err)
-{
-	struct standby *sb = s->sb;
-	uint64_t offset = kc_io_offset(s->io), t;
-	unsigned int limit_ms = sb->opts.io_timeout_ms + 4 * heartbeat_ms(sb);
-	struct kc_rec rec;
-	int rc;
-
-	kc_status_phase(sb->status, "receiving");
-	for (;;) {
-		rc = kc_io_record(s->io, limit_ms, &rec, err);
-		if (rc)
-			return rc;
-		s->busy = true;
-		t = kc_now_us();
-		rc = kc_rx_record(rx, &rec, err);
-		switch (rc) {
-		case KC_COMMIT:
-			rc = acknowledge(s, rx, t, &offset, err);
-			break;
-		case KC_HEARTBEAT:
-			still_there(s);
-			rc = 0;
-			break;
-		case KC_DIGEST_REQ:
-			if (rec.payload)
-				rc = answer_digests(s, &rec, err);
-			break;
-		case KC_END:
-			rc = ended(s, &rec, err);
-			s->busy = false;
-			return rc;
-		}
-		s->busy = false;
-		if (rc)
-			return rc;
-	}
-}
-
-static void *session(void *arg)
-{
-	struct session *s = arg, **p;
-	struct standby *sb = s->sb;
-	struct kc_err err = { "" };
-	struct kc_hello hello;
-	bool active = false;
-	struct kc_rx *rx = NULL;
-	struct kc_rec rec;
-	struct kc_io *io = NULL;
-	int rc;
-
-	rc = kc_io_accept(s->fd, &sb->opts, &io, &err);
-	if (rc) {
-		kc_log(KC_LOG_WARN, "refused a connection: %s", err.text);
-		goto out;
-	}
-	s->io = io;
-	rc = kc_io_record(io, sb->opts.connect_timeout_ms, &rec, &err);
-	if (!rc)
-		rc = kc_get_hello(&rec, &hello, &err);
-	if (!rc) {
-		memcpy(s->instance, hello.instance, sizeof(s->instance));
-		rc = activate(s, &err);
-		active = !rc;
-		s->busy = true;
-		if (!rc)
-			rc = greet(s, &hello, &err);
-		s->busy = false;
-		if (!rc) {
-			rx = kc_rx_new(kc_ram_guest(sb->ram), &kc_ram_ops, sb->ram);
-			if (!rx)
-				rc = kc_fail(&err, ENOMEM, "out of memory");
-		}
-		kc_guest_free(&hello.guest);
-		if (rc)
-			kc_log(KC_LOG_WARN, "refused a primary: %s", err.text);
-		else
-			rc = receive(s, rx, &err);
-		if (rc && rx)
-			kc_log(KC_LOG_WARN, "lost the primary: %s; last complete epoch %" PRIu64, err.text,
-			       kc_ram_epoch(sb->ram));
-	} else {
-		kc_log(KC_LOG_WARN, "refused a connection: %s", err.text);
-	}
-	/* First let others have the RAM: to say goodbye may take a while. */
-	kc_rx_free(rx);
-	pthread_mutex_lock(&sb->lock);
-	if (active) {
-		if (rx && rc)
-			kc_status_phase(sb->status, "waiting for the primary");
-		if (rx)
-			sb->heard_us = kc_io_heard_us(io);
-		sb->active = NULL;
-		pthread_cond_broadcast(&sb->changed);
-	}
-	pthread_mutex_unlock(&sb->lock);
-	if (rc && rc != -ENODATA && rc != -ECONNRESET && rc != -ETIMEDOUT)
-		send_error(io, -rc, err.text);
-out:
-	pthread_mutex_lock(&sb->lock);
-	for (p = &sb->sessions; *p != s; p = &(*p)->next)
-		;
-	*p = s->next;
-	if (io)
-		kc_io_close(io);
-	else
-		close(s->fd);
-	sb->nr_sessions--;
-	pthread_cond_broadcast(&sb->changed);
-	pthread_mutex_unlock(&sb->lock);
-	free(s);
-	return NULL;
-}
-
-static void take_connection(struct standby *sb, int listener)
-{
-	struct session *s;
-	int fd;
-
-	fd = accept4(listener, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);
-	if (fd < 0)
-		return;
-	s = calloc(1, sizeof(*s));
-	pthread_mutex_lock(&sb->lock);
-	if (!s || sb->nr_sessions >= MAX_SESSIONS) {
-		kc_log(KC_LOG_WARN, "refused a connection: there are too many");
-		goto refuse;
-	}
-	*s = (struct session){ .sb = sb, .fd = fd, .next = sb->sessions };
-	if (pthread_create(&s->thread, NULL, session, s))
-		goto refuse;
-	pthread_detach(s->thread);
-	sb->sessions = s;
-	sb->nr_sessions++;
-	pthread_mutex_unlock(&sb->lock);
-	return;
-refuse:
-	pthread_mutex_unlock(&sb->lock);
-	free(s);
-	close(fd);
-}
-
-/* --- Failing over --------------------------------------------------------- */
-
-static int taken_over(void *ctx, struct kc_err *err)
-{
-	struct standby *sb = ctx;
-
-	return kc_ram_set_flags(sb->ram, kc_ram_flags(sb->ram) | KC_RAM_TAKEN_OVER, err);
-}
-
-/* As kc_launch() */
-static int start_guest(struct standby *sb, pid_t *pid, struct kc_err *err)
-{
-	const struct kc_guest *g = kc_ram_guest(sb->ram);
-	struct kc_launch l = {
-		.argv = sb->exec, .bare = sb->bare, .capabilities = sb->capabilities, .guest = g,
-		.state = kc_ram_state_path(sb->ram), .epoch = kc_ram_epoch(sb->ram),
-		.stopped = kc_ram_flags(sb->ram) & KC_RAM_STOPPED,
-		.timeout_ms = sb->load_timeout_ms, .committed = taken_over, .ctx = sb,
-	};
-	int qmp, rc = 0;
-	uint32_t i;
-
-	l.ram = calloc(g->nr_blocks + 1, sizeof(*l.ram));
-	for (i = 0; l.ram && i < g->nr_blocks; i++) {
-		l.ram[i] = kc_ram_block_path(sb->ram, i);
-		if (!l.ram[i])
-			rc = -ENOMEM;
-	}
-	if (!l.ram || !l.state || rc)
-		rc = kc_fail(err, ENOMEM, "out of memory");
-	else
-		rc = kc_launch(&l, pid, &qmp, err);
-	/* A command that could not be started has not touched the RAM. */
-	if (rc < 0 && sb->bare && (kc_ram_flags(sb->ram) & KC_RAM_TAKEN_OVER))
-		kc_ram_set_flags(sb->ram, kc_ram_flags(sb->ram) & ~KC_RAM_TAKEN_OVER, NULL);
-	if (rc >= 0 && qmp >= 0)
-		close(qmp);
-	kc_free_argv(l.ram);
-	free((char *)l.state);
-	return rc;
-}
-
-/* 0 if the guest runs here now (*pid > 0) or its files are given away (*pid is 0). */
-static int fail_over(struct standby *sb, const char *reason, pid_t *pid, struct kc_err *err)
-{
-	uint64_t t = kc_now_us();
-	int rc = 0;
-
-	*pid = 0;
-	pthread_mutex_lock(&sb->lock);
-	sb->mode = FAILING_OVER;
-	sb->promote = NULL;
-	if (sb->active)
-		kick(sb->active);
-	while (sb->active && !rc)
-		rc = wait_changed(sb, 30000);
-	pthread_mutex_unlock(&sb->lock);
-	if (rc)
-		return kc_fail(err, ETIMEDOUT, "the connection to the primary does not end");
-	if (!kc_ram_epoch(sb->ram))
-		return kc_fail(err, ENOENT, "there is no complete epoch to go on from");
-	rc = kc_ram_settle(sb->ram, err);
-	if (rc)
-		return rc;
-	kc_log(KC_LOG_WARN, "failing over to epoch %" PRIu64 ": %s", kc_ram_epoch(sb->ram), reason);
-	kc_status_phase(sb->status, "failing over");
-	if (sb->fence) {
-		rc = kc_run_fence(sb->fence, sb->fence_timeout_ms, err);
-		if (rc)
-			return rc;
-		kc_log(KC_LOG_INFO, "the fence says that the primary is dead");
-	}
-	rc = sb->exec ? start_guest(sb, pid, err) : taken_over(sb, err);
-	if (rc < 0)
-		return rc;
-	if (rc)
-		kc_log(KC_LOG_ERROR, "%s: see QEMU's other monitors what it needs", err->text);
-	kc_log(KC_LOG_WARN, "taken over at epoch %" PRIu64 " after %.3f s%s", kc_ram_epoch(sb->ram),
-	       (kc_now_us() - t) / 1e6, !sb->exec ? "" : rc ? ": the guest is here" :
-	       kc_ram_flags(sb->ram) & KC_RAM_STOPPED ?
-	       ": the guest is here, and stopped as it was when the epoch was taken" :
-	       ": the guest runs here");
-	kc_status_phase(sb->status, "taken over");
-	return 0;
-}
-
-static void print_checkpoint(struct standby *sb)
-{
-	const struct kc_guest *g = kc_ram_guest(sb->ram);
-	char *p;
-	uint32_t i;
-
-	printf("epoch %" PRIu64 "\n", kc_ram_epoch(sb->ram));
-	for (i = 0; i < g->nr_blocks; i++) {
-		p = kc_ram_block_path(sb->ram, i);
-		printf("ram %s %" PRIu64 " %s\n", g->blocks[i].name, g->blocks[i].npages * KC_PAGE_SIZE,
-		       p ? p : "");
-		free(p);
-	}
-	p = kc_ram_state_path(sb->ram);
-	printf("state %s\n", p ? p : "");
-	free(p);
-	if (kc_ram_flags(sb->ram) & KC_RAM_STOPPED)
-		printf("stopped\n");
-	fflush(stdout);
-}
-
-/* --- The main thread ------------------------------------------------------ */
+#define MAX_SLEEP_US 1000000ull
+/* Nobody is late by so much for want of CPU alone, and uses none of it */
+#define STOPPED_US 500000ull
 
 static char *command(void *ctx, const char *line, bool *ok)
 {
@@ -577,53 +49,104 @@ static char *command(void *ctx, const char *line, bool *ok)
 }
 
 /*
- * How long the primary has been silent.  In ticks of which none counts for more than it should be:
- * when this host was suspended or this process stopped, it is not the primary who was silent.
+ * How long the primary has been silent: in full, whatever else goes on here.  But when this host
+ * was suspended or this process stopped, it is not the primary who was silent.
  */
 struct silence {
-	uint64_t last_us, heard_us;
-	unsigned int ms;
+	uint64_t since_us;	/* nothing before that counts */
+	uint64_t looked_us, cpu_us, plan_us;
 };
 
-static bool is_silent(struct standby *sb, struct silence *q)
+static uint64_t cpu_us(void)
+{
+	struct timespec ts;
+
+	clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &ts);
+	return (uint64_t)ts.tv_sec * 1000000 + ts.tv_nsec / 1000;
+}
+
+/* A process that is frozen is not told so; one that is busy with something takes the CPU. */
+static void notice_stop(struct silence *q)
+{
+	uint64_t now = kc_now_us(), cpu = cpu_us(), late = now - q->looked_us;
+
+	late = late > q->plan_us ? late - q->plan_us : 0;
+	if (late > STOPPED_US && cpu - q->cpu_us < late / 20)
+		q->since_us = now;
+	q->looked_us = now;
+	q->cpu_us = cpu;
+}
+
+/*
+ * When we are at work for the primary, such as to try to load an epoch, nobody reads what it sends.
+ * But its packets are seen.
+ */
+static uint64_t packet_us(const struct session *s, uint64_t now)
+{
+	struct tcp_info info = { .tcpi_last_data_recv = 0 };
+	socklen_t len = sizeof(info);
+	uint64_t ms;
+
+	if (getsockopt(s->fd, IPPROTO_TCP, TCP_INFO, &info, &len))
+		return now;
+	ms = info.tcpi_last_data_recv < info.tcpi_last_ack_recv ? info.tcpi_last_data_recv :
+								  info.tcpi_last_ack_recv;
+	return now - ms * 1000;
+}
+
+static uint64_t silent_us(struct standby *sb, const struct silence *q)
 {
 	uint64_t now = kc_now_us(), heard;
-	unsigned int gap = (now - q->last_us) / 1000;
 
 	pthread_mutex_lock(&sb->lock);
 	heard = sb->heard_us;
 	if (sb->active && sb->active->io)
-		heard = sb->active->busy ? now : kc_io_heard_us(sb->active->io);
+		heard = sb->active->busy ? packet_us(sb->active, now) :
+					   kc_io_heard_us(sb->active->io);
 	pthread_mutex_unlock(&sb->lock);
-	q->last_us = now;
-	if (heard > q->heard_us) {
-		q->heard_us = heard;
-		q->ms = 0;
-	} else {
-		q->ms += gap < 4 * TICK_MS ? gap : 4 * TICK_MS;
-	}
-	return sb->timeout_ms && q->ms > sb->timeout_ms && kc_ram_epoch(sb->ram) &&
+	if (heard < q->since_us)
+		heard = q->since_us;
+	return now > heard ? now - heard : 0;
+}
+
+static bool may_be_missed(struct standby *sb)
+{
+	bool armed;
+
+	pthread_mutex_lock(&sb->lock);
+	armed = sb->armed;
+	pthread_mutex_unlock(&sb->lock);
+	return armed && sb->timeout_ms && kc_ram_epoch(sb->ram) &&
 	       !(kc_ram_flags(sb->ram) & KC_RAM_ENDED);
 }
 
-/* Stop all connections. */
-static void stop(struct standby *sb, enum mode mode)
+/* Until something may have to be done that nothing wakes us for */
+static int plan_ms(struct standby *sb, struct silence *q, uint64_t not_before_us)
 {
-	struct session *s;
+	uint64_t us = MAX_SLEEP_US, silent, now = kc_now_us();
 
-	pthread_mutex_lock(&sb->lock);
-	sb->mode = mode;
-	for (s = sb->sessions; s; s = s->next)
-		kick(s);
-	while (sb->nr_sessions && !wait_changed(sb, 10000))
-		;
-	pthread_mutex_unlock(&sb->lock);
+	if (sb->timeout_ms) {
+		silent = silent_us(sb, q);
+		/* It may fall silent at any moment, and be at work until then. */
+		us = sb->timeout_ms * 1000ull;
+		us = silent >= us ? us : us - silent;
+	}
+	if (us > MAX_SLEEP_US)
+		us = MAX_SLEEP_US;
+	if (sb->guest_died && not_before_us > now && us > not_before_us - now)
+		us = not_before_us - now;
+	q->plan_us = us;
+	return (us + 999) / 1000;
 }
 
-/* After taking over: as long as QEMU lives. Its status. */
-static int attend(struct standby *sb, pid_t pid, int signals)
+/*
+ * After taking over: as long as QEMU lives, and whoever was the primary is told.  QEMU's status.
+ */
+static int attend(struct standby *sb, pid_t pid, int listener, int signals)
 {
-	struct pollfd p = { .fd = signals, .events = POLLIN };
+	struct pollfd p[2] = {
+		{ .fd = listener, .events = POLLIN }, { .fd = signals, .events = POLLIN },
+	};
 	struct signalfd_siginfo si;
 	int status;
 
@@ -635,8 +158,14 @@ static int attend(struct standby *sb, pid_t pid, int signals)
 			       WIFSIGNALED(status) ? WTERMSIG(status) : WEXITSTATUS(status));
 			return WIFEXITED(status) && !WEXITSTATUS(status) ? 0 : 1;
 		}
-		if (poll(&p, 1, 1000) > 0 && read(signals, &si, sizeof(si)) == sizeof(si) &&
-		    si.ssi_signo != SIGCHLD) {
+		/* QEMU's end is a signal, too. */
+		if (poll(p, 2, -1) <= 0)
+			continue;
+		if (p[0].revents)
+			kc_session_take(sb, listener);
+		while (read(signals, &si, sizeof(si)) == sizeof(si)) {
+			if (si.ssi_signo == SIGCHLD || si.ssi_signo == SIGCONT)
+				continue;
 			kc_log(KC_LOG_INFO, "leaving QEMU (process %d) alone", pid);
 			return 0;
 		}
@@ -645,11 +174,13 @@ static int attend(struct standby *sb, pid_t pid, int signals)
 
 static int serve(struct standby *sb, int listener, int signals)
 {
-	struct pollfd p[2] = {
+	struct pollfd p[3] = {
 		{ .fd = listener, .events = POLLIN }, { .fd = signals, .events = POLLIN },
+		{ .fd = kc_wake_fd(), .events = POLLIN },
 	};
-	struct silence q = { .last_us = kc_now_us() };
-	uint64_t not_before_us = 0;
+	struct silence q = { .looked_us = kc_now_us(), .since_us = kc_now_us() };
+	uint64_t not_before_us = 0, silent;
+	struct signalfd_siginfo si;
 	char reason[80];
 	struct kc_err err;
 	const char *why;
@@ -657,53 +188,62 @@ static int serve(struct standby *sb, int listener, int signals)
 	int rc;
 
 	for (;;) {
-		if (poll(p, 2, TICK_MS) < 0 && errno != EINTR)
+		if (poll(p, 3, plan_ms(sb, &q, not_before_us)) < 0 && errno != EINTR)
 			return 1;
+		notice_stop(&q);
+		kc_wake_clear();
 		if (p[0].revents)
-			take_connection(sb, listener);
-		if (p[1].revents) {
-			struct signalfd_siginfo si;
-
-			if (read(signals, &si, sizeof(si)) == sizeof(si) &&
-			    si.ssi_signo != SIGCHLD) {
+			kc_session_take(sb, listener);
+		kc_session_tell(sb);
+		while (read(signals, &si, sizeof(si)) == sizeof(si)) {
+			if (si.ssi_signo == SIGCONT) {
+				q.since_us = kc_now_us();
+			} else if (si.ssi_signo != SIGCHLD) {
 				kc_log(KC_LOG_INFO, "stopped; last complete epoch %" PRIu64,
 				       kc_ram_epoch(sb->ram));
-				stop(sb, STOPPING);
+				kc_session_stop_all(sb, STOPPING);
 				return 0;
 			}
 		}
 		pthread_mutex_lock(&sb->lock);
-		why = sb->promote;
+		why = sb->switches ? "the primary hands it over" : sb->promote;
 		if (!why && sb->guest_died && kc_now_us() >= not_before_us)
 			why = "the primary's guest died";
 		pthread_mutex_unlock(&sb->lock);
-		if (is_silent(sb, &q) && !why) {
-			snprintf(reason, sizeof(reason), "the primary has been silent for %u ms",
-				 q.ms);
+		silent = silent_us(sb, &q);
+		if (!why && may_be_missed(sb) && silent >= sb->timeout_ms * 1000ull) {
+			snprintf(reason, sizeof(reason),
+				 "the primary has been silent for %" PRIu64 " ms", silent / 1000);
 			why = reason;
 		}
 		if (!why)
 			continue;
-		rc = fail_over(sb, why, &pid, &err);
+		rc = kc_take_over(sb, why, &pid, &err);
 		if (!rc) {
-			stop(sb, TAKEN_OVER);
-			close(listener);
+			kc_session_stop_all(sb, TAKEN_OVER);
 			if (pid)
-				return attend(sb, pid, signals);
-			print_checkpoint(sb);
-			return 0;
+				rc = attend(sb, pid, listener, signals);
+			else
+				kc_print_checkpoint(sb);
+			close(listener);
+			kc_session_stop_all(sb, STOPPING);
+			return rc;
 		}
 		kc_log(KC_LOG_ERROR, "could not fail over: %s", err.text);
 		if (kc_ram_flags(sb->ram) & KC_RAM_TAKEN_OVER) {
-			stop(sb, TAKEN_OVER);
+			kc_session_stop_all(sb, TAKEN_OVER);
 			return 1;
 		}
 		kc_log(KC_LOG_INFO, "waiting for the primary, and trying again if it stays silent");
 		kc_status_phase(sb->status, "failing over failed");
 		pthread_mutex_lock(&sb->lock);
 		sb->mode = SERVING;
+		sb->switches = false;
+		sb->why_not = err;
+		pthread_cond_broadcast(&sb->changed);
 		pthread_mutex_unlock(&sb->lock);
-		q = (struct silence){ .last_us = kc_now_us(), .heard_us = q.heard_us };
+		q = (struct silence){ .looked_us = kc_now_us(), .since_us = kc_now_us(),
+				      .cpu_us = cpu_us() };
 		not_before_us = kc_now_us() + RETRY_MS * 1000ull;
 	}
 }
@@ -721,6 +261,10 @@ static void usage(FILE *f)
 		"  --durable             force each epoch to the disk of --ram-dir\n"
 		"  --timeout TIME        fail over if the primary is silent for so long (default 5s,\n"
 		"                        0: only when told to)\n"
+		"  --failover-after-restart AGE\n"
+		"                        a restarted standby fails over to an epoch that is not\n"
+		"                        older, also if no primary was heard since the restart\n"
+		"                        (default 0: never)\n"
 		"  --fence COMMAND       must have succeeded before QEMU is started: it makes sure\n"
 		"                        that the primary is dead\n"
 		"  --no-fence            something else makes sure of that\n"
@@ -729,6 +273,7 @@ static void usage(FILE *f)
 		"                        a shell, but no shell; or as arguments after \"--\"\n"
 		"  --bare-exec           add nothing to it: it loads {state} by itself\n"
 		"  --capability NAME     migration capability to set before the state is loaded\n"
+		"  --no-trial            do not try to load the guest's state before it is needed\n"
 		"  --load-timeout TIME   for QEMU to have loaded the state (default 30s)\n"
 		"  --control PATH        unix socket for status and promote\n"
 		"  --psk-file FILE, --psk-identity NAME, --insecure, --io-timeout TIME\n"
@@ -740,6 +285,29 @@ static void usage(FILE *f)
 		"Without a command, prints these and ends.\n");
 }
 
+/* What is needed when it is too late to mend it is looked at now: -1, or the exit status. */
+static int check(const struct standby *sb)
+{
+	struct kc_launch l = { .argv = sb->exec };
+	struct kc_err err;
+
+	if (sb->fence && kc_can_run(sb->fence[0], &err)) {
+		kc_log(KC_LOG_ERROR, "--fence: %s", err.text);
+		return 2;
+	}
+	if (!sb->exec)
+		return -1;
+	if (kc_launch_check(&l, &err) || kc_can_run(sb->exec[0], &err)) {
+		kc_log(KC_LOG_ERROR, "%s", err.text);
+		return 2;
+	}
+	if (!sb->bare && !kc_launch_has_ram(&l)) {
+		kc_log(KC_LOG_ERROR, "QEMU's command has no {ramN} or {ram:NAME} in it: the guest would go on without its memory; give it -object memory-backend-file,id=ram0,size={size0},share=on,mem-path={ram0}");
+		return 2;
+	}
+	return -1;
+}
+
 static int parse(struct standby *sb, int argc, char **argv)
 {
 	static const struct option options[] = {
@@ -747,12 +315,14 @@ static int parse(struct standby *sb, int argc, char **argv)
 		{ "ram-dir", 1, NULL, 'r' },
 		{ "durable", 0, NULL, 'd' },
 		{ "timeout", 1, NULL, 't' },
+		{ "failover-after-restart", 1, NULL, 'a' },
 		{ "fence", 1, NULL, 'f' },
 		{ "no-fence", 0, NULL, 'F' },
 		{ "fence-timeout", 1, NULL, 'T' },
 		{ "exec", 1, NULL, 'e' },
 		{ "bare-exec", 0, NULL, 'b' },
 		{ "capability", 1, NULL, 'C' },
+		{ "no-trial", 0, NULL, 'N' },
 		{ "load-timeout", 1, NULL, 'L' },
 		{ "control", 1, NULL, 'c' },
 		{ "json", 0, NULL, 'j' },
@@ -765,7 +335,6 @@ static int parse(struct standby *sb, int argc, char **argv)
 	};
 	const char *fence = NULL, *exec = NULL;
 	unsigned int nr_caps = 0;
-	struct kc_launch l = { 0 };
 	struct kc_err err;
 	int o, i, index, rc;
 
@@ -784,6 +353,9 @@ static int parse(struct standby *sb, int argc, char **argv)
 			break;
 		case 't':
 			ok = !kc_parse_ms(optarg, &sb->timeout_ms);
+			break;
+		case 'a':
+			ok = !kc_parse_ms(optarg, &sb->restart_age_ms);
 			break;
 		case 'f':
 			fence = optarg;
@@ -805,6 +377,9 @@ static int parse(struct standby *sb, int argc, char **argv)
 			if (ok)
 				sb->capabilities[nr_caps++] = optarg;
 			break;
+		case 'N':
+			sb->no_trial = true;
+			break;
 		case 'L':
 			ok = !kc_parse_ms(optarg, &sb->load_timeout_ms) && sb->load_timeout_ms;
 			break;
@@ -825,7 +400,7 @@ static int parse(struct standby *sb, int argc, char **argv)
 			usage(stdout);
 			return 0;
 		default:
-			fprintf(stderr, "try: kvm-checkpoint standby --help\n");
+			fprintf(stderr, "Try: kvm-checkpoint standby --help\n");
 			return 2;
 		}
 		if (!ok) {
@@ -863,12 +438,33 @@ static int parse(struct standby *sb, int argc, char **argv)
 		for (i = optind; sb->exec && i < argc; i++)
 			sb->exec[i - optind] = strdup(argv[i]);
 	}
-	l.argv = sb->exec;
-	if (sb->exec && kc_launch_check(&l, &err)) {
+	if (kc_check_peer(sb->listen, true, &sb->opts, &err)) {
 		kc_log(KC_LOG_ERROR, "%s", err.text);
 		return 2;
 	}
-	return -1;
+	return check(sb);
+}
+
+/* An epoch of an earlier run is there: may silence of who made it be taken for death? */
+static void look_at_stored(struct standby *sb)
+{
+	uint64_t age = kc_ram_age_ms(sb->ram);
+
+	if (!kc_ram_epoch(sb->ram) || (kc_ram_flags(sb->ram) & KC_RAM_ENDED))
+		return;
+	sb->armed = sb->restart_age_ms && age <= sb->restart_age_ms;
+	if (sb->armed && sb->timeout_ms)
+		kc_log(KC_LOG_INFO,
+		       "epoch %" PRIu64 " is %" PRIu64 " s old: failing over to it if no primary comes",
+		       kc_ram_epoch(sb->ram), age / 1000);
+	else if (age == UINT64_MAX)
+		kc_log(KC_LOG_WARN,
+		       "epoch %" PRIu64 " is of a time that is yet to come: this host's clock was set back; it is not failed over to before a primary was heard, unless told to",
+		       kc_ram_epoch(sb->ram));
+	else
+		kc_log(KC_LOG_INFO,
+		       "epoch %" PRIu64 " is %" PRIu64 " s old: it is not failed over to before a primary was heard, unless told to",
+		       kc_ram_epoch(sb->ram), age / 1000);
 }
 
 int cmd_standby(int argc, char **argv)
@@ -902,11 +498,13 @@ int cmd_standby(int argc, char **argv)
 	if (!sigaction(SIGHUP, NULL, &sa) && sa.sa_handler != SIG_IGN)
 		sigaddset(&set, SIGHUP);
 	sigaddset(&set, SIGCHLD);
+	sigaddset(&set, SIGCONT);
 	pthread_sigmask(SIG_BLOCK, &set, NULL);
-	signals = signalfd(-1, &set, SFD_CLOEXEC);
+	signals = signalfd(-1, &set, SFD_CLOEXEC | SFD_NONBLOCK);
 
 	sb.status = kc_status_new("standby", "");
-	if (signals < 0 || !sb.status || kc_ram_open(sb.ram_dir, sb.durable, &sb.ram, &err)) {
+	if (signals < 0 || kc_wake_fd() < 0 || !sb.status ||
+	    kc_ram_open(sb.ram_dir, sb.durable, &sb.ram, &err)) {
 		kc_log(KC_LOG_ERROR, "%s", err.text[0] ? err.text : "out of memory");
 		goto out;
 	}
@@ -916,12 +514,15 @@ int cmd_standby(int argc, char **argv)
 		       sb.ram_dir, sb.ram_dir);
 		goto out;
 	}
-	sb.heard_us = kc_now_us();
+	kc_ready_init(&sb);
+	sb.heard_us = sb.told_us = kc_now_us();
 	listener = kc_io_listen(sb.listen, &sb.opts, &err);
 	if (listener < 0) {
 		kc_log(KC_LOG_ERROR, "%s", err.text);
 		goto out;
 	}
+	/* Who says nothing does not even get here. */
+	setsockopt(listener, IPPROTO_TCP, TCP_DEFER_ACCEPT, &(int){ 1 }, sizeof(int));
 	kc_status_phase(sb.status, "waiting for the primary");
 	if (g)
 		kc_status_guest(sb.status, g->name);
@@ -938,9 +539,11 @@ int cmd_standby(int argc, char **argv)
 			goto out;
 		}
 	}
+	look_at_stored(&sb);
 	kc_log(KC_LOG_INFO, "listening on %s%s; last complete epoch %" PRIu64, sb.listen,
 	       sb.opts.insecure ? " without encryption" : "", kc_ram_epoch(sb.ram));
 	rc = serve(&sb, listener, signals);
+	kc_ready_stop(&sb);
 	kc_ctl_stop(ctl);
 	/* A connection that does not end keeps what it uses; the process ends now anyway. */
 	if (sb.nr_sessions)

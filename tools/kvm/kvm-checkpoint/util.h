@@ -34,6 +34,9 @@ int kc_fail(struct kc_err *err, int error, const char *fmt, ...);
 /** kc_now_us() - CLOCK_MONOTONIC in microseconds. */
 uint64_t kc_now_us(void);
 
+/** kc_wall_ms() - CLOCK_REALTIME in milliseconds, for what outlives the process. */
+uint64_t kc_wall_ms(void);
+
 enum kc_log_level { KC_LOG_ERROR, KC_LOG_WARN, KC_LOG_INFO, KC_LOG_DEBUG };
 
 /* Messages above this level are not shown; KC_LOG_INFO by default. */

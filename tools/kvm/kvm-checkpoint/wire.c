@@ -12,9 +12,6 @@
 
 static const char magic[8] = { 'K', 'V', 'M', 'C', 'K', 'P', 'T', '\n' };
 
-/* Enough for any machine of today; keeps sums of pages far from overflow. */
-#define MAX_PAGES (1ull << 36)
-
 /* --- Packing -------------------------------------------------------------- */
 
 static uint8_t *put16(uint8_t *p, uint16_t v)
@@ -70,14 +67,17 @@ size_t kc_put_hello(uint8_t *out, const struct kc_guest *guest, const uint8_t in
 	uint32_t i;
 
 	/* KC_MAX_BLOCKS names of KC_NAME_SIZE fit. */
-	_Static_assert(KC_MAX_BLOCKS * (KC_NAME_SIZE + 10) + 512 < KC_REC_MAX, "");
+	_Static_assert(KC_MAX_BLOCKS * (KC_NAME_SIZE + 10) + KC_HARDWARE_SIZE + 512 < KC_REC_MAX,
+		       "");
 	p = put_bytes(p, magic, sizeof(magic));
 	p = put16(p, KC_VERSION);
 	p = put16(p, KC_VERSION);
 	p = put32(p, 0);
 	p = put_bytes(p, instance, 16);
 	p = put_bytes(p, guest->uuid, sizeof(guest->uuid));
+	p = put_bytes(p, guest->process, sizeof(guest->process));
 	p = put_bytes(p, guest->fingerprint, sizeof(guest->fingerprint));
+	p = put_string(p, guest->hardware);
 	p = put32(p, guest->page_size);
 	p = put32(p, guest->nr_blocks);
 	p = put_string(p, guest->name);
@@ -93,9 +93,10 @@ size_t kc_put_welcome(uint8_t *out, const struct kc_welcome *w)
 	uint8_t *p = out + KC_REC_HDR;
 
 	p = put16(p, w->version);
-	p = put16(p, w->has_ram);
+	p = put16(p, w->has_ram | w->same_sender << 1);
 	p = put32(p, w->timeout_ms);
 	p = put64(p, w->last_epoch);
+	p = put_bytes(p, w->receiver, sizeof(w->receiver));
 	return finish(out, KC_WELCOME, p);
 }
 
@@ -152,6 +153,11 @@ size_t kc_put_commit(uint8_t *out, const struct kc_commit *c)
 size_t kc_put_nr(uint8_t *out, uint16_t type, uint64_t nr, uint64_t us)
 {
 	return finish(out, type, put64(put64(out + KC_REC_HDR, nr), us));
+}
+
+size_t kc_put_heartbeat(uint8_t *out, uint64_t us)
+{
+	return finish(out, KC_HEARTBEAT, put64(out + KC_REC_HDR, us));
 }
 
 size_t kc_put_end(uint8_t *out, uint32_t reason)
@@ -233,8 +239,8 @@ static uint64_t get64(struct in *in)
 	return le64toh(v);
 }
 
-/* A string without NUL or control characters: it will be shown to people. */
-static void get_string(struct in *in, char *to, size_t size)
+/* A string without NUL or control characters, perhaps of lines: it will be shown to people. */
+static void get_text(struct in *in, char *to, size_t size, bool lines)
 {
 	uint16_t n = get16(in);
 	const uint8_t *p = get_bytes(in, n);
@@ -248,11 +254,16 @@ static void get_string(struct in *in, char *to, size_t size)
 		return;
 	}
 	for (i = 0; i < n; i++) {
-		if (p[i] < 0x20 || p[i] == 0x7f)
+		if ((p[i] < 0x20 && !(lines && p[i] == '\n')) || p[i] == 0x7f)
 			in->bad = true;
 	}
 	memcpy(to, p, n);
 	to[n] = '\0';
+}
+
+static void get_string(struct in *in, char *to, size_t size)
+{
+	get_text(in, to, size, false);
 }
 
 static void get_reserved(struct in *in, size_t n)
@@ -313,7 +324,9 @@ int kc_get_hello(const struct kc_rec *rec, struct kc_hello *h, struct kc_err *er
 	get_reserved(&in, 4);
 	get_copy(&in, h->instance, sizeof(h->instance));
 	get_copy(&in, g->uuid, sizeof(g->uuid));
+	get_copy(&in, g->process, sizeof(g->process));
 	get_copy(&in, g->fingerprint, sizeof(g->fingerprint));
+	get_text(&in, g->hardware, sizeof(g->hardware), true);
 	g->page_size = get32(&in);
 	g->nr_blocks = get32(&in);
 	get_string(&in, g->name, sizeof(g->name));
@@ -342,9 +355,11 @@ int kc_get_welcome(const struct kc_rec *rec, struct kc_welcome *w, struct kc_err
 	w->version = get16(&in);
 	flags = get16(&in);
 	w->has_ram = flags & 1;
+	w->same_sender = flags & 2;
 	w->timeout_ms = get32(&in);
 	w->last_epoch = get64(&in);
-	if (flags & ~1)
+	get_copy(&in, w->receiver, sizeof(w->receiver));
+	if (flags & ~3)
 		in.bad = true;
 	return done(&in, "welcome", err);
 }
@@ -443,6 +458,14 @@ int kc_get_nr(const struct kc_rec *rec, uint64_t *nr, uint64_t *us, struct kc_er
 	return done(&in, rec->type == KC_ACK ? "acknowledgement" : "abort", err);
 }
 
+int kc_get_heartbeat(const struct kc_rec *rec, uint64_t *us, struct kc_err *err)
+{
+	struct in in = in_rec(rec);
+
+	*us = get64(&in);
+	return done(&in, "heartbeat", err);
+}
+
 int kc_get_end(const struct kc_rec *rec, uint32_t *reason, struct kc_err *err)
 {
 	struct in in = in_rec(rec);
@@ -464,98 +487,4 @@ int kc_get_digest_req(const struct kc_rec *rec, struct kc_digest_req *r, struct 
 	else if (rec->type == KC_DIGESTS)
 		r->digests = get_bytes(&in, (size_t)r->n * KC_DIGEST_SIZE);
 	return done(&in, "digest", err);
-}
-
-/* --- Guests --------------------------------------------------------------- */
-
-int kc_guest_check(const struct kc_guest *g, struct kc_err *err)
-{
-	uint64_t total = 0;
-	uint32_t i, j;
-
-	if (g->page_size != KC_PAGE_SIZE)
-		return kc_fail(err, EPROTO, "pages of %u bytes: only %u are supported",
-			       g->page_size, KC_PAGE_SIZE);
-	if (!g->nr_blocks || g->nr_blocks > KC_MAX_BLOCKS)
-		return kc_fail(err, EPROTO, "%u blocks of RAM: 1 to %u are supported", g->nr_blocks,
-			       KC_MAX_BLOCKS);
-	for (i = 0; i < g->nr_blocks; i++) {
-		const struct kc_block *b = &g->blocks[i];
-
-		if (!b->name[0] || !b->npages || b->npages > MAX_PAGES - total)
-			return kc_fail(err, EPROTO, "RAM block %u has no name or an impossible size",
-				       i);
-		total += b->npages;
-		for (j = 0; j < i; j++) {
-			if (!strcmp(b->name, g->blocks[j].name))
-				return kc_fail(err, EPROTO,
-					       "two blocks of the guest's RAM have the name %s",
-					       b->name);
-		}
-	}
-	return 0;
-}
-
-int kc_guest_copy(struct kc_guest *to, const struct kc_guest *from)
-{
-	struct kc_block *blocks = calloc(from->nr_blocks, sizeof(*blocks));
-
-	if (!blocks)
-		return -ENOMEM;
-	memcpy(blocks, from->blocks, from->nr_blocks * sizeof(*blocks));
-	*to = *from;
-	to->blocks = blocks;
-	return 0;
-}
-
-void kc_guest_free(struct kc_guest *g)
-{
-	free(g->blocks);
-	g->blocks = NULL;
-	g->nr_blocks = 0;
-}
-
-int kc_guest_same(const struct kc_guest *a, const struct kc_guest *b, struct kc_err *err)
-{
-	char ua[37], ub[37];
-	uint32_t i;
-
-	kc_uuid_text(a->uuid, ua);
-	kc_uuid_text(b->uuid, ub);
-	if (memcmp(a->uuid, b->uuid, sizeof(a->uuid)))
-		return kc_fail(err, EEXIST, "it holds guest %s (%s), not %s (%s)", ua, a->name, ub,
-			       b->name);
-	if (a->nr_blocks != b->nr_blocks)
-		return kc_fail(err, EEXIST, "it holds guest %s with %u blocks of RAM, not %u", ua,
-			       a->nr_blocks, b->nr_blocks);
-	for (i = 0; i < a->nr_blocks; i++) {
-		const struct kc_block *x = &a->blocks[i], *y = &b->blocks[i];
-
-		if (strcmp(x->name, y->name) || x->npages != y->npages)
-			return kc_fail(err, EEXIST,
-				       "it holds guest %s with %llu KiB of RAM in %.80s, not %llu KiB in %.80s",
-				       ua, (unsigned long long)x->npages * 4, x->name,
-				       (unsigned long long)y->npages * 4, y->name);
-	}
-	if (memcmp(a->fingerprint, b->fingerprint, sizeof(a->fingerprint)))
-		return kc_fail(err, EEXIST,
-			       "it holds guest %s with another machine type or other devices", ua);
-	return 0;
-}
-
-uint64_t kc_guest_pages(const struct kc_guest *g)
-{
-	uint64_t n = 0;
-	uint32_t i;
-
-	for (i = 0; i < g->nr_blocks; i++)
-		n += g->blocks[i].npages;
-	return n;
-}
-
-void kc_uuid_text(const uint8_t u[16], char out[37])
-{
-	snprintf(out, 37, "%02x%02x%02x%02x-%02x%02x-%02x%02x-%02x%02x-%02x%02x%02x%02x%02x%02x",
-		 u[0], u[1], u[2], u[3], u[4], u[5], u[6], u[7],
-		 u[8], u[9], u[10], u[11], u[12], u[13], u[14], u[15]);
 }

@@ -1,0 +1,159 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/*
+ * kvm-checkpoint protect: what its parts share.
+ *
+ * One thread does it all, so that heartbeats stop when epochs do.
+ */
+#ifndef KC_PROTECT_H
+#define KC_PROTECT_H
+
+#include <signal.h>
+#include <stdatomic.h>
+
+#include "guest.h"
+#include "sink.h"
+#include "status.h"
+#include "wake.h"
+
+/* Pages that are copied of the running guest, or sent, at a time */
+#define BATCH		256
+
+/* However little there is to do, it is looked after so often */
+#define MAX_SLEEP_MS	1000
+
+/* The first epoch of a sink, until it is acknowledged */
+struct first {
+	uint64_t nr, sent, differed;
+	bool compared, continued;
+};
+
+/* An epoch that is not acknowledged: which pages are in it */
+struct sent_page {
+	uint64_t page;
+	uint32_t block;
+};
+
+struct sent_epoch {
+	uint64_t nr;		/* 0: unused */
+	struct sent_page *pages;
+	size_t nr_pages;
+};
+
+#define KC_SENT 8u
+
+struct protect {
+	const char *qmp, *to, *control, *leave_ram;
+	unsigned int interval_ms;
+	uint64_t max_dirty, max_epochs;
+	bool external, json;
+	struct kc_sink_opts opts;
+
+	struct guest guest;
+	struct guest_epoch epoch;
+	struct kc_sink *sink;
+	int lost;		/* what kc_link_tick() found out of it, and why */
+	struct kc_err lost_err;
+	struct kc_status *status;
+	uint64_t nr;		/* of the newest epoch that was begun */
+	uint64_t acked, epochs;
+	struct sent_epoch sent[KC_SENT];
+	uint64_t known_from;	/* all that was sent after this epoch is in sent; 0: it is not */
+	struct first first;
+	uint8_t receiver[16];	/* kc_sink_receiver() of the last sink */
+	bool was_acked;		/* the receiver once had a complete epoch */
+	unsigned int pause_ms;	/* before another attempt, until something is acknowledged */
+	int told;		/* the last failure that was told, since something was */
+	uint64_t told_us;
+	bool is_elsewhere;	/* the standby was to be told the end, and has taken over */
+	bool idle;		/* the guest is stopped, and its last epoch says all */
+	bool tty;
+	unsigned int unread;	/* lines that were not shown, as nobody reads them */
+	uint64_t started_us, shown_us;
+};
+
+/* Who failed, with what errno */
+enum where { OK, GUEST, SINK, STOPPED, SWITCH };
+
+extern atomic_bool kc_stop_requested, kc_switch_requested;
+
+/*
+ * A directory's epochs are all read when it is opened, which may take minutes.  Nothing is begun by
+ * then, and there is nobody to say goodbye to.
+ */
+extern volatile sig_atomic_t kc_may_exit;
+
+/*
+ * How long poll() may wait for what is due then; the sink's heartbeats come before.  kc_wake_fd()
+ * has to be among what it waits for.
+ */
+int kc_sleep_ms(const struct protect *p, uint64_t until_us);
+/* Waits until then, or until something comes from QEMU or the sink, or somebody wants something */
+void kc_sleep(struct protect *p, uint64_t until_us);
+
+/* --- protect_show.c: what is shown ---------------------------------------- */
+
+__attribute__((format(printf, 2, 3)))
+void kc_showf(struct protect *p, const char *fmt, ...);
+
+/* An event of --json, which kc_show_json() shows and frees. */
+struct json_object *kc_show_event(const char *name);
+void kc_show_add(struct json_object *o, const char *name, uint64_t value);
+void kc_show_json(struct protect *p, struct json_object *o);
+
+void kc_show_progress(struct protect *p, const char *what, uint64_t done, uint64_t total);
+void kc_show_epoch(struct protect *p);
+void kc_show_protected(struct protect *p, const struct first *f);
+
+/* --- protect_link.c: the sink, found, lost and told the end --------------- */
+
+int kc_link_poll(struct protect *p, struct kc_err *err);
+/* Heartbeats while QEMU works; an error is of interest when the sink is used next */
+void kc_link_tick(void *ctx);
+/* What has happened meanwhile, to whom */
+enum where kc_link_look(struct protect *p, int *rc, struct kc_err *err);
+/*
+ * The sink failed, and is closed by this.  Is it to be opened again, as protection goes on?  If
+ * not, that is the user's to know.
+ */
+bool kc_link_failed(struct protect *p, int error, const struct kc_err *err);
+/* As long as that takes, and a while longer if the last failure was not that of the link */
+enum where kc_link_open(struct protect *p, int *rc, struct kc_err *err);
+void kc_link_close(struct protect *p);
+/* False if the standby has not been told, and may well take over from a guest that lives */
+bool kc_link_end(struct protect *p, enum kc_end why);
+
+/* --- protect_over.c: the guest goes on elsewhere -------------------------- */
+
+/*
+ * The standby has taken over: stops the guest here, whatever it takes, unless told to end.  The
+ * exit status.
+ */
+int kc_guest_is_elsewhere(struct protect *p, const char *why);
+
+/* The guest goes on at the standby, and its QEMU ends here: true, with the exit status.  Or not. */
+bool kc_switch_over(struct protect *p, int *status);
+
+/* --- protect_sent.c: what is in epochs that are not acknowledged ---------- */
+
+/* The pages in p->epoch are in this one, too. */
+void kc_sent_note(struct protect *p, uint64_t nr);
+void kc_sent_acked(struct protect *p);
+/* Pages may have been lost, or nothing is known any more */
+void kc_sent_forget(struct protect *p);
+/* With a new sink: all that it lacks is dirty now.  False if that is not known. */
+bool kc_sent_again(struct protect *p);
+
+/* --- protect_epoch.c: epochs ---------------------------------------------- */
+
+/* The first one: all pages, or all that differ */
+enum where kc_epoch_first(struct protect *p, int *rc, struct kc_err *err);
+/*
+ * Waits until the next epoch is due: the time has come, or enough is dirty, and the last epoch but
+ * one has been acknowledged.
+ */
+enum where kc_epoch_wait(struct protect *p, uint64_t until_us, int *rc, struct kc_err *err);
+enum where kc_epoch_next(struct protect *p, int *rc, struct kc_err *err);
+/* After which the guest does not run, and the sink has all of it; or not, if that fails */
+enum where kc_epoch_last(struct protect *p, int *rc, struct kc_err *err);
+
+#endif

@@ -1,0 +1,349 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * kvm-checkpoint protect: taking epochs and handing them to the sink.
+ */
+#include <errno.h>
+#include <poll.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "protect.h"
+
+/* The first copy is made while the guest runs, until so few pages are left or this many passes */
+#define FEW_PAGES	2048
+#define MAX_PASSES	5
+
+/* How often in a row somebody may interfere with an epoch */
+#define MAX_TRIES	50
+
+/* What a standby may need to try to load an epoch, on top of what sending it may take */
+#define LOAD_MS		30000
+
+enum where kc_epoch_wait(struct protect *p, uint64_t until_us, int *rc, struct kc_err *err)
+{
+	struct guest *g = &p->guest;
+	bool watch = p->max_dirty && g->nr_logs;
+	struct pollfd fds[3 + g->nr_logs];
+	enum where where;
+	unsigned int i;
+
+	for (;;) {
+		uint64_t now = kc_now_us();
+		bool ready, full = false;
+
+		kc_wake_clear();
+		where = kc_link_look(p, rc, err);
+		if (where != OK)
+			return where;
+		ready = p->acked + 1 >= p->nr;
+		full = watch && g->dirty.pages >= p->max_dirty;
+		if (p->acked >= p->nr && kc_switch_requested)
+			return SWITCH;
+		if (ready && !kc_switch_requested && (now >= until_us || full))
+			return OK;
+
+		fds[0] = (struct pollfd){ .fd = g->qmp.fd, .events = POLLIN };
+		fds[1] = (struct pollfd){ .fd = kc_sink_fd(p->sink), .events = POLLIN };
+		fds[2] = (struct pollfd){ .fd = kc_wake_fd(), .events = POLLIN };
+		for (i = 0; i < g->nr_logs; i++)
+			fds[3 + i] = (struct pollfd){ .fd = g->logs[i].fd, .events = POLLIN };
+		/* When it is due, it waits for an acknowledgement. */
+		if (poll(fds, watch && !full ? 3 + g->nr_logs : 3,
+			 kc_sleep_ms(p, now < until_us ? until_us : UINT64_MAX)) <= 0)
+			continue;
+		for (i = 0; watch && !full && i < g->nr_logs; i++) {
+			if (!(fds[3 + i].revents & POLLIN))
+				continue;
+			*rc = guest_harvest(g, err);
+			if (*rc)
+				return GUEST;
+			break;
+		}
+	}
+}
+
+/*
+ * Epochs
+ */
+
+static int send_pages(struct protect *p, struct kc_err *err)
+{
+	struct copy *c = &p->epoch.copy;
+	size_t i;
+	int rc;
+
+	for (i = 0; i < c->nr; i++) {
+		rc = kc_epoch_page(p->sink, c->pages[i].block, c->pages[i].page,
+				   c->data + c->pages[i].at * KC_PAGE_SIZE, err);
+		if (!rc && !(i % BATCH))
+			rc = kc_link_poll(p, err);
+		if (rc)
+			return rc;
+	}
+	return 0;
+}
+
+/* What was taken goes to the sink; the epoch is open already */
+static int send_epoch(struct protect *p, struct kc_err *err)
+{
+	int rc = send_pages(p, err);
+
+	if (!rc)
+		rc = kc_epoch_state(p->sink, p->epoch.state, p->epoch.state_len,
+				    !p->epoch.was_running, err);
+	if (!rc)
+		rc = kc_epoch_commit(p->sink, err);
+	if (rc)
+		return rc;
+	kc_status_epoch(p->status, p->nr, p->epoch.taken_us);
+	if (p->epoch.was_running)
+		kc_status_pause(p->status, p->epoch.us);
+	kc_show_epoch(p);
+	return kc_link_poll(p, err);
+}
+
+static enum where take_epoch(struct protect *p, int *rc, struct kc_err *err)
+{
+	unsigned int tries = 0;
+
+	do {
+		*rc = guest_take(&p->guest, &p->epoch, err);
+		if (*rc == -EAGAIN) {
+			kc_log(KC_LOG_WARN, "%s: taking another", err->text);
+			/* Not as fast as can be, and the standby must hear of us. */
+			usleep(20000);
+			kc_link_tick(p);
+		}
+	} while (*rc == -EAGAIN && !kc_stop_requested && ++tries < MAX_TRIES);
+	/* Whatever does this to the guest, it does it all the time. */
+	if (*rc == -EAGAIN && !kc_stop_requested)
+		*rc = -EBUSY;
+	return *rc == -EAGAIN ? STOPPED : *rc ? GUEST : OK;
+}
+
+enum where kc_epoch_next(struct protect *p, int *rc, struct kc_err *err)
+{
+	enum where where = take_epoch(p, rc, err);
+
+	if (where != OK)
+		return where;
+	/* Nothing can have changed since */
+	if (p->idle && !p->epoch.was_running && !p->epoch.copy.nr)
+		return OK;
+	p->idle = !p->epoch.was_running;
+
+	kc_sent_note(p, p->nr + 1);
+	*rc = kc_epoch_begin(p->sink, p->nr + 1, 0, err);
+	if (*rc)
+		return SINK;
+	p->nr++;
+	*rc = send_epoch(p, err);
+	p->epochs++;
+	return *rc ? SINK : OK;
+}
+
+/*
+ * The first epoch: all pages, or all that differ
+ */
+
+/* Where a file has holes, asked once for each hole and what follows it */
+struct holes {
+	uint64_t hole_until, data_until;	/* pages */
+};
+
+static bool is_hole(struct holes *h, int fd, uint64_t page)
+{
+	off_t at = page * KC_PAGE_SIZE, next;
+
+	if (page >= h->hole_until && page >= h->data_until) {
+		next = lseek(fd, at, SEEK_DATA);
+		if (next >= 0)
+			h->hole_until = next / KC_PAGE_SIZE;
+		else
+			h->hole_until = errno == ENXIO ? UINT64_MAX : 0;
+		if (page >= h->hole_until) {
+			next = lseek(fd, at, SEEK_HOLE);
+			h->data_until = next > at ? (uint64_t)next / KC_PAGE_SIZE : page + 1;
+		}
+	}
+	return page < h->hole_until;
+}
+
+/*
+ * Which of these pages the receiver lacks.  What is written meanwhile may be found to be the same
+ * or not: it gets dirty, too.
+ */
+static int compare_chunk(struct protect *p, unsigned int b, uint64_t first, uint32_t n,
+			 struct holes *holes, bool *differs, struct kc_err *err)
+{
+	static uint8_t theirs[KC_DIGESTS_CHUNK * KC_DIGEST_SIZE];
+	static uint8_t ours[KC_DIGESTS_CHUNK * KC_DIGEST_SIZE];
+	static const uint8_t *pages[KC_DIGESTS_CHUNK];
+	const struct guest_block *block = &p->guest.blocks[b];
+	static const uint8_t zeros[KC_PAGE_SIZE];
+	uint32_t i;
+	int rc;
+
+	rc = kc_sink_digests(p->sink, b, first, n, theirs, err);
+	if (rc)
+		return rc;
+	/* Reading a hole would allocate memory */
+	for (i = 0; i < n; i++)
+		pages[i] = is_hole(holes, block->fd, first + i) ? zeros :
+			   block->map + (first + i) * KC_PAGE_SIZE;
+	kc_page_digests(pages, n, ours);
+	for (i = 0; i < n; i++)
+		differs[i] = memcmp(ours + i * KC_DIGEST_SIZE, theirs + i * KC_DIGEST_SIZE,
+				    KC_DIGEST_SIZE);
+	return 0;
+}
+
+static enum where copy_block(struct protect *p, unsigned int b, bool compare, uint64_t done,
+			     uint64_t total, uint64_t *sent, int *rc, struct kc_err *err)
+{
+	static uint8_t page[KC_PAGE_SIZE];
+	static bool differs[KC_DIGESTS_CHUNK];
+	const struct guest_block *block = &p->guest.blocks[b];
+	struct holes holes = { 0, 0 }, compared = { 0, 0 };
+	uint64_t npages = p->guest.block_ids[b].npages, i;
+	enum where where;
+
+	for (i = 0; i < npages; i++) {
+		if (!(i % BATCH)) {
+			kc_show_progress(p, compare ? "resync" : "full copy", done + i, total);
+			where = kc_link_look(p, rc, err);
+			if (where != OK)
+				return where;
+		}
+		if (compare && !(i % KC_DIGESTS_CHUNK)) {
+			uint64_t n = npages - i < KC_DIGESTS_CHUNK ? npages - i : KC_DIGESTS_CHUNK;
+
+			*rc = compare_chunk(p, b, i, n, &compared, differs, err);
+			if (*rc)
+				return SINK;
+		}
+		if (compare && !differs[i % KC_DIGESTS_CHUNK])
+			continue;
+		if (is_hole(&holes, block->fd, i))
+			memset(page, 0, sizeof(page));
+		else
+			memcpy(page, block->map + i * KC_PAGE_SIZE, KC_PAGE_SIZE);
+		*rc = kc_epoch_page(p->sink, b, i, page, err);
+		if (*rc)
+			return SINK;
+		++*sent;
+	}
+	return OK;
+}
+
+static enum where copy_all(struct protect *p, bool compare, uint64_t *sent, int *rc,
+			   struct kc_err *err)
+{
+	const char *what = compare ? "resync" : "full copy";
+	uint64_t done = 0, total = 0;
+	enum where where;
+	unsigned int b;
+
+	for (b = 0; b < p->guest.id.nr_blocks; b++)
+		total += p->guest.block_ids[b].npages;
+	kc_status_phase(p->status, what);
+	p->started_us = kc_now_us();
+	for (b = 0; b < p->guest.id.nr_blocks; b++) {
+		where = copy_block(p, b, compare, done, total, sent, rc, err);
+		if (where != OK)
+			return where;
+		done += p->guest.block_ids[b].npages;
+	}
+	kc_show_progress(p, what, total, total);
+	return OK;
+}
+
+enum where kc_epoch_first(struct protect *p, int *rc, struct kc_err *err)
+{
+	unsigned int flags = kc_sink_start(p->sink), pass;
+	bool compare = flags & KC_EPOCH_RESYNC, again;
+	uint64_t sent = 0, differed, before = UINT64_MAX, last = kc_sink_last_epoch(p->sink);
+	enum where where = OK;
+
+	again = compare && kc_sent_again(p);
+	*rc = guest_collect(&p->guest, err);
+	if (*rc)
+		return GUEST;
+	/* What is dirty by now will be read after this */
+	if (!again)
+		dirty_forget(&p->guest.dirty);
+
+	if (p->nr < last)
+		p->nr = last;
+	*rc = kc_epoch_begin(p->sink, p->nr + 1, flags, err);
+	if (*rc)
+		return SINK;
+	p->nr++;
+	if (!again)
+		where = copy_all(p, compare, &sent, rc, err);
+	if (where != OK)
+		return where;
+	differed = again ? p->guest.dirty.pages : sent;
+
+	for (pass = 0; pass < MAX_PASSES; pass++) {
+		*rc = guest_collect(&p->guest, err);
+		if (*rc)
+			return GUEST;
+		if (p->guest.dirty.pages <= FEW_PAGES || p->guest.dirty.pages > before / 10 * 9)
+			break;
+		before = p->guest.dirty.pages;
+		while (p->guest.dirty.pages) {
+			if (kc_stop_requested)
+				return STOPPED;
+			*rc = guest_copy_running(&p->guest, &p->epoch, BATCH, err);
+			if (*rc)
+				return GUEST;
+			kc_sent_note(p, p->nr);
+			*rc = send_pages(p, err);
+			if (*rc)
+				return SINK;
+			sent += p->epoch.copy.nr;
+		}
+	}
+
+	where = take_epoch(p, rc, err);
+	if (where != OK)
+		return where;
+	sent += p->epoch.copy.nr;
+	kc_sent_note(p, p->nr);
+	*rc = send_epoch(p, err);
+	if (*rc)
+		return SINK;
+	if (!again)
+		p->known_from = p->nr;
+	p->idle = !p->epoch.was_running;
+	if (compare && !again)
+		kc_status_resync(p->status);
+	/* Protected means that the receiver says that it is of use. */
+	p->first = (struct first){ .nr = p->nr, .sent = sent, .differed = differed,
+				   .compared = compare, .continued = again };
+	kc_status_phase(p->status, "sent");
+	*rc = kc_link_poll(p, err);
+	return *rc ? SINK : OK;
+}
+
+enum where kc_epoch_last(struct protect *p, int *rc, struct kc_err *err)
+{
+	/* Whatever comes of it, what is written after that is of no epoch. */
+	kc_sent_forget(p);
+	p->epoch.last = true;
+	*rc = guest_take(&p->guest, &p->epoch, err);
+	p->epoch.last = false;
+	if (*rc)
+		return GUEST;
+	*rc = kc_epoch_begin(p->sink, p->nr + 1, 0, err);
+	if (*rc)
+		return SINK;
+	p->nr++;
+	*rc = send_epoch(p, err);
+	if (!*rc)
+		*rc = kc_sink_wait(p->sink, p->nr, p->opts.io_timeout_ms + LOAD_MS, err);
+	if (!*rc)
+		*rc = kc_link_poll(p, err);
+	return *rc ? SINK : OK;
+}

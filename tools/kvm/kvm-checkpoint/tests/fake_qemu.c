@@ -1,0 +1,564 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * A QEMU that is part of the test program; see fake_qemu.h.
+ */
+#include <errno.h>
+#include <poll.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/socket.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+#include "fake_qemu.h"
+
+struct qemu qemu = {
+	.blocks = {
+		{ .name = "pc.ram", .npages = 1024, .shared = true },
+		{ .name = "pc.bios", .npages = 64 },
+		{ .name = "/objects/ram1", .npages = 77, .shared = true },
+	},
+	.disks = "[]",
+	.devices = "[]",
+	.uuid = "550e8400-e29b-41d4-a716-446655440000",
+	.name = "sham",
+};
+
+const char silent[] = "silent", dead[] = "dead";
+
+/* Writes some words, or nothing, or zeros */
+void write_page(struct block *b, uint64_t page)
+{
+	uint8_t *p = b->ram + page * KC_PAGE_SIZE;
+	unsigned int i;
+	uint64_t v;
+
+	b->dirty[page] = true;
+	switch (below(6)) {
+	case 0:
+		memset(p, 0, KC_PAGE_SIZE);
+		break;
+	case 1:
+		break;
+	case 2:
+		for (i = 0; i < KC_PAGE_SIZE; i += 8) {
+			v = rnd(&rng_state);
+			memcpy(p + i, &v, 8);
+		}
+		break;
+	default:
+		v = rnd(&rng_state);
+		memcpy(p + below(KC_PAGE_SIZE / 8) * 8, &v, 8);
+	}
+}
+
+void guest_writes(struct qemu *q, unsigned int n)
+{
+	while (n--) {
+		struct block *b = &q->blocks[below(8) ? 0 : 2];
+
+		write_page(b, below(b->npages));
+	}
+}
+
+void start_qemu(struct qemu *q)
+{
+	struct sockaddr_un sun = { .sun_family = AF_UNIX };
+	unsigned int i;
+
+	for (i = 0; i < NR_BLOCKS; i++) {
+		struct block *b = &q->blocks[i];
+
+		if (!b->shared)
+			continue;
+		b->fd = memfd_create(b->name + (*b->name == '/'), MFD_CLOEXEC);
+		CHECK(b->fd >= 0 && !ftruncate(b->fd, b->npages * KC_PAGE_SIZE), "no memory");
+		b->ram = mmap(NULL, b->npages * KC_PAGE_SIZE, PROT_READ | PROT_WRITE, MAP_SHARED,
+			      b->fd, 0);
+		b->dirty = calloc(b->npages, sizeof(*b->dirty));
+		CHECK(b->ram != MAP_FAILED && b->dirty, "no memory");
+	}
+	/* The others are holes. */
+	guest_writes(q, 500);
+	q->monitor = -1;
+	q->sock = -1;
+	q->buffer = -1;
+	q->sent_fd = -1;
+	q->got_socket = -1;
+	q->got_buffer = -1;
+	q->running = true;
+	q->tok = json_tokener_new();
+	q->listener = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+	snprintf(sun.sun_path, sizeof(sun.sun_path), "%s/qmp", dir);
+	CHECK(!bind(q->listener, (struct sockaddr *)&sun, sizeof(sun)) && !listen(q->listener, 5),
+	      "cannot listen on %s: %s", sun.sun_path, strerror(errno));
+}
+
+static void close_fd(int *fd)
+{
+	if (*fd >= 0)
+		close(*fd);
+	*fd = -1;
+}
+
+void close_monitor(struct qemu *q)
+{
+	close_fd(&q->monitor);
+	close_fd(&q->sent_fd);
+	close_fd(&q->got_socket);
+	close_fd(&q->got_buffer);
+	json_tokener_reset(q->tok);
+	q->mute = false;
+}
+
+/* The client has closed its socket */
+static void detach(struct qemu *q)
+{
+	if (q->stopped)
+		q->running = true;
+	q->stopped = false;
+	q->attached = false;
+	close_fd(&q->sock);
+	close_fd(&q->buffer);
+}
+
+void die(struct qemu *q)
+{
+	close_monitor(q);
+	close_fd(&q->sock);
+	close_fd(&q->buffer);
+	close_fd(&q->listener);
+	q->running = false;
+	q->stopped = false;
+}
+
+/* The client may be gone: then this does nothing */
+void say_bytes(struct qemu *q, const char *text, size_t len)
+{
+	ssize_t n;
+
+	for (; q->monitor >= 0 && len; len -= n, text += n) {
+		n = send(q->monitor, text, len, MSG_NOSIGNAL);
+		if (n < 0)
+			return;
+	}
+}
+
+void say(struct qemu *q, const char *text)
+{
+	say_bytes(q, text, strlen(text));
+}
+
+__attribute__((format(printf, 2, 3)))
+void answer(struct qemu *q, const char *fmt, ...)
+{
+	char text[2000];
+	va_list ap;
+
+	va_start(ap, fmt);
+	vsnprintf(text, sizeof(text), fmt, ap);
+	va_end(ap);
+	say(q, "{\"return\": ");
+	say(q, text);
+	say(q, "}\r\n");
+}
+
+static void refuse(struct qemu *q, const char *why)
+{
+	say(q, "{\"error\": {\"class\": \"GenericError\", \"desc\": \"");
+	say(q, why);
+	say(q, "\"}}\r\n");
+}
+
+void send_event(struct qemu *q, const char *name)
+{
+	char text[200];
+
+	snprintf(text, sizeof(text),
+		 "{\"timestamp\": {\"seconds\": 1, \"microseconds\": 2}, \"event\": \"%s\"}\r\n",
+		 name);
+	say(q, text);
+}
+
+static void send_fds(struct qemu *q)
+{
+	union {
+		char buf[CMSG_SPACE(NR_BLOCKS * sizeof(int))];
+		struct cmsghdr align;
+	} control = { 0 };
+	struct iovec iov = { "", 1 };
+	struct msghdr msg = {
+		.msg_iov = &iov, .msg_iovlen = 1, .msg_control = control.buf,
+	};
+	int fds[NR_BLOCKS], n = 0, i;
+	struct cmsghdr *c;
+
+	for (i = 0; i < NR_BLOCKS; i++) {
+		if (q->blocks[i].shared)
+			fds[n++] = q->blocks[i].fd;
+	}
+	msg.msg_controllen = CMSG_SPACE(n * sizeof(int));
+	c = CMSG_FIRSTHDR(&msg);
+	c->cmsg_level = SOL_SOCKET;
+	c->cmsg_type = SCM_RIGHTS;
+	c->cmsg_len = CMSG_LEN(n * sizeof(int));
+	memcpy(CMSG_DATA(c), fds, n * sizeof(int));
+	CHECK(sendmsg(q->sock, &msg, MSG_NOSIGNAL) == 1, "cannot send memory: %s", strerror(errno));
+}
+
+void send_layout(struct qemu *q, const char *instead)
+{
+	char text[1000] = "";
+	size_t n = 0;
+	int i;
+
+	send_fds(q);
+	if (instead) {
+		say(q, instead);
+		return;
+	}
+	for (i = 0; i < NR_BLOCKS; i++)
+		n += snprintf(text + n, sizeof(text) - n,
+			      "%s{\"name\": \"%s\", \"pages\": %" PRIu64 ", \"shared\": %s}",
+			      i ? ", " : "", q->blocks[i].name, q->blocks[i].npages,
+			      q->blocks[i].shared ? "true" : "false");
+	answer(q,
+	       "{\"generation\": %" PRIu64 ", \"page-size\": 4096, \"dirty-log\": \"bitmap\", "
+	       "\"blocks\": [%s], \"slots\": []}",
+	       q->generation, text);
+}
+
+static void do_attach(struct qemu *q)
+{
+	int i;
+
+	if (q->attached) {
+		refuse(q, "a client is attached already");
+		return;
+	}
+	CHECK(q->got_socket >= 0 && q->got_buffer >= 0, "attaches without sending a socket");
+	q->sock = q->got_socket;
+	q->buffer = q->got_buffer;
+	q->got_socket = -1;
+	q->got_buffer = -1;
+	q->attached = true;
+	q->generation++;
+	for (i = 0; i < NR_BLOCKS; i++) {
+		if (q->blocks[i].shared)
+			memset(q->blocks[i].dirty, 0, q->blocks[i].npages);
+	}
+	send_layout(q, q->layout);
+}
+
+static void do_stop(struct qemu *q)
+{
+	bool ran = q->running;
+
+	if (ran) {
+		guest_writes(q, below(40));
+		send_event(q, "STOP");
+	}
+	q->stopped = ran;
+	q->running = false;
+	answer(q, "{\"running\": %s, \"status\": \"paused\"}", ran ? "true" : "false");
+}
+
+/* The guest as it is now; its state says which of these it is */
+static struct snap *take_snap(struct qemu *q)
+{
+	uint64_t nr = q->nr_snaps;
+	struct snap *s;
+	size_t i;
+
+	CHECK(nr < MAX_SNAPS, "this goes on for ever");
+	s = &q->snaps[q->nr_snaps++];
+	for (i = 0; i < NR_BLOCKS; i++) {
+		size_t size = q->blocks[i].npages * KC_PAGE_SIZE;
+
+		if (q->blocks[i].shared) {
+			s->ram[i] = malloc(size);
+			memcpy(s->ram[i], q->blocks[i].ram, size);
+		}
+	}
+	s->state_len = 1000 + below(STATE_ROOM);
+	s->state = malloc(s->state_len);
+	for (i = 0; i < s->state_len; i++)
+		s->state[i] = i % 100 ? i : rnd(&rng_state);
+	memcpy(s->state, &nr, sizeof(nr));
+	s->stopped = !q->stopped;
+	s->torn = q->tear != WHOLE;
+	return s;
+}
+
+void write_buffer(struct qemu *q, const void *data, size_t len, uint64_t at)
+{
+	CHECK(pwrite(q->buffer, data, len, at) == (ssize_t)len, "cannot write to the buffer");
+}
+
+/* Tells runs of dirty pages from this place in the buffer on; how many */
+static unsigned int write_runs(struct qemu *q, uint64_t at)
+{
+	unsigned int n = 0, i;
+	uint64_t page;
+
+	for (i = 0; i < NR_BLOCKS; i++) {
+		struct block *b = &q->blocks[i];
+		struct pages run = { .block = i };
+
+		for (page = 0; b->shared && page <= b->npages; page++) {
+			if (page < b->npages && b->dirty[page]) {
+				if (!run.npages++)
+					run.page = page;
+				b->dirty[page] = false;
+			} else if (run.npages) {
+				write_buffer(q, &run, sizeof(run), at + n++ * sizeof(run));
+				run.npages = 0;
+			}
+		}
+	}
+	return n;
+}
+
+static void do_collect(struct qemu *q, bool state)
+{
+	uint64_t at = 0, runs;
+	unsigned int n;
+
+	if (state && q->tear == RESUMED) {
+		q->running = true;
+		q->stopped = false;
+		send_event(q, "RESUME");
+	}
+	if (state && !q->running) {
+		struct snap *s;
+
+		/* Devices flush what they have */
+		if (q->stopped)
+			guest_writes(q, below(3));
+		s = take_snap(q);
+		write_buffer(q, s->state, s->state_len, 0);
+		at = s->state_len;
+	}
+	runs = (at + 15) / 16 * 16;
+	n = write_runs(q, runs);
+	if (state && q->tear != WHOLE)
+		guest_writes(q, 20);
+	answer(q,
+	       "{\"generation\": %" PRIu64 ", \"state-size\": %" PRIu64 ", \"offset\": %" PRIu64
+	       ", \"runs\": %u, \"collect-us\": 3}",
+	       q->generation, at, runs, n);
+}
+
+static void do_cont(struct qemu *q)
+{
+	if (q->stopped) {
+		q->running = true;
+		q->stopped = false;
+		send_event(q, "RESUME");
+	}
+	answer(q, "{\"resumed\": %s, \"consistent\": %s}", q->running ? "true" : "false",
+	       q->tear == WHOLE ? "true" : "false");
+	q->tear = WHOLE;
+}
+
+/* The owner's; nothing that an epoch does resumes it then */
+static void do_qmp_stop(struct qemu *q)
+{
+	q->running = false;
+	q->stopped = false;
+	answer(q, "{}");
+}
+
+static void end_it(struct qemu *q)
+{
+	answer(q, "{}");
+	q->dies_after = true;
+}
+
+static void do_qmp_cont(struct qemu *q)
+{
+	q->running = true;
+	send_event(q, "RESUME");
+	answer(q, "{}");
+}
+
+static void do_getfd(struct qemu *q, const char *name)
+{
+	int *fd = strstr(name, "socket") ? &q->got_socket : &q->got_buffer;
+
+	CHECK(q->sent_fd >= 0, "getfd without a file descriptor");
+	close_fd(fd);
+	*fd = q->sent_fd;
+	q->sent_fd = -1;
+	answer(q, "{}");
+}
+
+static void obey(struct qemu *q, const char *command, struct json_object *args)
+{
+	struct json_object *o;
+
+	if (!strcmp(command, ATTACH))
+		do_attach(q);
+	else if (!strcmp(command, LAYOUT))
+		send_layout(q, q->new_layout);
+	else if (!strcmp(command, STOP))
+		do_stop(q);
+	else if (!strcmp(command, COLLECT))
+		do_collect(q, json_object_object_get_ex(args, "state", &o) &&
+			      json_object_get_boolean(o));
+	else if (!strcmp(command, CONT))
+		do_cont(q);
+	else if (!strcmp(command, "getfd"))
+		do_getfd(q, json_object_object_get_ex(args, "fdname", &o) ?
+			    json_object_get_string(o) : "");
+	else if (!strcmp(command, "qmp_capabilities"))
+		answer(q, "{}");
+	else if (!strcmp(command, "stop"))
+		do_qmp_stop(q);
+	else if (!strcmp(command, "cont"))
+		do_qmp_cont(q);
+	else if (!strcmp(command, "quit"))
+		end_it(q);
+	else if (!strcmp(command, "query-status"))
+		answer(q, "{\"running\": %s}", q->running ? "true" : "false");
+	else if (!strcmp(command, "query-block"))
+		answer(q, "%s", q->disks);
+	else if (!strcmp(command, "query-uuid"))
+		answer(q, "{\"UUID\": \"%s\"}", q->uuid);
+	else if (!strcmp(command, "query-name"))
+		answer(q, "{\"name\": \"%s\"}", q->name);
+	else if (!strcmp(command, "query-version"))
+		answer(q, "{\"qemu\": {\"micro\": 1, \"minor\": 2, \"major\": 7}, \"package\": \"\"}");
+	else if (!strcmp(command, "qom-get"))
+		answer(q, "\"pc-i440fx-7.2-machine\"");
+	else if (!strcmp(command, "qom-list"))
+		answer(q, "%s", json_object_object_get_ex(args, "path", &o) &&
+		       !strcmp(json_object_get_string(o), "/machine/peripheral") ?
+		       q->devices : "[]");
+	else if (!strcmp(command, "query-cpus-fast"))
+		answer(q, "[{\"cpu-index\": 0}, {\"cpu-index\": 1}]");
+	else
+		FAIL("QEMU is asked for %s", command);
+}
+
+static void count(struct qemu *q, const char *command, struct json_object *args)
+{
+	struct json_object *o;
+
+	q->attaches += !strcmp(command, ATTACH);
+	q->stops += !strcmp(command, STOP);
+	q->conts += !strcmp(command, CONT);
+	q->layouts += !strcmp(command, LAYOUT);
+	if (!strcmp(command, COLLECT)) {
+		CHECK(json_object_object_get_ex(args, "state", &o), "collects without saying what");
+		if (json_object_get_boolean(o))
+			q->collects++;
+		else
+			q->looks++;
+	}
+}
+
+static void execute(struct qemu *q, struct json_object *o)
+{
+	struct json_object *execute, *args = NULL;
+	const char *command, *instead;
+
+	CHECK(json_object_object_get_ex(o, "execute", &execute), "sends %s",
+	      json_object_to_json_string(o));
+	json_object_object_get_ex(o, "arguments", &args);
+	command = json_object_get_string(execute);
+	count(q, command, args);
+	instead = q->hook ? q->hook(q, command) : NULL;
+	if (instead == dead) {
+		q->dies_after = true;
+	} else if (instead == silent) {
+		q->mute = true;
+	} else if (instead) {
+		say(q, instead);
+	} else {
+		CHECK(strncmp(command, "x-", 2) || q->attached || !strcmp(command, ATTACH),
+		      "%s before it is attached", command);
+		obey(q, command, args);
+	}
+	if (q->dies_after) {
+		if (q->last_words)
+			say(q, q->last_words);
+		die(q);
+	}
+}
+
+/* Commands come without newlines, several at a time */
+static void hear(struct qemu *q, const char *buf, size_t len)
+{
+	while (len && q->monitor >= 0 && !q->mute) {
+		struct json_object *o = json_tokener_parse_ex(q->tok, buf, len);
+		size_t n = json_tokener_get_parse_end(q->tok);
+
+		if (!o) {
+			CHECK(json_tokener_get_error(q->tok) == json_tokener_continue,
+			      "what it sends is no JSON: %.*s", (int)len, buf);
+			return;
+		}
+		buf += n;
+		len -= n;
+		execute(q, o);
+		json_object_put(o);
+	}
+}
+
+static void read_monitor(struct qemu *q)
+{
+	union {
+		char buf[CMSG_SPACE(sizeof(int))];
+		struct cmsghdr align;
+	} control;
+	char buf[4096];
+	struct iovec iov = { buf, sizeof(buf) };
+	struct msghdr msg = {
+		.msg_iov = &iov, .msg_iovlen = 1, .msg_control = control.buf,
+		.msg_controllen = sizeof(control.buf),
+	};
+	ssize_t n = recvmsg(q->monitor, &msg, MSG_CMSG_CLOEXEC);
+	struct cmsghdr *c = n > 0 ? CMSG_FIRSTHDR(&msg) : NULL;
+
+	if (c) {
+		close_fd(&q->sent_fd);
+		memcpy(&q->sent_fd, CMSG_DATA(c), sizeof(int));
+	}
+	if (n > 0)
+		hear(q, buf, n);
+	else
+		close_monitor(q);
+}
+
+/* What comes within some milliseconds; a running guest writes meanwhile */
+void step(struct qemu *q, int ms)
+{
+	struct pollfd p[] = {
+		{ .fd = q->monitor, .events = POLLIN },
+		{ .fd = q->sock, .events = POLLIN },
+		/* One at a time, as QEMU does it */
+		{ .fd = q->monitor < 0 ? q->listener : -1, .events = POLLIN },
+	};
+	const char *instead;
+
+	if (poll(p, 3, ms) <= 0) {
+		if (q->running)
+			guest_writes(q, 2);
+		return;
+	}
+	if (p[0].revents) {
+		read_monitor(q);
+	} else if (p[1].revents) {
+		detach(q);
+	} else if (p[2].revents) {
+		q->monitor = accept4(q->listener, NULL, NULL, SOCK_CLOEXEC);
+		instead = q->hook ? q->hook(q, "greeting") : NULL;
+		if (!instead)
+			instead = "{\"QMP\": {\"version\": {}, \"capabilities\": [\"oob\"]}}\r\n";
+		if (instead != silent)
+			say(q, instead);
+	}
+}

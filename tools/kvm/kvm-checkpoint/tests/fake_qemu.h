@@ -1,0 +1,99 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/*
+ * A QEMU that is part of the test program: it answers to the commands that
+ * qemu/dirty-slot-ring.patch describes, has a guest that writes to its memory, and remembers what
+ * that was at each epoch.  It also can do all that a QEMU should not do.
+ */
+#ifndef KC_TESTS_FAKE_QEMU_H
+#define KC_TESTS_FAKE_QEMU_H
+
+#include <json-c/json.h>
+
+#include "harness.h"
+#include "sink.h"
+
+#define NR_BLOCKS	3
+#define MAX_SNAPS	256
+#define STATE_ROOM	30000u
+
+#define ATTACH	"x-checkpoint-attach"
+#define LAYOUT	"x-checkpoint-layout"
+#define STOP	"x-checkpoint-stop"
+#define COLLECT	"x-checkpoint-collect"
+#define CONT	"x-checkpoint-cont"
+
+struct block {
+	const char *name;
+	uint64_t npages;
+	bool shared;
+	int fd;
+	uint8_t *ram;
+	bool *dirty;
+};
+
+/* The guest when its state was saved; the state begins with the index */
+struct snap {
+	uint8_t *ram[NR_BLOCKS], *state;
+	size_t state_len;
+	bool torn, stopped;
+};
+
+/* As x-checkpoint-collect writes it */
+struct pages {
+	uint32_t block, npages;
+	uint64_t page;
+};
+
+enum tear { WHOLE, RESUMED, SCRIBBLED };
+
+extern struct qemu {
+	struct block blocks[NR_BLOCKS];
+	int listener, monitor, sock, buffer;
+	int sent_fd, got_socket, got_buffer;
+	struct json_tokener *tok;
+	bool attached, running, stopped, mute;
+	uint64_t generation;
+	const char *disks;		/* what query-block returns */
+	const char *devices;		/* in /machine/peripheral */
+	const char *uuid, *name;
+	const char *layout, *new_layout;	/* what attach and layout say, but for the truth */
+	enum tear tear;			/* what happens to the next epoch */
+	struct snap snaps[MAX_SNAPS];
+	unsigned int nr_snaps;
+
+	/* What came so far, looks are collects of a running guest */
+	unsigned int attaches, stops, looks, collects, conts, layouts;
+
+	/*
+	 * Asked before a command is obeyed: NULL, or what to say instead, or one of these.  After
+	 * dies_after the answer is given and then everything closed.
+	 */
+	const char *(*hook)(struct qemu *q, const char *command);
+	bool dies_after;
+	const char *last_words;		/* before it dies */
+	pid_t client;
+} qemu;
+
+/* What a hook may return: from now on, and at once */
+extern const char silent[], dead[];
+
+void start_qemu(struct qemu *q);
+/* What comes within some milliseconds; a running guest writes meanwhile */
+void step(struct qemu *q, int ms);
+
+/* Writes some words, or nothing, or zeros; to so many pages */
+void write_page(struct block *b, uint64_t page);
+void guest_writes(struct qemu *q, unsigned int n);
+void close_monitor(struct qemu *q);
+void die(struct qemu *q);
+
+/* The client may be gone: then these do nothing */
+void say_bytes(struct qemu *q, const char *text, size_t len);
+void say(struct qemu *q, const char *text);
+__attribute__((format(printf, 2, 3)))
+void answer(struct qemu *q, const char *fmt, ...);
+void send_event(struct qemu *q, const char *name);
+void send_layout(struct qemu *q, const char *instead);
+void write_buffer(struct qemu *q, const void *data, size_t len, uint64_t at);
+
+#endif

@@ -1,0 +1,51 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/*
+ * The tests of protect_test that are in files of their own; protect_test.c has the list of all.
+ */
+#ifndef KC_TESTS_PROTECT_TESTS_H
+#define KC_TESTS_PROTECT_TESTS_H
+
+/* protect_end.c */
+void test_term_in_epoch(void);
+void test_hup_in_epoch(void);
+void test_nohup(void);
+void test_term_between(void);
+void test_term_in_copy(void);
+void test_term_alone(void);
+void test_shutdown_lost(void);
+void test_term_lost(void);
+void test_term_untold(void);
+void test_term_unheard(void);
+void test_link_lost(void);
+void test_other_key(void);
+void test_unread_stdout(void);
+void test_unread_stderr(void);
+
+/* protect_trouble.c */
+void test_full_standby(void);
+void test_full_standby_dies(void);
+void test_no_memory(void);
+void test_other_standby(void);
+void test_full_store(void);
+void test_identity(void);
+void test_taken_over(void);
+void test_taken_over_at_end(void);
+void test_taken_over_resists(void);
+
+/* protect_blip.c */
+void test_blip(void);
+void test_blip_set_back(void);
+void test_blip_other_sender(void);
+
+/* protect_switch.c */
+void test_switchover(void);
+void test_switchover_stopped(void);
+void test_switchover_fails(void);
+void test_switchover_late(void);
+void test_switchover_unknown(void);
+void test_switchover_directory(void);
+
+/* protect_pairs.c */
+void test_pairs(void);
+
+#endif
