@@ -371,3 +371,38 @@ int receive_fd(int sock)
 	memcpy(&fd, CMSG_DATA(CMSG_FIRSTHDR(&msg)), sizeof(fd));
 	return fd;
 }
+
+int other_process(void (*fn)(int sock), pid_t *pid)
+{
+	int sock[2];
+
+	CHECK_EQ(socketpair(AF_UNIX, SOCK_STREAM, 0, sock), 0);
+	*pid = fork();
+	if (!*pid) {
+		close(sock[0]);
+		fn(sock[1]);
+		_exit(0);
+	}
+	close(sock[1]);
+	return sock[0];
+}
+
+void ask(int sock, char byte, void *answer, size_t size)
+{
+	size_t got = 0;
+	ssize_t n;
+
+	CHECK_EQ(write(sock, &byte, 1), 1);
+	for (; got < size; got += n) {
+		n = read(sock, (char *)answer + got, size - got);
+		CHECK(n > 0, "the other process is gone");
+	}
+}
+
+void end_of(pid_t pid)
+{
+	int status;
+
+	CHECK_EQ(waitpid(pid, &status, 0), pid);
+	CHECK_EQ(status, 0);
+}

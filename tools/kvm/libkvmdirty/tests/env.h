@@ -120,4 +120,10 @@ void stop_random(struct env *env, pthread_t *thread, int nr);
 void send_fd(int sock, int fd);
 int receive_fd(int sock);
 
+/* Run @fn, which answers to bytes, in another process: our end of its socket. */
+int other_process(void (*fn)(int sock), pid_t *pid);
+void ask(int sock, char byte, void *answer, size_t size);
+/* It ends well. */
+void end_of(pid_t pid);
+
 #endif

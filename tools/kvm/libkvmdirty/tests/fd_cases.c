@@ -3,7 +3,6 @@
  * Log fds: another process harvests, and poll().
  */
 #include <poll.h>
-#include <sys/socket.h>
 #include "env.h"
 
 /* The other process: for each byte, harvest and answer with what was seen. */
@@ -40,17 +39,11 @@ static void attached(int sock)
 	}
 }
 
-static struct seen ask(int sock, char byte)
+static struct seen ask_seen(int sock, char byte)
 {
 	struct seen seen;
-	size_t got = 0;
-	ssize_t n;
 
-	CHECK_EQ(write(sock, &byte, 1), 1);
-	for (; got < sizeof(seen); got += n) {
-		n = read(sock, (char *)&seen + got, sizeof(seen) - got);
-		CHECK(n > 0, "the other process is gone");
-	}
+	ask(sock, byte, &seen, sizeof(seen));
 	return seen;
 }
 
@@ -58,7 +51,8 @@ static void test_attach(const void *mode)
 {
 	struct env *env = setup(mode);
 	struct kvmdirty_slot *slot;
-	int sock[2], status;
+	uint32_t i;
+	int sock;
 	struct seen seen, rest;
 	pid_t pid;
 
@@ -70,32 +64,24 @@ static void test_attach(const void *mode)
 		return;
 	}
 
-	CHECK_EQ(socketpair(AF_UNIX, SOCK_STREAM, 0, sock), 0);
-	pid = fork();
-	if (!pid) {
-		close(sock[0]);
-		attached(sock[1]);
-		_exit(0);
-	}
-	close(sock[1]);
-	send_fd(sock[0], kvmdirty_fd(env->main));
+	sock = other_process(attached, &pid);
+	send_fd(sock, kvmdirty_fd(env->main));
 	write_pages(env, SLOT_MAIN, 7, 30, 9);
-	seen = ask(sock[0], 'h');
+	seen = ask_seen(sock, 'h');
 	expect(&seen, 7, 30, 9);
 	write_pages(env, SLOT_MAIN, 7, 1, 1);
-	seen = ask(sock[0], 'm');
+	seen = ask_seen(sock, 'm');
 	CHECK_EQ(seen.pages, 2);
 	CHECK(seen.page[7] == 1 && seen.page[900] == 1, "wrong pages");
 
 	/* What it refused and then left comes to us. */
 	write_pages(env, SLOT_MAIN, 7, 30, 9);
-	seen = ask(sock[0], 'r');
+	seen = ask_seen(sock, 'r');
 	CHECK_EQ(seen.pages, 1);
-	waitpid(pid, &status, 0);
-	CHECK_EQ(status, 0);
+	end_of(pid);
 	rest = harvest(env->main);
-	for (status = 0; status < (int)MAIN_PAGES; status++)
-		rest.page[status] += seen.page[status];
+	for (i = 0; i < MAIN_PAGES; i++)
+		rest.page[i] += seen.page[i];
 	rest.pages += seen.pages;
 	expect(&rest, 7, 30, 9);
 }

@@ -4,7 +4,6 @@
  * all memslots.
  */
 #include <poll.h>
-#include <sys/socket.h>
 #include "env.h"
 
 /* What a harvest of all slots handed out. */
@@ -524,17 +523,11 @@ static void attached(int sock)
 	kvmdirty_close(kd);
 }
 
-static struct answer ask(int sock, char byte)
+static struct answer vm_ask(int sock, char byte)
 {
 	struct answer answer;
-	size_t got = 0;
-	ssize_t n;
 
-	CHECK_EQ(write(sock, &byte, 1), 1);
-	for (; got < sizeof(answer); got += n) {
-		n = read(sock, (char *)&answer + got, sizeof(answer) - got);
-		CHECK(n > 0, "the other process is gone");
-	}
+	ask(sock, byte, &answer, sizeof(answer));
 	return answer;
 }
 
@@ -543,42 +536,35 @@ static void test_vm_attach(const void *mode)
 	struct env *env = setup(mode);
 	struct kvm_userspace_memory_region *odd = &env->vm.region[SLOT_ODD];
 	struct kvm_userspace_memory_region gone = *odd;
-	int sock[2], status, before = kvmdirty_vm_fd(env->kd);
+	int sock, fd = kvmdirty_vm_fd(env->kd);
 	struct answer a, b;
 	uint32_t i, log;
 	pid_t pid;
 
 	if (env->mode->backend != KVMDIRTY_SLOT_RING || env->mode->by_slot) {
-		CHECK_EQ(before, -EOPNOTSUPP);
+		CHECK_EQ(fd, -EOPNOTSUPP);
 		return;
 	}
-	CHECK_EQ(socketpair(AF_UNIX, SOCK_STREAM, 0, sock), 0);
-	pid = fork();
-	if (!pid) {
-		close(sock[0]);
-		attached(sock[1]);
-		_exit(0);
-	}
-	close(sock[1]);
-	send_fd(sock[0], before);
+	sock = other_process(attached, &pid);
+	send_fd(sock, fd);
 	write_pages(env, SLOT_MAIN, 7, 30, 9);
 	write_pages(env, SLOT_ODD, 0, 20, 4);
-	a = ask(sock[0], ASK_HARVEST);
+	a = vm_ask(sock, ASK_HARVEST);
 	CHECK_EQ(a.ret, 0);
 	CHECK_EQ(a.flags, KVMDIRTY_VM_LAYOUT);
 	expect(&a.seen.slot[SLOT_MAIN], 7, 30, 9);
 	expect(&a.seen.slot[SLOT_ODD], 0, 20, 4);
 	CHECK_EQ(a.seen.log[SLOT_ODD], log_of(env->odd));
-	a = ask(sock[0], ASK_HARVEST);
+	a = vm_ask(sock, ASK_HARVEST);
 	CHECK_EQ(a.ret, 0);
 	CHECK_EQ(a.flags, 0);
 	CHECK_EQ(a.seen.calls, 0);
 
 	/* What it refused comes to it again. */
 	write_pages(env, SLOT_MAIN, 7, 30, 9);
-	a = ask(sock[0], ASK_REFUSE);
+	a = vm_ask(sock, ASK_REFUSE);
 	CHECK_EQ(a.ret, -EIO);
-	b = ask(sock[0], ASK_HARVEST);
+	b = vm_ask(sock, ASK_HARVEST);
 	CHECK_EQ(b.ret, 0);
 	for (i = 0; i < MAIN_PAGES; i++)
 		b.seen.slot[SLOT_MAIN].page[i] += a.seen.slot[SLOT_MAIN].page[i];
@@ -591,7 +577,7 @@ static void test_vm_attach(const void *mode)
 	write_pages(env, SLOT_ODD, 0, 20, 4);
 	gone.memory_size = 0;
 	CHECK_EQ(ioctl(env->vm.fd, KVM_SET_USER_MEMORY_REGION, &gone), 0);
-	a = ask(sock[0], ASK_HARVEST);
+	a = vm_ask(sock, ASK_HARVEST);
 	CHECK_EQ(a.ret, 0);
 	CHECK_EQ(a.flags, KVMDIRTY_VM_LAYOUT);
 	expect(&a.seen.slot[SLOT_ODD], 0, 20, 4);
@@ -600,14 +586,13 @@ static void test_vm_attach(const void *mode)
 	odd->flags = KVM_MEM_LOG_DIRTY_PAGES;
 	CHECK_EQ(ioctl(env->vm.fd, KVM_SET_USER_MEMORY_REGION, odd), 0);
 	write_pages(env, SLOT_ODD, 0, 20, 4);
-	a = ask(sock[0], ASK_HARVEST);
+	a = vm_ask(sock, ASK_HARVEST);
 	CHECK_EQ(a.flags, KVMDIRTY_VM_LAYOUT);
 	CHECK(a.seen.log[SLOT_ODD] > log, "log %u after %u", a.seen.log[SLOT_ODD], log);
 	for (i = 0; i < 80; i += 4)
 		CHECK_EQ(a.seen.slot[SLOT_ODD].page[i], 1);
-	CHECK_EQ(write(sock[0], &(char){ ASK_END }, 1), 1);
-	waitpid(pid, &status, 0);
-	CHECK_EQ(status, 0);
+	CHECK_EQ(write(sock, &(char){ ASK_END }, 1), 1);
+	end_of(pid);
 }
 
 /* poll() wakes up for any slot, and says when the VM is gone. */
