@@ -7,7 +7,9 @@
  *	kvmdirty-vmm [auto|slot-ring|ring|bitmap [SOCKET [all]]]
  *
  * With SOCKET it leaves the harvests to kvmdirty-harvester, to which it gives the log
- * fd there: of its memslot, or with "all" of all memslots.  Exit status: 0 the copy is the memory, 1 not so, 4 no KVM or back end.
+ * fd there: of its memslot, or with "all" of all memslots.
+ *
+ * Exit status: 0 the copy is the memory, 1 not so, 4 no KVM or back end.
  */
 #include <err.h>
 #include <errno.h>

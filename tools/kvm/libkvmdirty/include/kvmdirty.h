@@ -263,8 +263,8 @@ KVMDIRTY_API enum kvmdirty_backend kvmdirty_backend(const struct kvmdirty *kd);
  * At any time, for every vCPU, before it first runs.  Only the dirty ring needs
  * it; call it always, and the VMM works with each of them.
  *
- * Return: 0; -EEXIST if it was added before; -EOPNOTSUPP: @kd is attached; -EBADF, -ENOTTY if it is not a
- * vCPU; -ENOMEM.
+ * Return: 0; -EEXIST if it was added before; -EOPNOTSUPP: @kd is attached; -EBADF,
+ * -ENOTTY if it is not a vCPU; -ENOMEM.
  */
 KVMDIRTY_API int kvmdirty_add_vcpu(struct kvmdirty *kd, int vcpu_fd);
 
