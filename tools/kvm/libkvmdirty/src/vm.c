@@ -66,7 +66,12 @@ static bool is_stopped(struct kvmdirty_slot *slot)
 
 static bool has_something(struct kvmdirty_slot *slot)
 {
-	return is_stopped(slot) || !pending_is_empty(slot);
+	bool has;
+
+	pthread_mutex_lock(&slot->pending_lock);
+	has = (slot->stopped && !slot->drained) || !pageset_empty(&slot->pending);
+	pthread_mutex_unlock(&slot->pending_lock);
+	return has;
 }
 
 static struct kvmdirty_slot *find_with_something(struct kvmdirty *kd, uint64_t from)
@@ -74,11 +79,12 @@ static struct kvmdirty_slot *find_with_something(struct kvmdirty *kd, uint64_t f
 	return find_next(kd, from, has_something);
 }
 
-static struct kvmdirty_slot *find_log(struct kvmdirty *kd, uint64_t log)
+/* Of a slot in the upper half, if it still has the log in the lower one */
+static struct kvmdirty_slot *find_log(struct kvmdirty *kd, uint64_t what)
 {
-	struct kvmdirty_slot *slot = find_next(kd, log, NULL);
+	struct kvmdirty_slot *slot = slot_find(kd, what >> 32);
 
-	return slot && slot->log == log ? slot : NULL;
+	return slot && slot->log == (uint32_t)what ? slot : NULL;
 }
 
 static int visit(struct kvmdirty_slot *slot, struct sink *sink, unsigned int flags, bool all)
@@ -146,7 +152,7 @@ static int deliver_log(struct kvmdirty *kd, struct sink *sink, const struct kvmd
 	size_t i;
 	int r;
 
-	r = slot_lock(kd, find_log, run->log, &slot);
+	r = slot_lock(kd, find_log, (uint64_t)run->slot << 32 | run->log, &slot);
 	if (r == -ENXIO) {
 		for (i = 0; i < nr; i++)
 			npages += run[i].npages;
