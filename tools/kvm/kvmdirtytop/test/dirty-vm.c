@@ -653,8 +653,8 @@ static void parse(int argc, char **argv)
 		{ "mode", 1, 0, 'm' }, { "vcpus", 1, 0, 'v' }, { "slots", 1, 0, 's' },
 		{ "pages", 1, 0, 'p' }, { "stride", 1, 0, 't' }, { "rounds", 1, 0, 'r' },
 		{ "interval", 1, 0, 'i' }, { "entries", 1, 0, 'e' }, { "exit", 0, 0, 'x' },
-		{ "reset", 0, 0, 'R' }, { "array", 1, 0, 'a' }, { "all", 0, 0, 'A' }, { "mark", 1, 0, 'M' },
-		{ "discard", 1, 0, 'D' }, { "help", 0, 0, 'h' }, { 0 }
+		{ "reset", 0, 0, 'R' }, { "array", 1, 0, 'a' }, { "all", 0, 0, 'A' },
+		{ "mark", 1, 0, 'M' }, { "discard", 1, 0, 'D' }, { "help", 0, 0, 'h' }, { 0 }
 	};
 	int c;
 

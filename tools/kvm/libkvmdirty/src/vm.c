@@ -148,6 +148,7 @@ static int deliver_log(struct kvmdirty *kd, struct sink *sink, const struct kvmd
 	struct kvmdirty_result before = sink->result;
 	struct target *t = sink->arg;
 	struct kvmdirty_slot *slot;
+	struct kvmdirty_run part;
 	uint64_t left, npages = 0;
 	size_t i;
 	int r;
@@ -161,9 +162,10 @@ static int deliver_log(struct kvmdirty *kd, struct sink *sink, const struct kvmd
 	}
 	if (r) {
 		/* From a callback of this slot, which should not be. */
-		for (i = 0; i < nr; i++)
-			pending_add_runs(slot, &(struct kvmdirty_run){ run[i].offset,
-								       run[i].npages }, 1);
+		for (i = 0; i < nr; i++) {
+			part = (struct kvmdirty_run){ run[i].offset, run[i].npages };
+			pending_add_runs(slot, &part, 1);
+		}
 		return r;
 	}
 	for (i = 0; i < nr; i++)

@@ -53,6 +53,7 @@ static void test_vm_exact(const void *mode)
 	struct env *env = setup(mode);
 	struct vm_seen seen = { 0 };
 	struct kvmdirty_stats stats;
+	struct seen one;
 
 	CHECK(log_of(env->main) != log_of(env->odd), "both are log %u", log_of(env->main));
 	CHECK_EQ(vm_harvest(env->kd, &seen), KVMDIRTY_VM_LAYOUT);
@@ -77,7 +78,8 @@ static void test_vm_exact(const void *mode)
 	/* By itself or with the others, a page comes once. */
 	write_pages(env, SLOT_MAIN, 0, 50, 1);
 	write_pages(env, SLOT_ODD, 0, 50, 1);
-	expect(&(struct seen[]){ harvest(env->odd) }[0], 0, 50, 1);
+	one = harvest(env->odd);
+	expect(&one, 0, 50, 1);
 	CHECK_EQ(kvmdirty_mark(env->odd, &(struct kvmdirty_run){ 70, 2 }, 1), 0);
 	vm_harvest(env->kd, &seen);
 	expect(&seen.slot[SLOT_MAIN], 0, 50, 1);
