@@ -87,7 +87,8 @@ TRACE_EVENT(kvm_dirty_slot_ring_exit,
  * A call on a log has come to: 0 waiting for hardware and for other calls, 1 taking
  * pages and copying them out, 2 re-protecting them (with the wait for mmu_lock),
  * 3 flushing TLBs, 4 its end.  What passes between two of them, in one thread, is
- * the time that the former takes.
+ * the time that the former takes.  "slot" is the log that it is at; a call on all logs
+ * of a VM begins and ends with 0xffffffff, and is at one log after the other between.
  */
 TRACE_EVENT(kvm_dirty_slot_log_phase,
 	    TP_PROTO(int vm, u32 slot, u32 phase),

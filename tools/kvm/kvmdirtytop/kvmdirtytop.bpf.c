@@ -9,8 +9,8 @@
  * kernels without slot rings walk KVM's structures, relocated to what the
  * running kernel has (CO-RE).
  *
- * A row has one writer at a time: that of a vCPU its thread, that of a slot the
- * holder of its log.  Only rows of vCPU -1 have several.
+ * A row of a vCPU has one writer at a time, its thread; those of vCPU -1, and of
+ * slots, have several.
  */
 #include <linux/bpf.h>
 #include <linux/kvm_dirty_slot_ring.h>
@@ -51,6 +51,14 @@ struct {
 	__type(key, struct slot_key);
 	__type(value, struct slot_val);
 } slots SEC(".maps");
+
+/* Calls that are under way, by their thread. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 4096);
+	__type(key, __u32);
+	__type(value, struct call_val);
+} calls SEC(".maps");
 
 /* What new rows begin as; a slot's is too large for the stack. */
 static const struct vcpu_val no_vcpu_val;
@@ -155,35 +163,62 @@ static __always_inline __u64 bucket(__u64 ns)
 /* Not static: so the verifier looks at it once and not with each of its calls. */
 __noinline int row_time(struct slot_val *v, __u32 phase, __u64 ns)
 {
-	__u64 i = bucket(ns);
+	__u64 i = bucket(ns), max;
+	int tries;
 
 	if (!v || phase >= NR_PHASES)
 		return 0;
-	v->sum[phase] += ns;
-	if (ns > v->max[phase])
-		v->max[phase] = ns;
+	__sync_fetch_and_add(&v->sum[phase], ns);
+	/* Whoever loses has met a larger one, and that at most so often. */
+	for (tries = 0; tries < 16; tries++) {
+		max = v->max[phase];
+		if (ns <= max || __sync_val_compare_and_swap(&v->max[phase], max, ns) == max)
+			break;
+	}
 	/* The verifier must see the very register that is used compared. */
 	asm volatile("" : "+r"(i));
 	if (i >= NR_BUCKETS)
 		i = NR_BUCKETS - 1;
-	v->hist[phase][i]++;
+	__sync_fetch_and_add(&v->hist[phase][i], 1);
 	return 0;
 }
 
-static __always_inline void row_call(struct slot_val *v, int ret, __u64 wait,
-				     __u64 collect, __u64 protect, __u64 flush)
+/* A call on a slot, or on all of them, has ended; its times are known if it was seen to begin. */
+static __always_inline void row_call(struct slot_val *v, int ret)
 {
+	__u32 tid = bpf_get_current_pid_tgid(), now = epoch, was = v->epoch;
+	struct call_val *c = bpf_map_lookup_elem(&calls, &tid);
+	int i;
+
 	if (ret < 0)
-		v->failed++;
-	if (v->epoch != epoch) {
-		v->epoch = epoch;
-		__builtin_memset(v->max, 0, sizeof(v->max));
+		__sync_fetch_and_add(&v->failed, 1);
+	if (was != now && __sync_val_compare_and_swap(&v->epoch, was, now) == was) {
+		for (i = 0; i < NR_PHASES; i++)
+			v->max[i] = 0;
 	}
-	row_time(v, PHASE_WAIT, wait);
-	row_time(v, PHASE_COLLECT, collect);
-	row_time(v, PHASE_PROTECT, protect);
-	row_time(v, PHASE_FLUSH, flush);
-	row_time(v, PHASE_TOTAL, wait + collect + protect + flush);
+	if (!c)
+		return;
+	row_time(v, PHASE_WAIT, c->ns[0]);
+	row_time(v, PHASE_COLLECT, c->ns[1]);
+	row_time(v, PHASE_PROTECT, c->ns[2]);
+	row_time(v, PHASE_FLUSH, c->ns[3]);
+	row_time(v, PHASE_TOTAL, c->ns[0] + c->ns[1] + c->ns[2] + c->ns[3]);
+	bpf_map_delete_elem(&calls, &tid);
+}
+
+static __always_inline void row_harvest(struct slot_val *v, __u32 runs, __u64 pages,
+					__u64 collected, __u32 flags, int ret)
+{
+	if (!v)
+		return;
+	if (ret >= 0)
+		__sync_fetch_and_add(&v->harvests, 1);
+	if (flags & KVM_DIRTY_HARVEST_MORE)
+		__sync_fetch_and_add(&v->more, 1);
+	__sync_fetch_and_add(&v->runs, runs);
+	__sync_fetch_and_add(&v->pages, pages);
+	__sync_fetch_and_add(&v->collected, collected);
+	row_call(v, ret);
 }
 
 /*
@@ -242,33 +277,57 @@ int BPF_PROG(slot_ring_exit, int vm, int vcpu, __u32 slot)
 	return 0;
 }
 
-SEC("raw_tp/kvm_dirty_slot_log_harvest")
-int BPF_PROG(slot_log_harvest, int vm, __u32 slot, __u32 runs, __u64 pages,
-	     __u64 collected, __u64 used, __u32 flags, int ret, __u64 wait,
-	     __u64 collect, __u64 protect, __u64 flush)
+/*
+ * What passes until a thread's next event is the time of the phase that it has come
+ * to.  A call on all slots is at one of them after the other: their waits are its own.
+ */
+SEC("raw_tp/kvm_dirty_slot_log_phase")
+int BPF_PROG(slot_log_phase, int vm, __u32 slot, __u32 phase)
 {
-	struct slot_val *v;
+	__u32 tid = bpf_get_current_pid_tgid();
+	__u64 now = bpf_ktime_get_ns();
+	struct call_val *c, begin;
 
 	if (unwanted(vm))
 		return 0;
-	v = slot_row(vm, slot);
-	if (!v)
+	c = bpf_map_lookup_elem(&calls, &tid);
+	if (phase == CALL_WAIT && !(c && c->slot == ALL_SLOTS && slot != ALL_SLOTS)) {
+		begin = (struct call_val){ .slot = slot, .phase = phase, .since = now };
+		if (bpf_map_update_elem(&calls, &tid, &begin, BPF_ANY))
+			__sync_fetch_and_add(&lost, 1);
 		return 0;
-	if (ret >= 0)
-		v->harvests++;
-	if (flags & KVM_DIRTY_HARVEST_MORE)
-		v->more++;
-	v->runs += runs;
-	v->pages += pages;
-	v->collected += collected;
-	row_call(v, ret, wait, collect, protect, flush);
+	}
+	/* Not seen to begin: the tool came later. */
+	if (!c)
+		return 0;
+	if (c->phase < NR_CALL_PHASES)
+		c->ns[c->phase] += now - c->since;
+	c->phase = phase;
+	c->since = now;
+	return 0;
+}
+
+SEC("raw_tp/kvm_dirty_slot_log_harvest")
+int BPF_PROG(slot_log_harvest, int vm, __u32 slot, __u32 runs, __u64 pages,
+	     __u64 collected, __u64 used, __u32 flags, int ret)
+{
+	if (!unwanted(vm))
+		row_harvest(slot_row(vm, slot), runs, pages, collected, flags, ret);
+	return 0;
+}
+
+SEC("raw_tp/kvm_dirty_slot_vm_harvest")
+int BPF_PROG(slot_vm_harvest, int vm, __u32 logs, __u32 runs, __u64 pages,
+	     __u32 flags, int ret)
+{
+	if (!unwanted(vm))
+		row_harvest(slot_row(vm, ALL_SLOTS), runs, pages, 0, flags, ret);
 	return 0;
 }
 
 SEC("raw_tp/kvm_dirty_slot_log_reset")
 int BPF_PROG(slot_log_reset, int vm, __u32 slot, __u64 pages, __u64 used,
-	     __u32 flags, int ret, __u64 wait, __u64 collect, __u64 protect,
-	     __u64 flush)
+	     __u32 flags, int ret)
 {
 	struct slot_val *v;
 
@@ -278,9 +337,9 @@ int BPF_PROG(slot_log_reset, int vm, __u32 slot, __u64 pages, __u64 used,
 	if (!v)
 		return 0;
 	if (ret >= 0)
-		v->resets++;
-	v->collected += pages;
-	row_call(v, ret, wait, collect, protect, flush);
+		__sync_fetch_and_add(&v->resets, 1);
+	__sync_fetch_and_add(&v->collected, pages);
+	row_call(v, ret);
 	return 0;
 }
 

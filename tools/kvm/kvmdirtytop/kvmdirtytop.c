@@ -791,12 +791,14 @@ static struct kvmdirtytop_bpf *load_and_attach(void)
 
 	err = attach((struct bpf_program *const []) {
 			     skel->progs.slot_ring_push, skel->progs.slot_ring_overflow,
-			     skel->progs.slot_ring_exit, skel->progs.slot_log_harvest,
+			     skel->progs.slot_ring_exit, skel->progs.slot_log_phase,
+			     skel->progs.slot_log_harvest, skel->progs.slot_vm_harvest,
 			     skel->progs.slot_log_reset },
 		     (struct bpf_link **[]) {
 			     &skel->links.slot_ring_push, &skel->links.slot_ring_overflow,
-			     &skel->links.slot_ring_exit, &skel->links.slot_log_harvest,
-			     &skel->links.slot_log_reset }, 5);
+			     &skel->links.slot_ring_exit, &skel->links.slot_log_phase,
+			     &skel->links.slot_log_harvest, &skel->links.slot_vm_harvest,
+			     &skel->links.slot_log_reset }, 7);
 	if (err && err != ENOENT)
 		die("cannot attach to the tracepoints of dirty slot rings: %s%s", strerror(err),
 		    err == EINVAL ? "; they are of another version than this program" : "");

@@ -39,7 +39,10 @@ struct vcpu_val {
 	__u32 epoch;
 };
 
-/* Where pages go to.  slot is ALL_SLOTS for a call on the whole VM. */
+/*
+ * Where pages go to.  slot is ALL_SLOTS for a call on the whole VM; so the kernel
+ * calls it, too.
+ */
 struct slot_key {
 	int vm;
 	__u32 slot;
@@ -54,6 +57,24 @@ enum phase {
 	PHASE_PROTECT,
 	PHASE_FLUSH,
 	NR_PHASES,
+};
+
+/* The same, as the kernel's events count them; what comes after these is the end. */
+#define CALL_WAIT	0
+#define NR_CALL_PHASES	4
+
+/**
+ * struct call_val - a call on a log that is under way
+ * @ns: time in each phase so far
+ * @since: when the phase began
+ * @slot: whose log, or ALL_SLOTS
+ * @phase: as the kernel counts them
+ */
+struct call_val {
+	__u64 ns[NR_CALL_PHASES];
+	__u64 since;
+	__u32 slot;
+	__u32 phase;
 };
 
 /*
@@ -71,7 +92,8 @@ enum phase {
  * @more: harvests whose array was too small
  * @runs: runs that harvests stored
  * @pages: pages in them
- * @collected: pages that were read from the mapping and re-protected
+ * @collected: pages that were read from the mapping and re-protected; of calls
+ *	on the whole VM nobody tells
  * @sum: time in each phase of all calls, in nanoseconds
  * @max: the longest since @epoch began
  * @epoch: the value of the global epoch at the last call

@@ -401,6 +401,7 @@ static struct kvm_dirty_slot_vm *vm_create(struct kvm *kvm)
 	kref_init(&vm->ref);
 	spin_lock_init(&vm->kvm_lock);
 	vm->kvm = kvm;
+	vm->pid = kvm->userspace_pid;
 	xa_init_flags(&vm->logs, XA_FLAGS_ALLOC | XA_FLAGS_ACCOUNT);
 	init_waitqueue_head(&vm->wait);
 	if (kvm_dirty_summary_init(&vm->index, VM_MAX_LOGS)) {

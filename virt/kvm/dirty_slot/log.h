@@ -238,6 +238,7 @@ struct kvm_dirty_slot_vm {
 	u32 layout;		/* likewise: counts changes of @logs */
 
 	u32 nr_logs;		/* made so far, under slots_lock */
+	int pid;		/* the VM's name in traces */
 	bool gp_started;	/* a grace period of kvm->srcu ever was */
 
 	wait_queue_head_t wait;

@@ -216,6 +216,8 @@ static int drain_log(struct kvm_dirty_slot_log *log, struct kvm *kvm,
 		return sink->stored ? 0 : -ENOMEM;
 	}
 	c->kvm = dead ? NULL : kvm;
+	/* For who has the log's mutex. */
+	log_phase(log, KVM_DIRTY_SLOT_PHASE_WAIT);
 	r = kvm_dirty_slot_log_drain(log, c, sink, false);
 	/* If there was nothing, with the mutex held all the time. */
 	if (!r && dead && !sink->more && left == sink->left && !c->others)
@@ -236,6 +238,12 @@ static struct kvm *vm_get_kvm(struct kvm_dirty_slot_vm *vm, bool *dead)
 		kvm = NULL;
 	spin_unlock(&vm->kvm_lock);
 	return kvm;
+}
+
+/* What a call on all logs does outside of any of them. */
+static void vm_phase(const struct kvm_dirty_slot_vm *vm, int phase)
+{
+	trace_kvm_dirty_slot_log_phase(vm->pid, KVM_DIRTY_SLOT_ALL, phase);
 }
 
 /* One way around the logs, from where the last call stopped. */
@@ -305,14 +313,17 @@ static long vm_harvest(struct vm_file *f, void __user *argp)
 	args->nr_pages = 0;
 	args->flags = 0;
 
+	vm_phase(vm, KVM_DIRTY_SLOT_PHASE_WAIT);
 	kvm = vm_get_kvm(vm, &dead);
 	r = kvm && READ_ONCE(kvm->vm_dead) ? -EIO : 0;
 	if (!r && kvm && sync)
 		r = kvm_dirty_slot_sync_hw(kvm, true);
 	if (!r)
 		r = drain_all(f, kvm, &s.sink, &nr_logs, &flush);
+	vm_phase(vm, KVM_DIRTY_SLOT_PHASE_FLUSH);
 	if (flush)
 		kvm_flush_remote_tlbs(kvm);
+	vm_phase(vm, KVM_DIRTY_SLOT_PHASE_END);
 
 	if (!r && dead && !args->nr_runs && !s.sink.more &&
 	    kvm_dirty_summary_empty(&vm->index))
@@ -328,10 +339,9 @@ static long vm_harvest(struct vm_file *f, void __user *argp)
 		else if (!s.sink.stored)
 			r = -EFAULT;
 	}
+	trace_kvm_dirty_slot_vm_harvest(vm->pid, nr_logs, args->nr_runs,
+					args->nr_pages, args->flags | sync, r);
 	if (kvm) {
-		trace_kvm_dirty_slot_vm_harvest(kvm->userspace_pid, nr_logs,
-						args->nr_runs, args->nr_pages,
-						args->flags | sync, r);
 		atomic64_inc(&kvm->stat.generic.dirty_slot_log_harvests);
 		atomic64_add(args->nr_pages,
 			     &kvm->stat.generic.dirty_slot_log_harvested_pages);

@@ -5,7 +5,8 @@
  *
  * In each round every vCPU writes PAGES pages of each slot, each STRIDE pages from
  * the last, then pages are marked and discarded, then all of the log is read.  With
- * dirty slot rings, KVM's own statistics are checked against that as well.
+ * dirty slot rings, KVM's own statistics are checked against that as well.  They are
+ * read slot by slot, or with --all in one call.
  *
  * Standard output has one JSON object.  Exit status: 0 as it should be, 1 not so,
  * 2 usage, 4 the kernel lacks what was asked for.
@@ -40,7 +41,7 @@ static struct {
 	enum mode mode;
 	unsigned int vcpus, slots, entries, array;
 	unsigned long pages, stride, rounds, mark, discard, interval_ms;
-	bool exit_on_full, reset;
+	bool exit_on_full, reset, all;
 } opt = {
 	.vcpus = 1, .slots = 1, .entries = 0, .array = 512, .pages = 100,
 	.stride = 1, .rounds = 10,
@@ -59,11 +60,11 @@ static struct vcpu {
 static struct slot {
 	int log;
 	unsigned long npages;
-	__u8 *rings;
+	__u8 *consumers, *rings;
 	struct kvm_dirty_slot_log_info info;
 	/* What was done. */
 	unsigned long harvests, resets, runs, pages, collected, more, marked, discarded;
-} slots[MAX_SLOTS];
+} slots[MAX_SLOTS], all_slots;
 
 static int kvm, vm;
 static unsigned long ring_resets;
@@ -134,6 +135,34 @@ static void harvest_slot(struct slot *s)
 	} while (h.flags & KVM_DIRTY_HARVEST_MORE);
 }
 
+static void harvest_all(void)
+{
+	struct kvm_dirty_vm_run runs[opt.array];
+	struct kvm_dirty_vm_harvest h;
+	unsigned int i;
+
+	do {
+		memset(&h, 0, sizeof(h));
+		h.runs = (uintptr_t)runs;
+		h.nr_runs = opt.array;
+		h.flags = KVM_DIRTY_HARVEST_SYNC;
+		if (ioctl(all_slots.log, KVM_DIRTY_VM_LOG_HARVEST, &h))
+			err(1, "KVM_DIRTY_VM_LOG_HARVEST");
+		for (i = 0; i < h.nr_runs; i++) {
+			struct slot *s = &slots[runs[i].slot];
+
+			if (runs[i].slot >= opt.slots || runs[i].log != s->info.log)
+				errx(1, "a run of slot %u, log %u", runs[i].slot, runs[i].log);
+			account(s, &(struct kvm_dirty_run) { runs[i].offset, runs[i].npages });
+			s->pages += runs[i].npages;
+		}
+		all_slots.harvests++;
+		all_slots.runs += h.nr_runs;
+		all_slots.pages += h.nr_pages;
+		all_slots.more += !!(h.flags & KVM_DIRTY_HARVEST_MORE);
+	} while (h.flags & KVM_DIRTY_HARVEST_MORE);
+}
+
 static struct kvm_dirty_slot_ring_kern *kern_page(struct slot *s, int n)
 {
 	return (void *)(s->rings + n * s->info.stride +
@@ -148,7 +177,8 @@ static void reset_slot(struct slot *s)
 
 	for (n = 0; n < opt.vcpus; n++) {
 		__u8 *base = s->rings + n * s->info.stride;
-		struct kvm_dirty_slot_ring_user *user = (void *)base;
+		struct kvm_dirty_slot_ring_user *user =
+			(void *)(s->consumers + n * KVM_DIRTY_SLOT_CONSUMER_STRIDE);
 		const struct kvm_dirty_run *ring =
 			(void *)(base + KVM_DIRTY_SLOT_RING_ENTRIES_PAGE * PAGE);
 		__u64 i, end = __atomic_load_n(&kern_page(s, n)->producer,
@@ -215,7 +245,9 @@ static void read_logs(void)
 	pthread_mutex_lock(&read_lock);
 	if (opt.mode == RING)
 		read_ring();
-	for (n = 0; n < opt.slots; n++) {
+	if (opt.mode == SLOT_RING && opt.all)
+		harvest_all();
+	for (n = 0; n < opt.slots && !opt.all; n++) {
 		if (opt.mode == BITMAP)
 			read_bitmap(n);
 		else if (opt.mode == SLOT_RING && opt.reset)
@@ -291,21 +323,16 @@ static void open_log(unsigned int n)
 {
 	struct kvm_dirty_slot_log_fd arg = { .slot = n };
 	struct slot *s = &slots[n];
-	unsigned int i;
 
 	s->log = ioctl(vm, KVM_GET_DIRTY_SLOT_LOG_FD, &arg);
 	if (s->log < 0 || ioctl(s->log, KVM_DIRTY_SLOT_LOG_INFO, &s->info))
 		err(1, "log of slot %u", n);
+	s->consumers = mmap(NULL, s->info.consumers_size, PROT_READ | PROT_WRITE,
+			    MAP_SHARED, s->log, 0);
 	s->rings = mmap(NULL, opt.vcpus * s->info.stride, PROT_READ, MAP_SHARED,
-			s->log, 0);
-	if (s->rings == MAP_FAILED)
+			s->log, s->info.rings_offset);
+	if (s->consumers == MAP_FAILED || s->rings == MAP_FAILED)
 		err(1, "rings of slot %u", n);
-	for (i = 0; i < opt.vcpus; i++) {
-		if (mmap(s->rings + i * s->info.stride, PAGE,
-			 PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, s->log,
-			 i * s->info.stride) == MAP_FAILED)
-			err(1, "consumer page");
-	}
 }
 
 static void make_vm(void)
@@ -348,6 +375,13 @@ static void make_vm(void)
 			 slots[n].npages * PAGE, KVM_MEM_LOG_DIRTY_PAGES);
 		if (opt.mode == SLOT_RING)
 			open_log(n);
+	}
+	if (opt.all) {
+		struct kvm_dirty_slot_log_fd arg = { .slot = KVM_DIRTY_SLOT_ALL };
+
+		all_slots.log = ioctl(vm, KVM_GET_DIRTY_SLOT_LOG_FD, &arg);
+		if (all_slots.log < 0)
+			err(1, "log of all slots");
 	}
 }
 
@@ -478,7 +512,7 @@ static void expect(const char *what, __u64 got, __u64 want)
  */
 static void check_stats(unsigned long pending)
 {
-	unsigned long harvests = 0, resets = 0, pages = 0, collected = 0;
+	unsigned long harvests = all_slots.harvests, resets = 0, pages = 0, collected = 0;
 	unsigned long marked = 0, discarded = 0, exits = 0, read = 0;
 	unsigned int i, n;
 	__u64 in, out;
@@ -514,6 +548,15 @@ static void check_stats(unsigned long pending)
 	expect("exits", vcpu_stats("dirty_slot_ring_full_exits"), exits);
 }
 
+/* The calls on a slot's log, or on the one of all slots. */
+static void report_calls(const struct slot *s, const char *name)
+{
+	printf("{\"slot\":%s,\"harvests\":%lu,\"resets\":%lu,\"failed\":0", name, s->harvests,
+	       s->resets);
+	printf(",\"more\":%lu,\"runs\":%lu,\"pages\":%lu,\"collected\":%lu}", s->more, s->runs,
+	       s->pages, s->collected);
+}
+
 static void report(void)
 {
 	unsigned long overflowed, left, want, pages;
@@ -545,13 +588,14 @@ static void report(void)
 			       n, vcpus[n].all_exits);
 	}
 	printf("],\"slots\":[");
-	for (i = 0; opt.mode == SLOT_RING && i < opt.slots; i++) {
-		struct slot *s = &slots[i];
+	if (opt.all)
+		report_calls(&all_slots, "null");
+	for (i = 0; opt.mode == SLOT_RING && !opt.all && i < opt.slots; i++) {
+		char name[12];
 
-		printf("%s{\"slot\":%u,\"harvests\":%lu,\"resets\":%lu,\"failed\":0", i ? "," : "",
-		       i, s->harvests, s->resets);
-		printf(",\"more\":%lu,\"runs\":%lu,\"pages\":%lu,\"collected\":%lu}", s->more,
-		       s->runs, s->pages, s->collected);
+		snprintf(name, sizeof(name), "%u", i);
+		printf("%s", i ? "," : "");
+		report_calls(&slots[i], name);
 	}
 	if (opt.mode == RING)
 		printf("{\"slot\":null,\"harvests\":0,\"resets\":%lu}", ring_resets);
@@ -586,6 +630,7 @@ static void usage(FILE *f)
 	      "  --entries N                   of each ring, a power of two (default of the log)\n"
 	      "  --exit                        exit when a ring is full\n"
 	      "  --reset                       read the mapping and RESET instead of HARVEST\n"
+	      "  --all                         HARVEST all slots in one call\n"
 	      "  --array N                     runs in the array of HARVEST (512)\n"
 	      "  --mark N, --discard N         pages of each slot and round (0)\n", f);
 }
@@ -608,8 +653,8 @@ static void parse(int argc, char **argv)
 		{ "mode", 1, 0, 'm' }, { "vcpus", 1, 0, 'v' }, { "slots", 1, 0, 's' },
 		{ "pages", 1, 0, 'p' }, { "stride", 1, 0, 't' }, { "rounds", 1, 0, 'r' },
 		{ "interval", 1, 0, 'i' }, { "entries", 1, 0, 'e' }, { "exit", 0, 0, 'x' },
-		{ "reset", 0, 0, 'R' }, { "array", 1, 0, 'a' }, { "mark", 1, 0, 'M' },
-		{ "discard", 1, 0, 'D' }, { "help", 0, 0, 'h' }, { 0 }
+		{ "reset", 0, 0, 'R' }, { "array", 1, 0, 'a' }, { "all", 0, 0, 'A' },
+		{ "mark", 1, 0, 'M' }, { "discard", 1, 0, 'D' }, { "help", 0, 0, 'h' }, { 0 }
 	};
 	int c;
 
@@ -650,6 +695,9 @@ static void parse(int argc, char **argv)
 		case 'R':
 			opt.reset = true;
 			break;
+		case 'A':
+			opt.all = true;
+			break;
 		case 'a':
 			opt.array = number(optarg);
 			break;
@@ -670,7 +718,8 @@ static void parse(int argc, char **argv)
 		opt.entries = 4096;
 	if (optind == argc && opt.vcpus && opt.vcpus <= MAX_VCPUS && opt.slots &&
 	    opt.slots <= MAX_SLOTS && opt.pages && opt.stride && opt.array &&
-	    (opt.mode == SLOT_RING || !(opt.mark || opt.discard)) &&
+	    (opt.mode == SLOT_RING || !(opt.mark || opt.discard || opt.all)) &&
+	    !(opt.all && opt.reset) &&
 	    opt.discard <= opt.pages * opt.stride &&
 	    (vcpu_first_page(opt.vcpus) + opt.mark) * PAGE <= SLOT_GPA)
 		return;

@@ -4,10 +4,12 @@
  * not care which of KVM's logs it has.
  *
  *	cc kvmdirty-vmm.c $(pkg-config --cflags --libs libkvmdirty)
- *	kvmdirty-vmm [auto|slot-ring|ring|bitmap [SOCKET]]
+ *	kvmdirty-vmm [auto|slot-ring|ring|bitmap [SOCKET [all]]]
  *
  * With SOCKET it leaves the harvests to kvmdirty-harvester, to which it gives the log
- * fd there.  Exit status: 0 the copy is the memory, 1 not so, 4 no KVM or back end.
+ * fd there: of its memslot, or with "all" of all memslots.
+ *
+ * Exit status: 0 the copy is the memory, 1 not so, 4 no KVM or back end.
  */
 #include <err.h>
 #include <errno.h>
@@ -182,12 +184,12 @@ int main(int argc, char **argv)
 	struct kvmdirty_options options = { .size = sizeof(options) };
 	struct vm vm = { 0 };
 	unsigned int b = 0;
-	int epoch, sock;
+	int epoch, sock, fd;
 	char byte;
 
 	while (argc > 1 && strcmp(argv[1], kvmdirty_backend_name(b))) {
 		if (++b > KVMDIRTY_BITMAP)
-			errx(2, "usage: %s [auto|slot-ring|ring|bitmap [SOCKET]]", argv[0]);
+			errx(2, "usage: %s [auto|slot-ring|ring|bitmap [SOCKET [all]]]", argv[0]);
 	}
 	options.backend = b;
 	setup(&vm, &options);
@@ -195,9 +197,10 @@ int main(int argc, char **argv)
 	memcpy(vm.copy, vm.mem, NPAGES * PAGE);
 
 	if (argc > 2) {
-		if (kvmdirty_fd(vm.slot) < 0)
+		fd = argc > 3 ? kvmdirty_vm_fd(vm.kd) : kvmdirty_fd(vm.slot);
+		if (fd < 0)
 			errx(4, "only slot rings can be harvested by another process");
-		sock = give_fd(argv[2], kvmdirty_fd(vm.slot));
+		sock = give_fd(argv[2], fd);
 		/* It asks for an epoch, we run one and say that it is done. */
 		while (read(sock, &byte, 1) == 1) {
 			run_guest(&vm);

@@ -23,7 +23,7 @@
  *   other; those of different slots do not, except where kvmdirty(3) says so.
  * - The library starts no thread, keeps no global state, blocks no signal, and
  *   allocates memory only in kvmdirty_open(), kvmdirty_add_vcpu(),
- *   kvmdirty_track() and kvmdirty_attach().
+ *   kvmdirty_track(), kvmdirty_attach() and kvmdirty_vm_attach().
  */
 
 #include <stddef.h>
@@ -126,7 +126,7 @@ struct kvmdirty_result {
  * @ring_entries: entries of each ring, 0 with the bitmap
  * @nr_rings: rings that exist now, 0 with the bitmap
  * @flags: KVMDIRTY_INFO_* or 0
- * @pad: 0
+ * @log: which of the logs it had, one after the other: see struct kvmdirty_vm_run
  */
 struct kvmdirty_info {
 	uint32_t backend;
@@ -136,13 +136,14 @@ struct kvmdirty_info {
 	uint32_t ring_entries;
 	uint32_t nr_rings;
 	uint32_t flags;
-	uint32_t pad;
+	uint32_t log;
 };
 
 /**
  * struct kvmdirty_stats - counts of one slot since it was tracked or attached
- * @harvests: calls of kvmdirty_harvest() and kvmdirty_harvest_each()
- * @runs: runs that they handed out
+ * @harvests: calls of kvmdirty_harvest() and kvmdirty_harvest_each(), and what
+ *	kvmdirty_vm_harvest() did to this slot alone
+ * @runs: runs that were handed out
  * @pages: pages in those
  * @returned_pages: pages that a callback refused, or that did not fit the budget
  *	any more, and were kept for a later call
@@ -165,13 +166,18 @@ struct kvmdirty_stats {
  * @full_exits: exits that kvmdirty_vcpu_full() served
  * @collects: times that all dirty rings were collected and reset
  * @collected: entries that they held
- * @stray: those of them that belonged to no slot that is tracked
+ * @stray: pages, in those or from the log of all memslots, that belonged to no slot that is
+ *	tracked
+ * @harvests: calls of kvmdirty_vm_harvest()
+ * @ioctls: system calls that harvested the log of all memslots
  */
 struct kvmdirty_vm_stats {
 	uint64_t full_exits;
 	uint64_t collects;
 	uint64_t collected;
 	uint64_t stray;
+	uint64_t harvests;
+	uint64_t ioctls;
 };
 
 /**
@@ -257,8 +263,8 @@ KVMDIRTY_API enum kvmdirty_backend kvmdirty_backend(const struct kvmdirty *kd);
  * At any time, for every vCPU, before it first runs.  Only the dirty ring needs
  * it; call it always, and the VMM works with each of them.
  *
- * Return: 0; -EEXIST if it was added before; -EBADF, -ENOTTY if it is not a
- * vCPU; -ENOMEM.
+ * Return: 0; -EEXIST if it was added before; -EOPNOTSUPP: @kd is attached; -EBADF,
+ * -ENOTTY if it is not a vCPU; -ENOMEM.
  */
 KVMDIRTY_API int kvmdirty_add_vcpu(struct kvmdirty *kd, int vcpu_fd);
 
@@ -296,8 +302,8 @@ KVMDIRTY_API int kvmdirty_vcpu_full(struct kvmdirty *kd, int vcpu_fd, const stru
  * is tracked, with KVM_MEM_LOG_DIRTY_PAGES set; resizing or deleting it ends
  * tracking: call kvmdirty_stop() first.
  *
- * Return: 0; -EINVAL: the region is empty or not in whole pages, or the
- * memslot's size in KVM differs; -EEXIST: this memslot is tracked already; -ENOENT:
+ * Return: 0; -EOPNOTSUPP: @kd is attached; -EINVAL: the region is empty or not in whole
+ * pages, or the memslot's size in KVM differs; -EEXIST: this memslot is tracked already; -ENOENT:
  * the memslot does not log although region->flags says so; -ENOMEM; or what KVM
  * says.
  */
@@ -406,7 +412,8 @@ KVMDIRTY_API int kvmdirty_harvest(struct kvmdirty_slot *slot, struct kvmdirty_ru
  *
  * It must not call the library with the same slot, except for kvmdirty_mark(),
  * kvmdirty_info(), kvmdirty_stats() and kvmdirty_fd(); nor kvmdirty_close(), which
- * would free it; and must not leave by longjmp() or a C++ exception.
+ * would free it; nor kvmdirty_vm_harvest(); and must not leave by longjmp() or a C++
+ * exception.
  *
  * Return: 0: taken, go on; > 0: taken, stop; a negative errno: not taken, keep
  * it in the log and stop.
@@ -433,6 +440,112 @@ typedef int (*kvmdirty_run_fn)(const struct kvmdirty_run *run, void *arg);
 KVMDIRTY_API int kvmdirty_harvest_each(struct kvmdirty_slot *slot, kvmdirty_run_fn fn, void *arg,
 				       uint64_t max_pages, unsigned int flags,
 				       struct kvmdirty_result *result);
+
+/**
+ * struct kvmdirty_vm_run - pages of one memslot that follow one another
+ * @slot: the memslot, as_id << 16 | id
+ * @log: which of the logs it had, one after the other.  No two logs of a VM have the same
+ *	number: a memslot that is deleted and made again has another.  kvmdirty_info() tells it
+ * @offset: the first page, in pages from the start of the memslot
+ * @npages: how many, at least one
+ */
+struct kvmdirty_vm_run {
+	uint32_t slot;
+	uint32_t log;
+	uint32_t offset;
+	uint32_t npages;
+};
+
+/* kvmdirty_vm_result.flags: slots came or went since this was told last */
+#define KVMDIRTY_VM_LAYOUT		0x1U
+
+/**
+ * struct kvmdirty_vm_result - what a harvest of all slots handed out
+ * @nr_pages: pages
+ * @nr_runs: runs
+ * @flags: KVMDIRTY_VM_LAYOUT or 0
+ * @pad: 0
+ */
+struct kvmdirty_vm_result {
+	uint64_t nr_pages;
+	uint64_t nr_runs;
+	uint32_t flags;
+	uint32_t pad;
+};
+
+/**
+ * typedef kvmdirty_vm_run_fn - what kvmdirty_vm_harvest() calls for each run
+ * @run: the pages, re-armed: copy them now.  Valid during the call
+ * @arg: from the caller of kvmdirty_vm_harvest()
+ *
+ * It must not call kvmdirty_vm_harvest() nor kvmdirty_close(); nor, with the slot that @run is of,
+ * what kvmdirty_run_fn must not; and must not leave by longjmp() or a C++ exception.
+ *
+ * Return: 0: taken, go on; > 0: taken, stop; a negative errno: not taken, keep
+ * it in the log and stop.
+ */
+typedef int (*kvmdirty_vm_run_fn)(const struct kvmdirty_vm_run *run, void *arg);
+
+/**
+ * kvmdirty_vm_harvest() - take dirty pages of all slots, up to a budget
+ * @kd: from kvmdirty_open(): of all slots that are tracked; or from
+ *	kvmdirty_vm_attach(): of all memslots that log
+ * @fn: called for each run
+ * @arg: handed to @fn
+ * @max_pages: hand out no more pages than this; 0 for no limit.  A run that
+ *	would go beyond is split
+ * @flags: KVMDIRTY_HARVEST_NOSYNC or 0
+ * @result: what @fn took; NULL if nobody wants to know.  Also set on failure
+ *
+ * As kvmdirty_harvest_each() of one slot after the other, but with slot rings it is one system
+ * call, which waits once for what hardware holds and flushes TLBs once, and costs nothing for
+ * slots that have nothing.  Kernels without a log of all memslots, and the other back ends, have
+ * one slot after the other harvested.  Slots may come and go meanwhile.  If it stops early, the
+ * next call goes on with other slots first, so that none waits for ever.
+ *
+ * With slot rings, pages of memslots that log and are not tracked are taken as well and dropped,
+ * and counted as stray; so are those of the dirty ring.
+ *
+ * Context: waits for another such call, and for harvests of single slots.
+ *
+ * Return: 0: that is all; 1: there is more (the budget is used up, or @fn said
+ * stop); what @fn returned if that is negative; -ENODEV: attached, the VM is gone, and all that
+ * was left has been handed out; -EDEADLK: called from a callback; or an error as of
+ * kvmdirty_harvest().
+ */
+KVMDIRTY_API int kvmdirty_vm_harvest(struct kvmdirty *kd, kvmdirty_vm_run_fn fn, void *arg,
+				     uint64_t max_pages, unsigned int flags,
+				     struct kvmdirty_vm_result *result);
+
+/**
+ * kvmdirty_vm_fd() - the log fd of all memslots
+ * @kd: from kvmdirty_open() or kvmdirty_vm_attach()
+ *
+ * As kvmdirty_fd() of one slot: to poll(), POLLHUP when the VM is gone; and to give to another
+ * process, for kvmdirty_vm_attach().  As long as it is open anywhere, KVM keeps what memslots had
+ * logged when they were deleted, until it is harvested.
+ *
+ * Return: the fd, or -EOPNOTSUPP: the back end is not slot rings, or the kernel has them but no
+ * such log; -EMFILE, -ENOMEM.
+ */
+KVMDIRTY_API int kvmdirty_vm_fd(struct kvmdirty *kd);
+
+/**
+ * kvmdirty_vm_attach() - follow all memslots of another process's VM
+ * @log_fd: what kvmdirty_vm_fd() gave there and SCM_RIGHTS or pidfd_getfd() brought here.  The
+ *	library makes a duplicate of its own
+ * @kdp: where to store the handle; free it with kvmdirty_close()
+ *
+ * The handle is for kvmdirty_vm_harvest(), which then names memslots that only the VMM knows, and
+ * says KVMDIRTY_VM_LAYOUT when logs have come or gone: ask the VMM.  A callback that is given a
+ * @log that it does not know can refuse it, ask, and be given it again.  Once a log is gone, and a
+ * harvest begun after that has returned 0, no run of it comes any more.  What was refused and not
+ * harvested again is lost with kvmdirty_close().  kvmdirty_track() and kvmdirty_add_vcpu() give
+ * -EOPNOTSUPP.
+ *
+ * Return: 0; -EINVAL: it is not such a log fd; -EBADF, -EMFILE, -ENOMEM.
+ */
+KVMDIRTY_API int kvmdirty_vm_attach(int log_fd, struct kvmdirty **kdp);
 
 /**
  * kvmdirty_mark() - "I wrote these pages"

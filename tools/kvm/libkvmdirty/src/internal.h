@@ -14,12 +14,13 @@
  *
  * Locks, in the order in which they are taken:
  *
+ *	kd->vm_lock	    one harvest of the whole VM at a time; held during callbacks
  *	slot->harvest_lock  one harvest of a slot at a time; held during callbacks
  *	kd->lock	    vCPUs, slots, and the rings, which are one for all slots
  *	slot->pending_lock  slot->pending; a leaf, never held over a system call
  *
- * With slot rings, kvmdirty_vcpu_full() takes harvest_lock inside kd->lock: there,
- * nobody takes kd->lock inside of harvest_lock.
+ * A slot that is found in kd is there as long as kd->lock or its harvest_lock is held:
+ * slot_lock() gets the latter, without waiting for it inside the former.
  */
 
 #include <pthread.h>
@@ -29,6 +30,10 @@
 #include <linux/kvm_dirty_slot_ring.h>
 #include "kvmdirty.h"
 #include "pageset.h"
+
+#ifndef MADV_POPULATE_WRITE
+#define MADV_POPULATE_WRITE 23
+#endif
 
 #define ARRAY_SIZE(a)	(sizeof(a) / sizeof((a)[0]))
 
@@ -54,6 +59,14 @@ struct kvmdirty {
 	size_t page_size;
 	uint32_t ring_entries;
 	bool manual;			/* bitmap: KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 */
+	bool attached;			/* to @log_fd; there is no VM, and no slot is known */
+
+	pthread_mutex_t vm_lock;
+	uint64_t next_log;		/* where the next harvest of all slots goes on */
+	/* From the log of all memslots; [vm_at, vm_at + vm_left) is not handed out yet. */
+	struct kvmdirty_vm_run batch[BATCH_RUNS];
+	size_t vm_at, vm_left;
+	uint32_t layout_told;
 
 	pthread_mutex_t lock;
 	struct vcpu *vcpus;
@@ -62,6 +75,10 @@ struct kvmdirty {
 	size_t nr_held;
 	bool overrun;			/* KVM overwrote entries: pages are lost */
 	struct kvmdirty_slot *slots[NR_BUCKETS];
+	uint32_t nr_logs;		/* counted by us, where KVM does not */
+	uint32_t layout;		/* counts changes of @slots, or what KVM says of them */
+	int log_fd;			/* slot rings: of all memslots, once it is wanted, or -1 */
+	bool no_vm_log;			/* this kernel has none */
 	struct kvmdirty_vm_stats stats;
 };
 
@@ -70,10 +87,12 @@ struct kvmdirty_slot {
 	const struct backend *backend;
 	struct kvmdirty_slot *next;	/* in the bucket */
 	uint32_t id;			/* as_id << 16 | id */
+	uint32_t log;			/* a number that no other log has */
 	uint64_t npages;
 	uint64_t base_gfn;
 	int log_fd;			/* slot rings, else -1 */
 	bool stopped;			/* written under both locks, read under any */
+	bool drained;			/* stopped, and KVM has nothing left */
 	bool can_probe;			/* MADV_POPULATE_WRITE is there */
 
 	pthread_mutex_t harvest_lock;
@@ -140,11 +159,70 @@ int enable_cap(int vm_fd, unsigned int cap, uint64_t arg);
 /* KVM_SET_USER_MEMORY_REGION with or without KVM_MEM_LOG_DIRTY_PAGES */
 int set_logging(int vm_fd, struct kvm_userspace_memory_region *region, bool on);
 
+/* Where slots of this number are; kd->lock is held */
+struct kvmdirty_slot **bucket(struct kvmdirty *kd, uint32_t id);
+
 /* slot_find() - the slot of this number, or NULL; kd->lock is held */
 struct kvmdirty_slot *slot_find(struct kvmdirty *kd, uint32_t id);
 
+typedef struct kvmdirty_slot *(*slot_find_fn)(struct kvmdirty *kd, uint64_t what);
+
+/**
+ * slot_lock() - find a slot and take its harvest_lock
+ * @kd: where to look for it
+ * @find: how; called under kd->lock
+ * @what: handed to @find
+ * @slot: what was found, or NULL
+ *
+ * Context: waits for a harvest of the slot.
+ *
+ * Return: 0; -ENXIO: there is none; -EDEADLK: the harvest is this thread's own.
+ */
+int slot_lock(struct kvmdirty *kd, slot_find_fn find, uint64_t what, struct kvmdirty_slot **slot);
+
+void slot_free(struct kvmdirty_slot *slot);
+
+/* An error-checking mutex: a callback that calls back in gets -EDEADLK, not a hang. */
+int init_checking_mutex(pthread_mutex_t *mutex);
+
+/* What was asked for of a struct that another version may know more or less of */
+void copy_out(void *to, size_t size, const void *from, size_t known);
+
 /* slot_set_stopped() - logging has ended; harvest_lock is held */
 void slot_set_stopped(struct kvmdirty_slot *slot);
+
+bool pending_is_empty(struct kvmdirty_slot *slot);
+
+/* Where a harvest puts runs: an array, or a callback with a budget. */
+struct sink {
+	struct kvmdirty_run *runs;
+	size_t room;		/* runs that still fit there */
+	size_t probed;		/* of those, known to be writable */
+
+	kvmdirty_run_fn fn;	/* NULL: the array */
+	void *arg;
+	uint64_t budget;	/* pages that may still be handed out */
+
+	struct kvmdirty_result result;
+};
+
+static inline bool sink_full(const struct sink *sink)
+{
+	return sink->fn ? !sink->budget : !sink->room;
+}
+
+/* slot_harvest() - what kvmdirty_harvest() does; harvest_lock is held */
+int slot_harvest(struct kvmdirty_slot *slot, struct sink *sink, unsigned int flags);
+
+/* slot_hand_out() - only what is pending; harvest_lock is held.  0; 1 if there is more */
+int slot_hand_out(struct kvmdirty_slot *slot, struct sink *sink);
+
+/*
+ * slot_deliver() - hand out the first runs of slot->batch; harvest_lock is held.  0; 1 if not
+ * all of it was wanted; or what the callback said.  What was not taken is pending, and *@left
+ * is its first page.
+ */
+int slot_deliver(struct kvmdirty_slot *slot, struct sink *sink, size_t nr, uint64_t *left);
 
 /* pending_add_runs() - re-armed pages wait to be handed out */
 void pending_add_runs(struct kvmdirty_slot *slot, const struct kvmdirty_run *runs, size_t nr);
@@ -161,6 +239,14 @@ void pending_add_runs(struct kvmdirty_slot *slot, const struct kvmdirty_run *run
  */
 int slot_ring_take(struct kvmdirty_slot *slot, struct kvmdirty_run *runs, size_t nr,
 		   unsigned int flags, struct kvmdirty_result *result);
+
+/* slot_ring_vm_open() - the log fd of all memslots, or -EOPNOTSUPP, or why it cannot be had */
+int slot_ring_vm_open(struct kvmdirty *kd);
+
+/* slot_ring_vm_take() - KVM_DIRTY_VM_LOG_HARVEST of up to @nr runs to kd->batch, all of which is
+ * handed out.  As slot_ring_take(); vm_lock is held
+ */
+int slot_ring_vm_take(struct kvmdirty *kd, int fd, size_t nr, unsigned int flags);
 
 /* slot_ring_open_log() - take over a log fd: fill in what it tells.  0 or -errno. */
 int slot_ring_open_log(struct kvmdirty_slot *slot, int log_fd);

@@ -6,7 +6,6 @@
 #include <assert.h>
 #include <errno.h>
 #include <fcntl.h>
-#include <poll.h>
 #include <stdio.h>
 #include <string.h>
 #include <unistd.h>
@@ -15,6 +14,12 @@
 static_assert(sizeof(struct kvmdirty_run) == sizeof(struct kvm_dirty_run) &&
 	      offsetof(struct kvmdirty_run, npages) == offsetof(struct kvm_dirty_run, npages),
 	      "the kernel stores into the caller's array");
+static_assert(sizeof(struct kvmdirty_vm_run) == sizeof(struct kvm_dirty_vm_run) &&
+	      offsetof(struct kvmdirty_vm_run, log) == offsetof(struct kvm_dirty_vm_run, log) &&
+	      offsetof(struct kvmdirty_vm_run, offset) ==
+	      offsetof(struct kvm_dirty_vm_run, offset) &&
+	      offsetof(struct kvmdirty_vm_run, npages) == offsetof(struct kvm_dirty_vm_run, npages),
+	      "and into ours");
 
 static int slot_ring_open(struct kvmdirty *kd, const struct kvmdirty_options *options,
 			  const char **reason)
@@ -60,6 +65,7 @@ int slot_ring_open_log(struct kvmdirty_slot *slot, int log_fd)
 	slot->id = info.slot;
 	slot->npages = info.npages;
 	slot->base_gfn = info.base_gfn;
+	slot->log = info.log;
 	return 0;
 }
 
@@ -93,6 +99,47 @@ int slot_ring_take(struct kvmdirty_slot *slot, struct kvmdirty_run *runs, size_t
 		return r;
 	result->nr_runs = h.nr_runs;
 	result->nr_pages = h.nr_pages;
+	return !!(h.flags & KVM_DIRTY_HARVEST_MORE);
+}
+
+int slot_ring_vm_open(struct kvmdirty *kd)
+{
+	struct kvm_dirty_slot_log_fd args = { .slot = KVM_DIRTY_SLOT_ALL };
+	int r = 0;
+
+	pthread_mutex_lock(&kd->lock);
+	if (kd->log_fd < 0 && !kd->no_vm_log) {
+		r = kd->backend->id == KVMDIRTY_SLOT_RING ?
+		    do_ioctl(kd->vm_fd, KVM_GET_DIRTY_SLOT_LOG_FD, &args) : -EINVAL;
+		/* For kernels without, it is the number of a slot that cannot be. */
+		kd->no_vm_log = r == -EINVAL;
+		if (r >= 0)
+			kd->log_fd = r;
+	}
+	if (r >= 0 || r == -EINVAL)
+		r = kd->log_fd >= 0 ? kd->log_fd : -EOPNOTSUPP;
+	pthread_mutex_unlock(&kd->lock);
+	return r;
+}
+
+int slot_ring_vm_take(struct kvmdirty *kd, int fd, size_t nr, unsigned int flags)
+{
+	struct kvm_dirty_vm_harvest h = {
+		.runs = (uintptr_t)kd->batch,
+		.nr_runs = nr < BATCH_RUNS ? nr : BATCH_RUNS,
+		.flags = flags & KVMDIRTY_HARVEST_NOSYNC ? 0 : KVM_DIRTY_HARVEST_SYNC,
+	};
+	int r;
+
+	count(&kd->stats.ioctls, 1);
+	r = do_ioctl(fd, KVM_DIRTY_VM_LOG_HARVEST, &h);
+	if (r < 0)
+		return r;
+	kd->vm_at = 0;
+	kd->vm_left = h.nr_runs;
+	/* We know better what is tracked. */
+	if (kd->attached && h.flags & KVM_DIRTY_HARVEST_LAYOUT)
+		kd->layout++;
 	return !!(h.flags & KVM_DIRTY_HARVEST_MORE);
 }
 
@@ -141,28 +188,9 @@ static int slot_ring_sweep(struct kvmdirty_slot *slot)
 	return r;
 }
 
-/*
- * The slot, with its harvest_lock and kd->lock.  The former may be held by somebody whose callback
- * wants the latter, without which the slot may go: so wait for it without.  -EDEADLK if it is our
- * own callback.
- */
-static int lock_slot(struct kvmdirty *kd, uint32_t id, struct kvmdirty_slot **slot)
+static struct kvmdirty_slot *find_by_id(struct kvmdirty *kd, uint64_t id)
 {
-	static const struct timespec at_once;
-	int r;
-
-	for (;;) {
-		pthread_mutex_lock(&kd->lock);
-		*slot = slot_find(kd, id);
-		/* Unlike trylock, this knows its owner. */
-		r = *slot ? pthread_mutex_timedlock(&(*slot)->harvest_lock, &at_once) : ENXIO;
-		if (!r)
-			return 0;
-		pthread_mutex_unlock(&kd->lock);
-		if (r != ETIMEDOUT)
-			return -r;
-		poll(NULL, 0, 1);
-	}
+	return slot_find(kd, id);
 }
 
 static int slot_ring_full(struct kvmdirty *kd, const struct kvm_run *run)
@@ -175,14 +203,13 @@ static int slot_ring_full(struct kvmdirty *kd, const struct kvm_run *run)
 		return 0;
 	memcpy(&details, &run->hw, sizeof(details));
 
-	r = lock_slot(kd, details.slot, &slot);
+	r = slot_lock(kd, find_by_id, details.slot, &slot);
 	if (r)
 		return r;
 	do {
 		r = slot_ring_sweep(slot);
 	} while (r > 0);
 	pthread_mutex_unlock(&slot->harvest_lock);
-	pthread_mutex_unlock(&kd->lock);
 	return r ? r : 1;
 }
 

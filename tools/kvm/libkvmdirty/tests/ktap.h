@@ -38,8 +38,8 @@ struct ktap {
 	int nr, failed;
 };
 
-/* Shared by a case and its parent: why it was skipped. */
-static char *ktap_why;
+/* Shared by a case and its parent: why it was skipped.  The program has it. */
+extern char *ktap_why;
 
 #define KTAP_WHY_SIZE	200
 

@@ -6,13 +6,16 @@
 #	perf record -a -e 'kvm_dirty_slot_ring:*' -- sleep 10
 #	perf script -s kvm-dirty-slot-ring.py [-- vm=PID slot=N lines=N]
 #
-# vm= and slot= choose (slot as in the ABI, as_id << 16 | id); lines= is the number of
-# lines that the time of the recording is divided into.
+# vm= and slot= choose (slot as in the ABI, as_id << 16 | id; 0xffffffff are the calls on
+# all slots of a VM); lines= is the number of lines that the time of the recording is
+# divided into.
 
 import math
 import sys
 from collections import defaultdict
 
+ALL_SLOTS = 0xffffffff
+# As the events count them; what comes after these is the end.
 PHASES = ('wait', 'collect', 'protect', 'flush')
 STARS = 40
 
@@ -30,6 +33,20 @@ class Log:
         self.exits = []     # (time, vcpu)
 
 
+class Call:
+    """A call that is under way: where it is, and how long it was where."""
+    def __init__(self, slot, when):
+        self.slot = slot
+        self.ns = [0] * len(PHASES)
+        self.phase, self.since = 0, when
+
+    def goes_on(self, phase, when):
+        if self.phase < len(PHASES):
+            self.ns[self.phase] += when - self.since
+        self.phase, self.since = phase, when
+
+
+calls = {}      # by thread
 logs = defaultdict(Log)
 first = last = None
 
@@ -51,16 +68,33 @@ def trace_begin():
     parse_args()
 
 
+def goes_on(event):
+    """A thread's call has come to another phase; one on all slots is at each of them."""
+    thread, when = event['common_pid'], event['common_s'] * 10**9 + event['common_ns']
+    call = calls.get(thread)
+    inner = call and call.slot == ALL_SLOTS and event['slot'] != ALL_SLOTS
+    if event['phase'] == 0 and not inner:
+        calls[thread] = Call(event['slot'], when)
+    elif call:
+        call.goes_on(event['phase'], when)
+
+
 # By name, so that the order of an event's fields does not matter.
 def trace_unhandled(event_name, context, event, sample=None):
     global first, last
     system, _, name = event_name.partition('__')
     if system != 'kvm_dirty_slot_ring':
         return
-    if options['vm'] not in (None, event['vm']) or options['slot'] not in (None, event['slot']):
+    if name == 'kvm_dirty_slot_log_phase':
+        goes_on(event)
+        return
+    slot = event.get('slot', ALL_SLOTS)
+    # None if the recording began in its midst.
+    call = calls.pop(event['common_pid'], None) if '_log_' in name or '_vm_' in name else None
+    if options['vm'] not in (None, event['vm']) or options['slot'] not in (None, slot):
         return
 
-    log = logs[(event['vm'], event['slot'])]
+    log = logs[(event['vm'], slot)]
     when = event['common_s'] + event['common_ns'] / 1e9
     first = when if first is None else min(first, when)
     last = when if last is None else max(last, when)
@@ -71,13 +105,12 @@ def trace_unhandled(event_name, context, event, sample=None):
         log.overflow.append((when, event['vcpu'], event['npages']))
     elif name == 'kvm_dirty_slot_ring_exit':
         log.exits.append((when, event['vcpu']))
-    elif name in ('kvm_dirty_slot_log_harvest', 'kvm_dirty_slot_log_reset'):
+    elif call:
         reset = name.endswith('reset')
         log.resets += reset
         log.failed += event['ret'] < 0
-        pages = event['pages'] + (0 if reset else event['collected'])
-        log.calls.append((pages, 0 if reset else event['runs'], event['flags'],
-                          {p: event[p + '_ns'] for p in PHASES}))
+        log.calls.append((event['pages'] + event.get('collected', 0), event.get('runs', 0),
+                          event['flags'], dict(zip(PHASES, call.ns))))
 
 
 def quantile(values, part):
@@ -155,7 +188,7 @@ def trace_end():
     if not logs:
         print('No event of kvm_dirty_slot_ring: was one recorded, of this VM and slot?')
     for (vm, slot), log in sorted(logs.items()):
-        print(f'VM {vm}, slot {slot:#x}')
+        print(f'VM {vm}, ' + ('all slots' if slot == ALL_SLOTS else f'slot {slot:#x}'))
         if log.calls:
             show_calls(log)
         if log.fill or log.overflow:
