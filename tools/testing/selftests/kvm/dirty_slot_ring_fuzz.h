@@ -27,6 +27,7 @@
 #define NR_SLOTS		3
 #define FIRST_SLOT		10
 #define NR_LOGS			8
+#define CONSUMERS_PER_PAGE	(PG / KVM_DIRTY_SLOT_CONSUMER_STRIDE)
 #define NR_WORDS		(MAX_PAGES / 64)
 
 /* Each slot has two places to move between. */
@@ -196,7 +197,8 @@ struct mlog {
 	bool used, dead, spill;		/* spill: the overflow log may hold something */
 	int slot;
 	uint32_t npages, nr_rings;
-	uint64_t base_gfn, stride;
+	uint32_t entries, nr;		/* of each ring; its number in the VM */
+	uint64_t base_gfn, stride, area;
 	int fd[NR_EX];
 	uint8_t in[MAX_PAGES];
 	struct mring ring[MAX_VCPUS];
@@ -219,7 +221,8 @@ struct model {
 	bool runs[MAX_VCPUS];
 	uint64_t returns[MAX_VCPUS];	/* from KVM_RUN */
 	int nr_vcpus;
-	uint32_t entries;
+	uint32_t entries;		/* as the capability was told */
+	uint32_t nr_logs;		/* the number of the newest */
 	bool exit_on_full;
 	uint64_t manual;
 	struct mslot slot[NR_SLOTS];
@@ -255,6 +258,7 @@ void log_add_rings(struct mlog *l, int nr);
 void log_forget(struct mlog *l);
 void set_slot(int s, bool log);
 void model_log_dies(struct mslot *slot);
+void model_log_open(int s);
 void model_log_new(int s);
 uint32_t some_size(void);
 

@@ -405,10 +405,11 @@ void step_info(struct mlog *l)
 		return;
 	}
 	CHECK(!ret && info->slot == FIRST_SLOT + l->slot && info->nr_rings == l->nr_rings &&
-	      info->entries == m.entries && info->stride == l->stride &&
+	      info->entries == l->entries && info->stride == l->stride &&
 	      info->npages == l->npages && info->base_gfn == l->base_gfn &&
 	      info->flags == (l->dead ? KVM_DIRTY_SLOT_LOG_DEAD : 0) &&
-	      !info->reserved[0] && !info->reserved[3],
+	      info->log == l->nr && info->consumers_size == l->area &&
+	      info->rings_offset == l->area && !info->pad && !info->reserved,
 	      "gave %d: slot %u rings %u entries %u stride %llu npages %llu gfn %#llx flags %#x",
 	      ret, info->slot, info->nr_rings, info->entries, info->stride, info->npages,
 	      info->base_gfn, info->flags);
@@ -445,7 +446,7 @@ void step_garbage(struct mlog *l)
 
 void step_poll(struct mlog *l)
 {
-	uint64_t level = l->dead ? 1 : DIV_ROUND_UP(m.entries, 2);
+	uint64_t level = l->dead ? 1 : DIV_ROUND_UP(l->entries, 2);
 	struct pollfd pfd = { .fd = l->fd[EX_MAIN], .events = POLLIN };
 	bool ring = false;
 	struct mring *r;
@@ -487,7 +488,7 @@ void step_consumer(struct mlog *l)
 			value = r->producer + 1 + below(3);
 			break;
 		case 2:
-			value = r->producer + m.entries;
+			value = r->producer + l->entries;
 			break;
 		case 3:
 			value = 0;

@@ -322,7 +322,8 @@ static void act_misc(int s, int fd)
 		if (!pages)
 			break;
 		n = 1 + below(pages);
-		p = mmap(NULL, n * PG, PROT_READ, MAP_SHARED, fd, below(pages - n + 1) * PG);
+		p = mmap(NULL, n * PG, PROT_READ, MAP_SHARED, fd,
+			 info.rings_offset + below(pages - n + 1) * PG);
 		CHECK(p != MAP_FAILED, "mmap of %d pages of %lu", n, pages);
 		for (i = 0; i < n; i++)
 			READ_ONCE(*(uint64_t *)(p + i * PG));
@@ -749,7 +750,7 @@ void run_storm(void)
 	in_storm = false;
 
 	for (s = 0; s < NR_SLOTS; s++) {
-		model_log_new(s);
+		model_log_open(s);
 		l = m.slot[s].log;
 		memset(l->in, NO, sizeof(l->in));
 		l->spill = false;

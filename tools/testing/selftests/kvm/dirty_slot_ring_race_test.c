@@ -287,6 +287,8 @@ enum collect_by {
 	ONE_CPU = 64,		/* all threads on one, so that they preempt each other */
 };
 
+#define NR_VCPUS		2
+
 struct collection {
 	struct dsr *v;
 	uint64_t *copy;
@@ -399,15 +401,15 @@ static void *reset_collector(void *arg)
 	struct collection *s = arg;
 	uint8_t *set = set_new(s->v);
 	struct kvm_dirty_slot_reset args;
-	struct dsr_ring ring[MAX_VCPUS];
+	struct dsr_ring ring[NR_VCPUS];
 	uint64_t p;
 	int i;
 
-	for (i = 0; i < MAX_VCPUS; i++)
+	for (i = 0; i < NR_VCPUS; i++)
 		ring[i] = dsr_map(s->v->fd, i);
 	while (!READ_ONCE(s->stop)) {
 		memset(set, 0, s->v->npages);
-		for (i = 0; i < MAX_VCPUS; i++) {
+		for (i = 0; i < NR_VCPUS; i++) {
 			p = dsr_producer(&ring[i]);
 			set_add_entries(set, s->v->npages, &ring[i], dsr_consumer(&ring[i]), p);
 			dsr_set_consumer(&ring[i], p);
@@ -417,7 +419,7 @@ static void *reset_collector(void *arg)
 			harvest_cap(s->v->fd, set, s->v->npages, 0, s->cap);
 		copy_set(s, set);
 	}
-	for (i = 0; i < MAX_VCPUS; i++)
+	for (i = 0; i < NR_VCPUS; i++)
 		dsr_unmap(&ring[i]);
 	free(set);
 	return NULL;
@@ -471,7 +473,8 @@ static void *unmapper(void *arg)
 FIXTURE_SETUP(contents)
 {
 	memset(self, 0, sizeof(*self));
-	self->c.v = dsr_new(.entries = variant->entries, .nr_vcpus = 2, .npages = 1027);
+	self->c.v = dsr_new(.entries = variant->entries, .nr_vcpus = NR_VCPUS,
+			    .npages = 1027);
 	self->c.copy = calloc(self->c.v->npages, COPY_WORDS * 8);
 	self->c.cap = variant->cap;
 	pthread_mutex_init(&self->c.lock, NULL);

@@ -17,7 +17,7 @@
 #include "dirty_slot_ring_guest.h"
 #include "dirty_slot_ring_util.h"
 
-#define MAX_VCPUS		2
+#define MAX_VCPUS		64
 
 #define TEST_SLOT		10
 #define TEST_GPA		0x10000000ul
