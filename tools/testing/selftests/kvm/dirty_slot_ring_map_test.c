@@ -11,6 +11,7 @@
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/epoll.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -888,6 +889,98 @@ TEST(poll_wakes_for_marks)
 	CHECK(marked, "no page marked");
 	TH_LOG("%lu pages, each harvested", marked);
 	expect_nothing(v);
+	free(t.got);
+	dsr_free(v);
+}
+
+/* As above, but it is told of changes alone, and of what was there at the start. */
+static void *edge_thread(void *arg)
+{
+	struct epoll_event ev = { .events = EPOLLIN | EPOLLET };
+	int ep = epoll_create1(0);
+	struct taker *t = arg;
+	uint64_t n;
+
+	CHECK_OK(epoll_ctl(ep, EPOLL_CTL_ADD, t->v->fd, &ev));
+	while (!READ_ONCE(t->stop)) {
+		CHECK(epoll_wait(ep, &ev, 1, 4 * WAKE_UP_MS) >= 0, "epoll_wait");
+		/* until there is no MORE */
+		n = harvest_cap(t->v->fd, t->got, t->v->npages, 0, 64);
+		__atomic_fetch_add(&t->nr, n, __ATOMIC_RELEASE);
+	}
+	close(ep);
+	return NULL;
+}
+
+/*
+ * What makes the log readable while a harvest takes what did so before is an event
+ * of its own, though the log was readable all the time.
+ */
+TEST(poll_edge_for_marks)
+{
+	struct dsr *v = dsr_new(.npages = 16 * 64 * 64);
+	struct taker t = { .v = v, .got = set_new(v) };
+	uint64_t marked = 0, since, end = now_ms() + (quick ? 500 : 5000);
+	int i;
+
+	CHECK_OK(pthread_create(&t.thread, NULL, edge_thread, &t));
+	while (now_ms() < end) {
+		for (i = random() % 4; i >= 0; i--) {
+			marked += dsr_mark(v->fd, random() % v->npages, 1);
+			dither(400);
+		}
+		since = now_ms();
+		while (__atomic_load_n(&t.nr, __ATOMIC_ACQUIRE) != marked) {
+			CHECK(now_ms() - since < WAKE_UP_MS,
+			      "no event: %lu marked, %lu harvested, readable: %d",
+			      marked, t.nr, poll_log(v->fd, 0));
+			sched_yield();
+		}
+	}
+	WRITE_ONCE(t.stop, true);
+	dsr_mark(v->fd, 0, 1);
+	CHECK_OK(pthread_join(t.thread, NULL));
+	CHECK(marked, "no page marked");
+	free(t.got);
+	dsr_free(v);
+}
+
+/*
+ * The same for a ring.  A harvest takes what was in it when it began; the entries
+ * that come meanwhile may leave it half full, and the vCPU that pushed them found it
+ * fuller than that, and called nobody.
+ */
+TEST(poll_edge_for_ring)
+{
+	struct dsr *v = dsr_new(.entries = 64, .nr_vcpus = 1);
+	struct dsr_ring ring = dsr_map(v->fd, 0);
+	struct taker t = { .v = v, .got = set_new(v) };
+	uint64_t since, end = now_ms() + (quick ? 500 : 5000), n = 0;
+	int i;
+
+	CHECK_OK(pthread_create(&t.thread, NULL, edge_thread, &t));
+	guest_start(v, 0, (struct mailbox){ .op = OP_BATCHES, .npages = 45, .step = 2 });
+	while (now_ms() < end) {
+		for (i = random() % 3; i >= 0; i--, n++) {
+			WRITE_ONCE(v->mb[0]->first, n * 91 % (v->npages - 90));
+			guest_batch(v, 0);
+			dither(400);
+		}
+		since = now_ms();
+		while (dsr_producer(&ring) - dsr_reset_marker(&ring) >= ring.entries / 2) {
+			CHECK(now_ms() - since < WAKE_UP_MS,
+			      "no event: %lu entries, readable: %d",
+			      dsr_producer(&ring) - dsr_reset_marker(&ring), poll_log(v->fd, 0));
+			sched_yield();
+		}
+	}
+	guest_join(v, 0);
+	WRITE_ONCE(t.stop, true);
+	dsr_mark(v->fd, v->npages - 1, 1);
+	CHECK_OK(pthread_join(t.thread, NULL));
+	CHECK(t.nr, "nothing harvested");
+	TH_LOG("%lu batches, %lu pages harvested", n, t.nr);
+	dsr_unmap(&ring);
 	free(t.got);
 	dsr_free(v);
 }

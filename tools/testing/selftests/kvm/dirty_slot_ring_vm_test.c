@@ -401,7 +401,7 @@ TEST(vm_harvest_into_nowhere)
 /* EINTR with the arguments as they were, or an answer that is cut short; no page lost. */
 TEST(vm_harvest_under_signals)
 {
-	uint32_t cap = 4096, npages = quick ? 1 << 14 : 1 << 16, i, page;
+	uint32_t cap = 4096, npages = quick ? 1 << 13 : 1 << 15, i, page;
 	struct dsr *v = dsr_new(.npages = npages, .entries = 65536, .nr_vcpus = 1);
 	struct kvm_dirty_vm_run *runs = calloc(cap, sizeof(*runs));
 	struct kvm_dirty_run *marks = calloc(cap, sizeof(*marks));
@@ -618,6 +618,8 @@ TEST(vm_leftovers)
 	struct dsr *v = dsr_new(.entries = 64, .nr_vcpus = 1);
 	struct all_logs *a = all_new(v), *b = all_new(v), *late;
 	struct mailbox mb = { .op = OP_WRITE, .gva = OTHER_GVA, .first = 3, .npages = 100 };
+	struct kvm_dirty_vm_harvest args;
+	struct kvm_dirty_vm_run run;
 	int fd, i, k, how;
 
 	all_add(a, v->fd);
@@ -649,25 +651,19 @@ TEST(vm_leftovers)
 
 		/* Whichever file asks first; a tiny array, or a part each. */
 		if (how & 2) {
-			all_harvest(b, 0, 1);
-			log_check(b, i, 3, 100, 1);
-		} else {
-			struct kvm_dirty_vm_run runs[1];
-			struct kvm_dirty_vm_harvest args;
-
-			CHECK_OK(__dsr_vm_harvest(a->fd, runs, 1, 0, &args));
-			all_take(a, runs, &args, 1);
-			all_harvest(b, 0, 8);
-			for (k = 0; k < v->npages; k++) {
-				b->log[i].got[k] += a->log[i].got[k];
-				b->log[i + 1].got[k] += a->log[i + 1].got[k];
-			}
-			memset(a->log[i].got, 0, v->npages);
-			memset(a->log[i + 1].got, 0, v->npages);
-			for (k = 200; k < 250; k++)
-				CHECK_EQ(b->log[i].got[k]--, 1);
-			log_check(b, i, 3, 100, 1);
+			CHECK_OK(__dsr_vm_harvest(a->fd, &run, 1, 0, &args));
+			all_take(a, &run, &args, 1);
 		}
+		all_harvest(b, 0, 1);
+		for (k = 0; k < 2; k++) {
+			set_join(v, b->log[i + k].got, a->log[i + k].got);
+			memset(a->log[i + k].got, 0, v->npages);
+		}
+		for (k = 200; k < 250; k++) {
+			CHECK_EQ(b->log[i].got[k], 1);
+			b->log[i].got[k] = 0;
+		}
+		log_check(b, i, 3, 100, 1);
 		log_check(b, i + 1, 7, 100, 1);
 		none_check(a);
 		none_check(b);
@@ -1015,8 +1011,6 @@ TEST(vm_hostile_consumer)
 		CHECK_ERR(__dsr_runs(v->fd, KVM_DIRTY_SLOT_LOG_HARVEST, &run, 1, 0, &args), EINVAL);
 		CHECK_EQ(all_harvest(a, KVM_DIRTY_HARVEST_SYNC, 16), 100);
 		log_check(a, 1, 5, 20, 1);
-		all_add(a, v->fd);	/* to compare with both halves */
-		a->nr_logs--;
 		CHECK_EQ(a->log[0].got[0], 1);
 		CHECK_EQ(a->log[0].got[98], 1);
 		CHECK_EQ(a->log[0].got[101], 1);
