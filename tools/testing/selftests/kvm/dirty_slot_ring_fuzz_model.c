@@ -244,10 +244,13 @@ void log_forget(struct mlog *l)
 	uint32_t i;
 	int ex;
 
+	/* Files of all logs would have what is left of a dead one. */
+	if (l->dead)
+		harvest_all(l);
 	for (i = 0; i < l->nr_rings; i++)
 		dsr_unmap(&l->ring[i].map);
 	for (ex = 0; ex < NR_EX; ex++)
-		log_close(l, ex);
+		fd_close(l->fd, ex);
 	l->used = false;
 }
 
@@ -261,10 +264,20 @@ void set_slot(int s, bool log)
 					     slot->exists ? slot->npages * PG : 0, memory[s]));
 }
 
+static void layout_changes(void)
+{
+	int i;
+
+	for (i = 0; i < NR_ALL; i++)
+		m.all[i].layout = YES;
+}
+
 void model_log_dies(struct mslot *slot)
 {
-	if (slot->log)
+	if (slot->log) {
 		slot->log->dead = true;
+		layout_changes();
+	}
 	slot->log = NULL;
 }
 
@@ -315,6 +328,7 @@ void model_log_new(int s)
 {
 	uint32_t nr = m.nr_logs;
 
+	layout_changes();
 	model_log_open(s);
 	/* They count up, whatever slot they are of. */
 	CHECK(m.slot[s].log->nr == nr + 1, "log %u after %u", m.slot[s].log->nr, nr);

@@ -136,25 +136,25 @@ static void step_fds(struct mlog *l)
 	note("descriptors log", l - m.log, 0, 0, 0);
 	switch (below(4)) {
 	case 0:
-		log_close(l, ex);
+		fd_close(l->fd, ex);
 		break;
 	case 1:
 		fd = dup(l->fd[EX_MAIN]);
 		CHECK(fd >= 0, "dup");
-		log_close(l, EX_MAIN);
+		fd_close(l->fd, EX_MAIN);
 		l->fd[EX_MAIN] = fd;
 		break;
 	case 2:
 		if (l->dead)
 			break;
 		fd = open_log(l->slot);
-		log_close(l, EX_MAIN);
+		fd_close(l->fd, EX_MAIN);
 		l->fd[EX_MAIN] = fd;
 		break;
 	case 3:	/* in flight while the last one here is closed */
 		CHECK_OK(socketpair(AF_UNIX, SOCK_SEQPACKET, 0, sock));
 		send_fd(sock[0], 0, l->fd[EX_MAIN]);
-		log_close(l, EX_MAIN);
+		fd_close(l->fd, EX_MAIN);
 		l->fd[EX_MAIN] = recv_fd(sock[1], &tag, 0);
 		close(sock[0]);
 		close(sock[1]);
@@ -325,6 +325,10 @@ static void step_open(int s)
 		arg.slot = 0xffff;
 		want = EINVAL;
 		break;
+	case 5:
+		arg.slot = KVM_DIRTY_SLOT_ALL;
+		want = 0;
+		break;
 	case 4:
 		argp = header_at(1 + below(AT_KERNEL), sizeof(arg));
 		if (argp == arena_ro)
@@ -399,11 +403,15 @@ void step(bool vm)
 		return;
 	}
 
+	if (x < 230) {
+		step_all(&m.all[below(NR_ALL)], vm);
+		return;
+	}
 	if (!l->used) {
 		nr_ops++;
 		return;
 	}
-	if (x < 330)
+	if (x < 360)
 		step_harvest(l);
 	else if (x < 520)
 		step_runs(l, true);
