@@ -92,9 +92,9 @@ hash_of() { sha256sum -- "$@" | cut -d' ' -f1 | sha256sum | cut -c1-16; }
 # KVM's selftests of dirty slot rings that are made of TEST()s: -l lists them, -t
 # picks one, -q is short.
 # shellcheck disable=SC2034 # for those who source this
-FUNCTIONAL_TESTS="dirty_slot_ring_test dirty_slot_ring_map_test dirty_slot_ring_life_test \
-dirty_slot_ring_mark_test dirty_slot_ring_mem_test dirty_slot_ring_race_test \
-dirty_slot_ring_x86_test"
+FUNCTIONAL_TESTS="dirty_slot_ring_test dirty_slot_ring_map_test dirty_slot_ring_vm_test \
+dirty_slot_ring_life_test dirty_slot_ring_mark_test dirty_slot_ring_mem_test \
+dirty_slot_ring_race_test dirty_slot_ring_x86_test"
 
 # selftest NAME: where the binary of that name is, if it is anywhere.
 selftest() {

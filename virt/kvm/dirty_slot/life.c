@@ -271,7 +271,12 @@ int kvm_dirty_slot_log_create(struct kvm *kvm, struct kvm_memory_slot *memslot)
 	/* No ring needs more than one entry for each page. */
 	log->entries = min_t(unsigned long, dsr->entries,
 			     roundup_pow_of_two(memslot->npages));
-	log->flags = dsr->flags;
+	/*
+	 * One with room for all pages is no reason to hold a vCPU up.  It could hold
+	 * it up for good: full with what one instruction writes, which is protected
+	 * again at each exit.
+	 */
+	log->flags = log->entries < dsr->entries ? 0 : dsr->flags;
 	log->wake_level = DIV_ROUND_UP(log->entries, 2);
 	log->pid = kvm->userspace_pid;
 	log->npages = memslot->npages;

@@ -163,7 +163,8 @@ struct kvm_dirty_slot_ring {
 struct kvm_dirty_slot_log {
 	struct kref ref;
 	u32 slot;		/* as_id << 16 | id */
-	u32 entries, flags;	/* of each ring; as the capability said */
+	u32 entries;		/* of each ring: no more than the slot has pages */
+	u32 flags;		/* as the capability said, if the rings are as it said */
 	u32 wake_level;		/* entries in a ring that make poll() call */
 	u32 nr;			/* its number in the VM, never used again */
 	u32 index;		/* its place in vm->logs */

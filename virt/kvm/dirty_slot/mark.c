@@ -277,7 +277,9 @@ static struct kvm_dirty_slot_log *full_log(struct kvm_vcpu *vcpu)
 		kvm_for_each_memslot(memslot, bkt,
 				     __kvm_memslots(vcpu->kvm, as_id)) {
 			log = memslot->dirty_slot_log;
-			ring = log ? log_ring(log, vcpu) : NULL;
+			if (!log || !(log->flags & KVM_DIRTY_SLOT_RING_EXIT_ON_FULL))
+				continue;
+			ring = log_ring(log, vcpu);
 			if (ring && ring_used(ring) >= log->entries)
 				return log;
 		}

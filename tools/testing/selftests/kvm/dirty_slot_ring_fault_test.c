@@ -413,9 +413,9 @@ TEST_F(fault, open)
 /* Where nothing else is, so that there are no page tables either. */
 #define FAR_AWAY	((void *)0x100000000000ul)
 
-static int map_far(int fd, size_t size, int prot)
+static int map_far(int fd, off_t off, size_t size, int prot)
 {
-	void *p = mmap(FAR_AWAY, size, prot, MAP_SHARED | MAP_FIXED_NOREPLACE, fd, 0);
+	void *p = mmap(FAR_AWAY, size, prot, MAP_SHARED | MAP_FIXED_NOREPLACE, fd, off);
 
 	return p == MAP_FAILED ? -1 : 0;
 }
@@ -430,17 +430,17 @@ TEST_F(fault, map)
 	guest_write_step(v, 0, 3, 10, 2);
 	want_step(3, 10, 2);
 	while (sweep_next(&s)) {
-		if (inject(&s, map_far(v->fd, info.stride, PROT_READ)))
+		if (inject(&s, map_far(v->fd, info.rings_offset, info.stride, PROT_READ)))
 			munmap(FAR_AWAY, info.stride);
 	}
 	while (sweep_next(&s)) {
-		CHECK(!map_far(v->fd, info.stride, PROT_READ), "mmap");
+		CHECK(!map_far(v->fd, info.rings_offset, info.stride, PROT_READ), "mmap");
 		inject(&s, madvise(FAR_AWAY, info.stride, MADV_POPULATE_READ));
 		CHECK(!madvise(FAR_AWAY, info.stride, MADV_POPULATE_READ), "populate");
 		munmap(FAR_AWAY, info.stride);
 	}
 	while (sweep_next(&s)) {
-		CHECK(!map_far(v->fd, PG, PROT_READ | PROT_WRITE), "mmap");
+		CHECK(!map_far(v->fd, 0, PG, PROT_READ | PROT_WRITE), "mmap");
 		inject(&s, madvise(FAR_AWAY, PG, MADV_POPULATE_WRITE));
 		CHECK(!madvise(FAR_AWAY, PG, MADV_POPULATE_WRITE), "populate");
 		munmap(FAR_AWAY, PG);

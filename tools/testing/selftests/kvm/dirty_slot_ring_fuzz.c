@@ -20,7 +20,7 @@
  *
  * The model is in _model, the guest in _guest, the steps in _calls and _steps,
  * storms in _storm, other processes in _peers, what is said of a failure in
- * _report; here are rounds and the command line.
+ * _report, harvests of all slots in _all; here are rounds and the command line.
  */
 #include <errno.h>
 #include <getopt.h>
@@ -87,6 +87,8 @@ static void run_round(void)
 	dsr_enable(m.vm, m.entries, m.exit_on_full ? KVM_DIRTY_SLOT_RING_EXIT_ON_FULL : 0);
 	if (m.manual)
 		vm_enable_cap(m.vm, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, m.manual);
+	for (i = 0; i < NR_ALL; i++)
+		all_open(&m.all[i]);
 	for (s = 0; s < NR_SLOTS * 2; s++)
 		virt_map_level(m.vm, SLOT_GVA(s / 2, s % 2), SLOT_GPA(s / 2, s % 2), WINDOW,
 			       PG_LEVEL_2M);
@@ -121,6 +123,9 @@ static void run_round(void)
 	for (v = 0; v < m.nr_vcpus; v++)
 		close(m.stats[v]);
 	kvm_vm_free(m.vm);
+	m.gone = true;
+	for (s = 0; s < NR_SLOTS; s++)
+		model_log_dies(&m.slot[s]);
 	for (l = m.log; l < m.log + NR_LOGS; l++)
 		l->dead = true;
 	for (i = 0; i < 200; i++)
@@ -134,6 +139,8 @@ static void run_round(void)
 		check_nothing_left(l);
 		log_forget(l);
 	}
+	for (i = 0; i < NR_ALL; i++)
+		all_close(&m.all[i]);
 	stop_peers();
 }
 
@@ -202,7 +209,9 @@ static void help(FILE *to)
 		"-v          a line for each round\n"
 		"-B HOW      self-test: pretend a kernel that errs, and be sure to fail.\n"
 		"            lose: HARVEST withholds a page; twice: it reports one again;\n"
-		"            errno: EINVAL becomes success; lose-storm, twice-storm: only\n"
+		"            vm-lose, vm-twice, vm-log, vm-layout: the harvest of all slots\n"
+		"            does so, names a wrong log, or says nothing of logs that came;\n"
+		"            errno: EINVAL becomes success; lose-storm, twice-storm, ...: only\n"
 		"            where many work at once; hang: a vCPU never comes back, and 20 s\n"
 		"            are enough to say so\n");
 }
@@ -226,9 +235,10 @@ static void set_broken(char *how)
 {
 	static const char * const names[] = {
 		[BREAK_LOSE] = "lose", [BREAK_TWICE] = "twice", [BREAK_ERRNO] = "errno",
-		[BREAK_HANG] = "hang",
+		[BREAK_HANG] = "hang", [BREAK_VM_LOSE] = "vm-lose", [BREAK_VM_TWICE] = "vm-twice",
+		[BREAK_VM_LOG] = "vm-log", [BREAK_VM_LAYOUT] = "vm-layout",
 	};
-	char *dash = strchr(how, '-');
+	char *dash = strrchr(how, '-');
 	int i;
 
 	if (dash && !strcmp(dash, "-storm")) {

@@ -27,6 +27,8 @@
 #define NR_SLOTS		3
 #define FIRST_SLOT		10
 #define NR_LOGS			8
+#define NR_ALL			2
+#define CONSUMERS_PER_PAGE	(PG / KVM_DIRTY_SLOT_CONSUMER_STRIDE)
 #define NR_WORDS		(MAX_PAGES / 64)
 
 /* Each slot has two places to move between. */
@@ -54,7 +56,7 @@ struct rpc {
 };
 
 enum actor_kind {
-	A_HARVEST, A_READER, A_MARK, A_DISCARD, A_MISC, A_SCRIBBLE, A_BITMAP, NR_ACTOR_KINDS,
+	A_HARVEST, A_READER, A_MARK, A_DISCARD, A_MISC, A_SCRIBBLE, A_BITMAP, A_ALL, NR_ACTOR_KINDS,
 };
 
 struct actor {
@@ -63,7 +65,7 @@ struct actor {
 	unsigned int n;
 	int peer;			/* which one it is in; -1: main */
 	int sock;			/* of a peer: new fds come here */
-	int fd[NR_SLOTS];
+	int fd[NR_SLOTS + 1];		/* the last is that of the whole VM */
 	pthread_t thread;		/* in main */
 	unsigned int done;		/* of n */
 };
@@ -114,7 +116,10 @@ extern uint8_t *arena, *arena_ro;
 
 /* -- command line and luck ------------------------------------------------ */
 
-enum { BREAK_NOT, BREAK_LOSE, BREAK_TWICE, BREAK_ERRNO, BREAK_HANG };
+enum {
+	BREAK_NOT, BREAK_LOSE, BREAK_TWICE, BREAK_ERRNO, BREAK_HANG,
+	BREAK_VM_LOSE, BREAK_VM_TWICE, BREAK_VM_LOG, BREAK_VM_LAYOUT,
+};
 
 struct options {
 	uint64_t seed, ops, first_round;
@@ -196,10 +201,17 @@ struct mlog {
 	bool used, dead, spill;		/* spill: the overflow log may hold something */
 	int slot;
 	uint32_t npages, nr_rings;
-	uint64_t base_gfn, stride;
+	uint32_t entries, nr;		/* of each ring; its number in the VM */
+	uint64_t base_gfn, stride, area;
 	int fd[NR_EX];
 	uint8_t in[MAX_PAGES];
 	struct mring ring[MAX_VCPUS];
+};
+
+/* A file of all logs. */
+struct mall {
+	int fd[NR_EX];
+	int layout;			/* shall it tell that logs came or went? */
 };
 
 struct mslot {
@@ -219,11 +231,14 @@ struct model {
 	bool runs[MAX_VCPUS];
 	uint64_t returns[MAX_VCPUS];	/* from KVM_RUN */
 	int nr_vcpus;
-	uint32_t entries;
+	uint32_t entries;		/* as the capability was told */
+	uint32_t nr_logs;		/* the number of the newest */
 	bool exit_on_full;
 	uint64_t manual;
 	struct mslot slot[NR_SLOTS];
 	struct mlog log[NR_LOGS];
+	struct mall all[NR_ALL];
+	bool gone;			/* the VM is */
 	int sock[2];			/* to the peers */
 };
 
@@ -255,6 +270,7 @@ void log_add_rings(struct mlog *l, int nr);
 void log_forget(struct mlog *l);
 void set_slot(int s, bool log);
 void model_log_dies(struct mslot *slot);
+void model_log_open(int s);
 void model_log_new(int s);
 uint32_t some_size(void);
 
@@ -263,10 +279,9 @@ uint32_t some_size(void);
 int call(int fd, unsigned long cmd, void *argp);
 void sem_down(sem_t *sem);
 int ask(int ex, int what, int fd, unsigned long cmd, void *argp);
-int log_fd(struct mlog *l, int ex);
 int some_ex(void);
-int log_call(struct mlog *l, int ex, unsigned long cmd, void *argp);
-void log_close(struct mlog *l, int ex);
+int fd_call(int *fds, int ex, unsigned long cmd, void *argp);
+void fd_close(int *fds, int ex);
 void *thread_main(void *unused);
 void start_peers(void);
 void stop_peers(void);
@@ -275,7 +290,16 @@ void stop_peers(void);
 
 enum { AT_GOOD, AT_NULL, AT_READONLY, AT_END, AT_NONE, AT_KERNEL };
 
+struct array {
+	struct kvm_dirty_run *runs;	/* as the call gets it */
+	uint32_t room;			/* runs that can be accessed there */
+	bool good;			/* all that can be asked for */
+};
+
 void *header_at(int where, size_t size);
+int some_header_place(void);
+struct array some_array(uint32_t want, size_t size);
+bool spoil_reserved(__u64 *reserved, int n);
 void harvest_all(struct mlog *l);
 void step_harvest(struct mlog *l);
 void step_reset(struct mlog *l);
@@ -284,6 +308,10 @@ void step_info(struct mlog *l);
 void step_garbage(struct mlog *l);
 void step_poll(struct mlog *l);
 void step_consumer(struct mlog *l);
+void all_open(struct mall *a);
+void all_close(struct mall *a);
+void step_all_harvest(struct mall *a);
+void step_all(struct mall *a, bool vm);
 void step(bool vm);
 void *act(void *arg);
 void run_storm(void);

@@ -31,23 +31,17 @@ void *header_at(int where, size_t size)
 	}
 }
 
-static int some_header_place(void)
+int some_header_place(void)
 {
 	return once_in(40) ? below(AT_KERNEL + 1) : AT_GOOD;
 }
 
-struct array {
-	struct kvm_dirty_run *runs;	/* as the call gets it */
-	uint32_t room;			/* runs that can be accessed there */
-	bool good;			/* all that can be asked for */
-};
-
 #define ARENA_RUNS	((ARENA_PAGES - 1) * PG / sizeof(struct kvm_dirty_run))
 
-/* An array of up to @want accessible runs. */
-static struct array some_array(uint32_t want)
+/* An array of up to @want accessible runs, each of @size. */
+struct array some_array(uint32_t want, size_t size)
 {
-	struct array a = { (void *)(arena + PG), ARENA_RUNS, true };
+	struct array a = { (void *)(arena + PG), (ARENA_PAGES - 1) * PG / size, true };
 
 	if (!once_in(8))
 		return a;
@@ -67,18 +61,17 @@ static struct array some_array(uint32_t want)
 		break;
 	default:
 		a.room = below(want + 1);
-		a.runs = (void *)(arena + ARENA_PAGES * PG) - a.room * sizeof(*a.runs) -
-			 below(sizeof(*a.runs));
+		a.runs = (void *)(arena + ARENA_PAGES * PG) - a.room * size - below(size);
 	}
 	return a;
 }
 
 /* Garbage in a header, now and then; true if it makes the call fail. */
-static bool spoil_reserved(__u64 *reserved)
+bool spoil_reserved(__u64 *reserved, int n)
 {
 	if (!once_in(50))
 		return false;
-	reserved[below(2)] = once_in(2) ? rnd() | 1 : 1ul << below(64);
+	reserved[below(n)] = once_in(2) ? rnd() | 1 : 1ul << below(64);
 	return true;
 }
 
@@ -120,7 +113,7 @@ static void harvest(struct mlog *l, int ex, const struct harvest *h)
 	t = note("HARVEST log, capacity, flags, room", l - m.log, h->capacity, h->flags,
 		 h->array.room);
 	t->ex = ex;
-	ret = log_call(l, ex, KVM_DIRTY_SLOT_LOG_HARVEST, args);
+	ret = fd_call(l->fd, ex, KVM_DIRTY_SLOT_LOG_HARVEST, args);
 	t->ret = ret;
 	t->err = errno;
 	out = *good;
@@ -219,7 +212,7 @@ void step_harvest(struct mlog *l)
 
 	if (once_in(50))
 		h.capacity = -1u - below(2);
-	h.array = some_array(once_in(2) ? 8 : 600);
+	h.array = some_array(once_in(2) ? 8 : 600, sizeof(struct kvm_dirty_run));
 	/* Room is what can be had, whatever the capacity is. */
 	h.flags = below(4);
 	if (once_in(50)) {
@@ -230,7 +223,7 @@ void step_harvest(struct mlog *l)
 		h.capacity = 0;
 		h.einval = true;
 	}
-	if (spoil_reserved(h.reserved))
+	if (spoil_reserved(h.reserved, 2))
 		h.einval = true;
 	h.overlap = h.where == AT_GOOD && once_in(100);
 	harvest(l, some_ex(), &h);
@@ -257,14 +250,14 @@ void step_reset(struct mlog *l)
 		good->pad = 1u << below(32);
 		einval = true;
 	}
-	if (spoil_reserved(good->reserved))
+	if (spoil_reserved(good->reserved, 2))
 		einval = true;
 	bad = log_bad_consumer(l);
 	for (r = l->ring; r < l->ring + l->nr_rings; r++)
 		empty &= r->reset == r->producer;
 	t = note("RESET log", l - m.log, where, good->flags, 0);
 	t->ex = ex;
-	ret = log_call(l, ex, KVM_DIRTY_SLOT_LOG_RESET, args);
+	ret = fd_call(l->fd, ex, KVM_DIRTY_SLOT_LOG_RESET, args);
 	t->ret = ret;
 	t->err = errno;
 	out = *good;
@@ -306,7 +299,7 @@ void step_runs(struct mlog *l, bool mark)
 	uint32_t nr = counts[below(ARRAY_SIZE(counts))], i, p, npages;
 	int where = some_header_place(), ret, ex = some_ex(), want = 0;
 	bool einval = false, efault, bad_run = false;
-	struct array a = some_array(nr);
+	struct array a = some_array(nr, sizeof(struct kvm_dirty_run));
 	struct kvm_dirty_run run;
 	struct bounds b = { 0 };
 	struct op_note *t;
@@ -344,13 +337,13 @@ void step_runs(struct mlog *l, bool mark)
 		good->flags = 1u << below(32);
 		einval = true;
 	}
-	if (spoil_reserved(good->reserved))
+	if (spoil_reserved(good->reserved, 2))
 		einval = true;
 
 	t = note(mark ? "MARK log, runs, room" : "DISCARD log, runs, room", l - m.log, nr, a.room,
 		 nr && a.room ? (uint64_t)run.offset << 32 | run.npages : 0);
 	t->ex = ex;
-	ret = log_call(l, ex, mark ? KVM_DIRTY_SLOT_LOG_MARK : KVM_DIRTY_SLOT_LOG_DISCARD, args);
+	ret = fd_call(l->fd, ex, mark ? KVM_DIRTY_SLOT_LOG_MARK : KVM_DIRTY_SLOT_LOG_DISCARD, args);
 	t->ret = ret;
 	t->err = errno;
 
@@ -397,7 +390,7 @@ void step_info(struct mlog *l)
 	args = header_at(where, sizeof(*args));
 	memset(info, 0xa5, sizeof(*info));
 	t->ex = ex;
-	ret = log_call(l, ex, KVM_DIRTY_SLOT_LOG_INFO, args);
+	ret = fd_call(l->fd, ex, KVM_DIRTY_SLOT_LOG_INFO, args);
 	t->ret = ret;
 	t->err = errno;
 	if (where != AT_GOOD) {
@@ -405,10 +398,11 @@ void step_info(struct mlog *l)
 		return;
 	}
 	CHECK(!ret && info->slot == FIRST_SLOT + l->slot && info->nr_rings == l->nr_rings &&
-	      info->entries == m.entries && info->stride == l->stride &&
+	      info->entries == l->entries && info->stride == l->stride &&
 	      info->npages == l->npages && info->base_gfn == l->base_gfn &&
 	      info->flags == (l->dead ? KVM_DIRTY_SLOT_LOG_DEAD : 0) &&
-	      !info->reserved[0] && !info->reserved[3],
+	      info->log == l->nr && info->consumers_size == l->area &&
+	      info->rings_offset == l->area && !info->pad && !info->reserved,
 	      "gave %d: slot %u rings %u entries %u stride %llu npages %llu gfn %#llx flags %#x",
 	      ret, info->slot, info->nr_rings, info->entries, info->stride, info->npages,
 	      info->base_gfn, info->flags);
@@ -436,7 +430,7 @@ void step_garbage(struct mlog *l)
 		return;
 	t = note("ioctl log, cmd", l - m.log, cmd, 0, 0);
 	t->ex = ex;
-	ret = log_call(l, ex, cmd, (void *)(once_in(2) ? rnd() : (uintptr_t)arena));
+	ret = fd_call(l->fd, ex, cmd, (void *)(once_in(2) ? rnd() : (uintptr_t)arena));
 	t->ret = ret;
 	t->err = errno;
 	CHECK(ret == -1 && errno == ENOTTY, "ioctl %#lx gave %d", cmd, ret);
@@ -445,7 +439,7 @@ void step_garbage(struct mlog *l)
 
 void step_poll(struct mlog *l)
 {
-	uint64_t level = l->dead ? 1 : DIV_ROUND_UP(m.entries, 2);
+	uint64_t level = l->dead ? 1 : DIV_ROUND_UP(l->entries, 2);
 	struct pollfd pfd = { .fd = l->fd[EX_MAIN], .events = POLLIN };
 	bool ring = false;
 	struct mring *r;
@@ -487,7 +481,7 @@ void step_consumer(struct mlog *l)
 			value = r->producer + 1 + below(3);
 			break;
 		case 2:
-			value = r->producer + m.entries;
+			value = r->producer + l->entries;
 			break;
 		case 3:
 			value = 0;

@@ -21,12 +21,15 @@ void ring_look(struct mring *r)
 	r->overflowed = dsr_overflowed(&r->map);
 }
 
-static void ring_map(struct mring *r, int fd, uint64_t stride, uint32_t n)
+static void ring_map(struct mlog *l, uint32_t n)
 {
-	const struct kvm_dirty_slot_log_info info = { .entries = m.entries, .stride = stride };
+	const struct kvm_dirty_slot_log_info info = {
+		.entries = l->entries, .stride = l->stride,
+		.consumers_size = l->area, .rings_offset = l->area,
+	};
 
-	CHECK_OK(__dsr_map(fd, &info, n, &r->map));
-	ring_look(r);
+	CHECK_OK(__dsr_map(l->fd[EX_MAIN], &info, n, &l->ring[n].map));
+	ring_look(&l->ring[n]);
 }
 
 /* To be asked before each call that looks at consumers. */
@@ -212,6 +215,16 @@ void check_nothing_left(const struct mlog *l)
 
 /* -- logs and slots that come and go --------------------------------------- */
 
+/* A ring holds no more than its slot has pages. */
+static uint32_t ring_entries(uint32_t npages)
+{
+	uint32_t n = 1;
+
+	while (n < npages && n < m.entries)
+		n *= 2;
+	return n;
+}
+
 int open_log(int s)
 {
 	int fd = dsr_open(m.vm, FIRST_SLOT + s);
@@ -223,7 +236,7 @@ int open_log(int s)
 void log_add_rings(struct mlog *l, int nr)
 {
 	for (; l->nr_rings < nr; l->nr_rings++)
-		ring_map(&l->ring[l->nr_rings], l->fd[EX_MAIN], l->stride, l->nr_rings);
+		ring_map(l, l->nr_rings);
 }
 
 void log_forget(struct mlog *l)
@@ -231,10 +244,13 @@ void log_forget(struct mlog *l)
 	uint32_t i;
 	int ex;
 
+	/* Files of all logs would have what is left of a dead one. */
+	if (l->dead)
+		harvest_all(l);
 	for (i = 0; i < l->nr_rings; i++)
 		dsr_unmap(&l->ring[i].map);
 	for (ex = 0; ex < NR_EX; ex++)
-		log_close(l, ex);
+		fd_close(l->fd, ex);
 	l->used = false;
 }
 
@@ -248,14 +264,25 @@ void set_slot(int s, bool log)
 					     slot->exists ? slot->npages * PG : 0, memory[s]));
 }
 
+static void layout_changes(void)
+{
+	int i;
+
+	for (i = 0; i < NR_ALL; i++)
+		m.all[i].layout = YES;
+}
+
 void model_log_dies(struct mslot *slot)
 {
-	if (slot->log)
+	if (slot->log) {
 		slot->log->dead = true;
+		layout_changes();
+	}
 	slot->log = NULL;
 }
 
-void model_log_new(int s)
+/* The log of a slot, as if it were new. */
+void model_log_open(int s)
 {
 	struct mslot *slot = &m.slot[s];
 	struct kvm_dirty_slot_log_info info;
@@ -280,13 +307,31 @@ void model_log_new(int s)
 	CHECK_OK(ioctl(l->fd[EX_MAIN], KVM_DIRTY_SLOT_LOG_INFO, &info));
 	CHECK(info.npages == l->npages && info.nr_rings == m.nr_vcpus, "%llu pages, %u rings",
 	      info.npages, info.nr_rings);
+	CHECK(info.consumers_size == info.rings_offset && !(info.rings_offset % PG) &&
+	      info.rings_offset >= MAX_VCPUS * KVM_DIRTY_SLOT_CONSUMER_STRIDE,
+	      "%llu bytes of consumers, rings at %llu", info.consumers_size, info.rings_offset);
+	m.nr_logs = max(m.nr_logs, info.log);
+	l->nr = info.log;
 	l->stride = info.stride;
+	l->area = info.consumers_size;
+	l->entries = ring_entries(l->npages);
 	if (m.manual & KVM_DIRTY_LOG_INITIALLY_SET) {
 		memset(l->in, YES, l->npages);
 		l->spill = true;
 	}
 	log_add_rings(l, m.nr_vcpus);
 	slot->log = l;
+}
+
+/* A slot begins to log. */
+void model_log_new(int s)
+{
+	uint32_t nr = m.nr_logs;
+
+	layout_changes();
+	model_log_open(s);
+	/* They count up, whatever slot they are of. */
+	CHECK(m.slot[s].log->nr == nr + 1, "log %u after %u", m.slot[s].log->nr, nr);
 }
 
 uint32_t some_size(void)
@@ -328,7 +373,7 @@ void model_touch(struct mlog *l, struct mring *r, const struct mailbox *mb, uint
 	}
 	CHECK(pushed + over >= lo && pushed + over <= hi,
 	      "%lu pages pushed, %lu overflowed, should be %lu to %lu", pushed, over, lo, hi);
-	CHECK(producer - r->reset <= m.entries, "producer %lu reset %lu", producer, r->reset);
+	CHECK(producer - r->reset <= l->entries, "producer %lu reset %lu", producer, r->reset);
 
 	for (i = r->producer; i != producer; i++) {
 		run = dsr_entry(&r->map, i);
@@ -363,7 +408,7 @@ void check_full(int v)
 
 	CHECK(s < NR_SLOTS && m.slot[s].log, "full ring in slot %u", id);
 	r = &m.slot[s].log->ring[v];
-	CHECK(dsr_producer(&r->map) - dsr_reset_marker(&r->map) == m.entries,
+	CHECK(dsr_producer(&r->map) - dsr_reset_marker(&r->map) == m.slot[s].log->entries,
 	      "full ring with producer %lu and reset %lu", dsr_producer(&r->map),
 	      dsr_reset_marker(&r->map));
 }

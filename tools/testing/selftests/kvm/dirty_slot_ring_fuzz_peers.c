@@ -6,6 +6,7 @@
 #include <errno.h>
 #include <semaphore.h>
 #include <signal.h>
+#include <string.h>
 #include <sys/ioctl.h>
 #include <sys/prctl.h>
 #include <sys/socket.h>
@@ -20,6 +21,42 @@
  * The self-test: what a broken kernel would say, now and then, so that it can
  * be seen that the checks below notice.
  */
+static int vm_call_broken(struct kvm_dirty_vm_harvest *args)
+{
+	static struct kvm_dirty_vm_run before;
+	struct kvm_dirty_vm_run *runs = (void *)(uintptr_t)args->runs, *last, run, tmp;
+
+	if (opt.how == BREAK_VM_LAYOUT)
+		args->flags &= ~KVM_DIRTY_HARVEST_LAYOUT;
+	if (!args->nr_runs || !once_in(8))
+		return 0;
+	last = &runs[args->nr_runs - 1];
+	memcpy(&run, last, sizeof(run));
+	switch (opt.how) {
+	case BREAK_VM_LOSE:
+		args->nr_pages--;
+		if (!--run.npages)
+			args->nr_runs--;
+		break;
+	case BREAK_VM_TWICE:
+		/* of another slot's log, perhaps */
+		if (before.npages && run.npages == 1) {
+			args->nr_pages += before.npages - 1;
+			tmp = before;
+			before = run;
+			run = tmp;
+		} else {
+			before = run;
+		}
+		break;
+	case BREAK_VM_LOG:
+		run.log++;
+		break;
+	}
+	memcpy(last, &run, sizeof(run));
+	return 0;
+}
+
 static int call_broken(int fd, unsigned long cmd, void *argp, int ret)
 {
 	static struct kvm_dirty_run before;
@@ -31,6 +68,8 @@ static int call_broken(int fd, unsigned long cmd, void *argp, int ret)
 		return ret;
 	if (opt.how == BREAK_ERRNO && ret == -1 && errno == EINVAL)
 		return 0;
+	if (cmd == KVM_DIRTY_VM_LOG_HARVEST)
+		return ret ?: vm_call_broken(argp);
 	if (cmd != KVM_DIRTY_SLOT_LOG_HARVEST || ret || !args->nr_runs || !once_in(8) ||
 	    args->runs == (uintptr_t)argp)
 		return ret;
@@ -81,17 +120,17 @@ int ask(int ex, int what, int fd, unsigned long cmd, void *argp)
 	return rpc->ret;
 }
 
-/* The log's descriptor there; peers get theirs when they first need it. */
-int log_fd(struct mlog *l, int ex)
+/* The descriptor there; peers get theirs when they first need it. */
+static int fd_of(int *fds, int ex)
 {
 	if (ex == EX_THREAD)
 		ex = EX_MAIN;
-	if (l->fd[ex] < 0) {
-		send_fd(m.sock[ex - EX_PEER], 0, l->fd[EX_MAIN]);
-		l->fd[ex] = ask(ex, RPC_RECV, 0, 0, NULL);
-		CHECK(l->fd[ex] >= 0, "no descriptor");
+	if (fds[ex] < 0) {
+		send_fd(m.sock[ex - EX_PEER], 0, fds[EX_MAIN]);
+		fds[ex] = ask(ex, RPC_RECV, 0, 0, NULL);
+		CHECK(fds[ex] >= 0, "no descriptor");
 	}
-	return l->fd[ex];
+	return fds[ex];
 }
 
 /* Most calls are made right here, as that is fastest. */
@@ -100,9 +139,9 @@ int some_ex(void)
 	return once_in(12) ? 1 + below(NR_EX - 1) : EX_MAIN;
 }
 
-int log_call(struct mlog *l, int ex, unsigned long cmd, void *argp)
+int fd_call(int *fds, int ex, unsigned long cmd, void *argp)
 {
-	int fd = log_fd(l, ex), ret;
+	int fd = fd_of(fds, ex), ret;
 
 	nr_ops++;
 	errno = 0;
@@ -113,17 +152,17 @@ int log_call(struct mlog *l, int ex, unsigned long cmd, void *argp)
 	return unlikely(opt.how) ? call_broken(fd, cmd, argp, ret) : ret;
 }
 
-void log_close(struct mlog *l, int ex)
+void fd_close(int *fds, int ex)
 {
-	if (l->fd[ex] < 0)
+	if (fds[ex] < 0)
 		return;
 	if (ex == EX_MAIN && once_in(2))
-		ask(EX_THREAD, RPC_CLOSE, l->fd[ex], 0, NULL);
+		ask(EX_THREAD, RPC_CLOSE, fds[ex], 0, NULL);
 	else if (ex == EX_MAIN)
-		CHECK_OK(close(l->fd[ex]));
+		CHECK_OK(close(fds[ex]));
 	else
-		ask(ex, RPC_CLOSE, l->fd[ex], 0, NULL);
-	l->fd[ex] = -1;
+		ask(ex, RPC_CLOSE, fds[ex], 0, NULL);
+	fds[ex] = -1;
 }
 
 /* -- other threads and processes ------------------------------------------ */

@@ -20,8 +20,8 @@
 
 static void step_map(struct mlog *l)
 {
-	uint64_t pages = l->stride / PG, first, n = 1 + below(4), i;
-	bool shared = !once_in(6), consumer_page;
+	uint64_t pages = l->stride / PG, area = l->area / PG, first, n = 1 + below(4), i;
+	bool shared = !once_in(6), consumers, there;
 	int prot = once_in(3) ? below(8) : PROT_READ | (once_in(3) ? PROT_WRITE : 0), want = 0, ret;
 	struct op_note *t;
 	void *p, *q;
@@ -29,16 +29,30 @@ static void step_map(struct mlog *l)
 	nr_ops++;
 	if (once_in(3))
 		n = 1;
-	first = below(l->nr_rings + 1) * pages + (once_in(2) ? below(3) : below(pages));
-	if (once_in(30))
+	switch (below(30)) {
+	case 0:
 		first = below(1ul << 40);
-	consumer_page = first % pages == KVM_DIRTY_SLOT_RING_USER_PAGE && n == 1;
+		break;
+	case 1 ... 4:
+		first = area - 1 - below(min(area, 3ul));
+		break;
+	case 5 ... 8:
+		first = below(area);
+		break;
+	case 9 ... 14:
+		first = 0;
+		n = once_in(2) ? area - once_in(2) : n;
+		break;
+	default:
+		first = area + below(l->nr_rings + 1) * pages + below(once_in(2) ? 2 : pages);
+	}
+	consumers = first + n <= area;
 
 	if (!shared)
 		want = EINVAL;
 	else if (prot & PROT_EXEC)
 		want = EPERM;
-	else if (prot & PROT_WRITE && !consumer_page)
+	else if (prot & PROT_WRITE && !consumers)
 		want = EPERM;
 	p = mmap(NULL, n * PG, prot, shared ? MAP_SHARED : MAP_PRIVATE, l->fd[EX_MAIN],
 		 first * PG);
@@ -54,14 +68,18 @@ static void step_map(struct mlog *l)
 
 	for (i = 0; prot & PROT_READ && i < n; i++) {
 		ret = probe(p + i * PG, false);
-		CHECK(ret == ((first + i) / pages < l->nr_rings ? 0 : SIGBUS),
+		if (first + i < area)
+			there = (first + i) * CONSUMERS_PER_PAGE < l->nr_rings;
+		else
+			there = (first + i - area) / pages < l->nr_rings;
+		CHECK(ret == (there ? 0 : SIGBUS),
 		      "page %lu, rings %u of %lu pages: signal %d", first + i, l->nr_rings, pages,
 		      ret);
 	}
 	switch (below(5)) {
 	case 0:
 		ret = mprotect(p, n * PG, PROT_READ | PROT_WRITE);
-		CHECK(consumer_page ? !ret : ret && errno == EACCES, "mprotect gave %d", ret);
+		CHECK(consumers ? !ret : ret && errno == EACCES, "mprotect gave %d", ret);
 		break;
 	case 1:
 		ret = mprotect(p, PG, PROT_READ | PROT_EXEC);
@@ -118,25 +136,25 @@ static void step_fds(struct mlog *l)
 	note("descriptors log", l - m.log, 0, 0, 0);
 	switch (below(4)) {
 	case 0:
-		log_close(l, ex);
+		fd_close(l->fd, ex);
 		break;
 	case 1:
 		fd = dup(l->fd[EX_MAIN]);
 		CHECK(fd >= 0, "dup");
-		log_close(l, EX_MAIN);
+		fd_close(l->fd, EX_MAIN);
 		l->fd[EX_MAIN] = fd;
 		break;
 	case 2:
 		if (l->dead)
 			break;
 		fd = open_log(l->slot);
-		log_close(l, EX_MAIN);
+		fd_close(l->fd, EX_MAIN);
 		l->fd[EX_MAIN] = fd;
 		break;
 	case 3:	/* in flight while the last one here is closed */
 		CHECK_OK(socketpair(AF_UNIX, SOCK_SEQPACKET, 0, sock));
 		send_fd(sock[0], 0, l->fd[EX_MAIN]);
-		log_close(l, EX_MAIN);
+		fd_close(l->fd, EX_MAIN);
 		l->fd[EX_MAIN] = recv_fd(sock[1], &tag, 0);
 		close(sock[0]);
 		close(sock[1]);
@@ -307,6 +325,10 @@ static void step_open(int s)
 		arg.slot = 0xffff;
 		want = EINVAL;
 		break;
+	case 5:
+		arg.slot = KVM_DIRTY_SLOT_ALL;
+		want = 0;
+		break;
 	case 4:
 		argp = header_at(1 + below(AT_KERNEL), sizeof(arg));
 		if (argp == arena_ro)
@@ -381,11 +403,15 @@ void step(bool vm)
 		return;
 	}
 
+	if (x < 230) {
+		step_all(&m.all[below(NR_ALL)], vm);
+		return;
+	}
 	if (!l->used) {
 		nr_ops++;
 		return;
 	}
-	if (x < 330)
+	if (x < 360)
 		step_harvest(l);
 	else if (x < 520)
 		step_runs(l, true);

@@ -127,6 +127,58 @@ static void drain_dead(int s, int fd)
 		;
 }
 
+/* The same of all slots: the pages, or -1 if it failed. */
+static int64_t take_all(int fd, void *array, uint32_t capacity, bool faults, bool *more)
+{
+	struct kvm_dirty_vm_harvest args;
+	struct kvm_dirty_vm_run run;
+	uint64_t sum = 0;
+	uint32_t i, s;
+
+	args = (struct kvm_dirty_vm_harvest){
+		.runs = (uintptr_t)array, .nr_runs = capacity,
+		.flags = once_in(3) ? KVM_DIRTY_HARVEST_SYNC : 0,
+	};
+	*more = true;
+	if (call(fd, KVM_DIRTY_VM_LOG_HARVEST, &args)) {
+		/* Consumers that are out of bounds are no reason. */
+		CHECK(errno == EINTR || (errno == EFAULT && faults), "VM_LOG_HARVEST failed");
+		return -1;
+	}
+	for (i = 0; i < args.nr_runs; i++) {
+		memcpy(&run, array + i * sizeof(run), sizeof(run));
+		s = run.slot - FIRST_SLOT;
+		CHECK(s < NR_SLOTS && run.npages &&
+		      (uint64_t)run.offset + run.npages <= sh->npages[s],
+		      "slot %u: run %u + %u", run.slot, run.offset, run.npages);
+		copy_pages(s, run.offset, run.npages);
+		sum += run.npages;
+	}
+	CHECK(sum == args.nr_pages, "%llu pages, in runs %lu", args.nr_pages, sum);
+	add_taken(sum);
+	*more = args.flags & KVM_DIRTY_HARVEST_MORE;
+	return sum;
+}
+
+static void act_all(int fd, void *edge)
+{
+	static const uint32_t capacities[] = { 1, 2, 7, 64, 256, 256 };
+	struct kvm_dirty_vm_run runs[256];
+	uint32_t capacity = capacities[below(ARRAY_SIZE(capacities))];
+	bool more;
+
+	switch (sh->storm.faults ? below(16) : 2) {
+	case 0:
+		take_all(fd, (void *)KERNEL_ADDRESS, capacity, true, &more);
+		break;
+	case 1:
+		take_all(fd, edge - below(64) * sizeof(runs[0]), capacity, true, &more);
+		break;
+	default:
+		take_all(fd, runs, capacity, false, &more);
+	}
+}
+
 static void act_harvest(int s, int fd, void *edge)
 {
 	static const uint32_t capacities[] = { 1, 2, 7, 64, 512, 512 };
@@ -322,7 +374,8 @@ static void act_misc(int s, int fd)
 		if (!pages)
 			break;
 		n = 1 + below(pages);
-		p = mmap(NULL, n * PG, PROT_READ, MAP_SHARED, fd, below(pages - n + 1) * PG);
+		p = mmap(NULL, n * PG, PROT_READ, MAP_SHARED, fd,
+			 info.rings_offset + below(pages - n + 1) * PG);
 		CHECK(p != MAP_FAILED, "mmap of %d pages of %lu", n, pages);
 		for (i = 0; i < n; i++)
 			READ_ONCE(*(uint64_t *)(p + i * PG));
@@ -406,6 +459,9 @@ void *act(void *arg)
 			break;
 		case A_BITMAP:
 			act_bitmap(s);
+			break;
+		case A_ALL:
+			act_all(a->fd[NR_SLOTS], edge + PG);
 			break;
 		default:
 			CHECK(false, "actor %d", a->kind);
@@ -523,9 +579,12 @@ static pid_t start_vandal(const int *fds)
 {
 	static const unsigned long calls[] = {
 		KVM_DIRTY_SLOT_LOG_HARVEST, KVM_DIRTY_SLOT_LOG_RESET, KVM_DIRTY_SLOT_LOG_MARK,
-		KVM_DIRTY_SLOT_LOG_DISCARD,
+		KVM_DIRTY_SLOT_LOG_DISCARD, KVM_DIRTY_VM_LOG_HARVEST,
 	};
-	struct kvm_dirty_slot_runs args;
+	union {
+		struct kvm_dirty_slot_runs runs;
+		struct kvm_dirty_vm_harvest all;
+	} args;
 	pid_t pid = fork();
 	void *p;
 	int fd;
@@ -536,10 +595,10 @@ static pid_t start_vandal(const int *fds)
 	prctl(PR_SET_PDEATHSIG, SIGKILL);
 	signal(SIGTERM, SIG_DFL);
 	for (;;) {
-		fd = fds[below(NR_SLOTS)];
+		fd = fds[below(NR_SLOTS + 1)];
 		memset(&args, once_in(2) ? rnd() : 0, sizeof(args));
 		/* RESET's pad, or an unknown flag: never anything that works. */
-		args.flags = 1u << 31 | rnd();
+		args.runs.flags = 1u << 31 | rnd();
 		ioctl(fd, calls[below(ARRAY_SIZE(calls))], &args);
 		ioctl(fd, rnd() | 0x100, rnd());
 		p = mmap(NULL, PG << below(4), PROT_READ | below(8), MAP_SHARED, fd,
@@ -599,9 +658,11 @@ static void storm_cast(struct storm *st, bool changes, unsigned int n)
 void run_storm(void)
 {
 	struct storm *st = &sh->storm;
-	int fds[NR_SLOTS], old[MAX_CHANGES][2], nr_old = 0, i, s, v, ex;
+	int fds[NR_SLOTS + 1], old[MAX_CHANGES][2], nr_old = 0, i, s, v, ex;
+	struct kvm_dirty_vm_run runs[256];
 	bool changes = once_in(2);
 	uint64_t before, left;
+	bool more;
 	struct actor *a;
 	struct mlog *l;
 	uint32_t p, n;
@@ -629,6 +690,7 @@ void run_storm(void)
 		fds[s] = dup(slot->log->fd[EX_MAIN]);
 		slot->log = NULL;
 	}
+	fds[NR_SLOTS] = dup(m.all[0].fd[EX_MAIN]);
 	for (l = m.log; l < m.log + NR_LOGS; l++) {
 		if (l->used)
 			log_forget(l);
@@ -650,7 +712,7 @@ void run_storm(void)
 		if (a->peer < 0)
 			continue;
 		ex = EX_PEER + a->peer;
-		for (s = 0; s < NR_SLOTS; s++) {
+		for (s = 0; s <= NR_SLOTS; s++) {
 			send_fd(m.sock[a->peer], 0, fds[s]);
 			a->fd[s] = ask(ex, RPC_RECV, 0, 0, NULL);
 		}
@@ -696,7 +758,7 @@ void run_storm(void)
 			continue;
 		}
 		sem_down(&sh->rpc[EX_PEER + a->peer].answer);
-		for (s = 0; s < NR_SLOTS; s++)
+		for (s = 0; s <= NR_SLOTS; s++)
 			ask(EX_PEER + a->peer, RPC_CLOSE, a->fd[s], 0, NULL);
 	}
 	for (i = 0; i < 2; i++)
@@ -743,13 +805,21 @@ void run_storm(void)
 			      s, p, page[0], sh->copy[s][p][0], page[1], sh->copy[s][p][1]);
 		}
 	}
+	/* Nor is anything left for a file of all slots, of these or of others before. */
+	do {
+		left = take_all(fds[NR_SLOTS], runs, ARRAY_SIZE(runs), false, &more);
+		CHECK(!left, "%lu pages left in the log of all slots", left);
+	} while (more);
+	close(fds[NR_SLOTS]);
+	for (i = 0; i < NR_ALL; i++)
+		m.all[i].layout = MAYBE;
 	left = marks_left() - before + st->init_set;
 	CHECK(st->taken <= left && (!st->exact || st->taken == left),
 	      "%lu pages were marked, %lu taken", left, st->taken);
 	in_storm = false;
 
 	for (s = 0; s < NR_SLOTS; s++) {
-		model_log_new(s);
+		model_log_open(s);
 		l = m.slot[s].log;
 		memset(l->in, NO, sizeof(l->in));
 		l->spill = false;

@@ -84,8 +84,12 @@ static void *manual_thread(void *arg)
 	struct taker *t = arg;
 	int i;
 
-	for (i = 0; !READ_ONCE(t->stop); i++)
-		vm_enable_cap(t->v->vm, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, i % 2 ? both : 0);
+	for (i = 0; !READ_ONCE(t->stop); i++) {
+		if (!__vm_enable_cap(t->v->vm, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, i % 2 ? both : 0))
+			t->nr++;
+		else
+			CHECK(errno == EBUSY, "the capability cannot be changed");
+	}
 	return NULL;
 }
 
@@ -112,6 +116,47 @@ TEST(logging_on_while_manual_protect_changes)
 	}
 	WRITE_ONCE(t.stop, true);
 	CHECK_OK(pthread_join(thread, NULL));
+	TH_LOG("changed %lu times", t.nr);
+	dsr_free(v);
+}
+
+/*
+ * Pages that started dirty are not protected when logging begins: a change while
+ * there is a log would have them taken for pages that were.
+ */
+TEST(manual_protect_cannot_change_while_logging)
+{
+	uint64_t both = KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE | KVM_DIRTY_LOG_INITIALLY_SET;
+	const uint64_t values[] = { 0, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE, both };
+	uint32_t cap = KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2;
+	struct dsr *v = dsr_new(.entries = 64, .nr_vcpus = 1, .no_log = true);
+	int i, k;
+
+	for (i = 0; i < ARRAY_SIZE(values); i++) {
+		CHECK_OK(__vm_enable_cap(v->vm, cap, values[i]));
+		dsr_log(v, true);
+		dsr_reopen(v);
+		for (k = 0; k < ARRAY_SIZE(values); k++) {
+			if (k != i)
+				CHECK_ERR(__vm_enable_cap(v->vm, cap, values[k]), EBUSY);
+		}
+		/* What it is already, it may be told again; what is no value stays none. */
+		CHECK_OK(__vm_enable_cap(v->vm, cap, values[i]));
+		CHECK_ERR(__vm_enable_cap(v->vm, cap, 4), EINVAL);
+		CHECK_ERR(__vm_enable_cap(v->vm, cap, KVM_DIRTY_LOG_INITIALLY_SET), EINVAL);
+		if (values[i] == both)
+			expect(v, 0, v->npages);
+		expect_armed(v, 7, 90);
+		dsr_log(v, false);
+		for (k = 0; k < ARRAY_SIZE(values); k++)
+			CHECK_OK(__vm_enable_cap(v->vm, cap, values[k]));
+	}
+	dsr_free(v);
+
+	/* Without slot rings all is as ever. */
+	v = dsr_new(.no_cap = true);
+	for (k = 0; k < ARRAY_SIZE(values); k++)
+		CHECK_OK(__vm_enable_cap(v->vm, cap, values[k]));
 	dsr_free(v);
 }
 

@@ -11,6 +11,7 @@
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/epoll.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -286,7 +287,8 @@ TEST(map_hostile_consumer_loop)
 TEST(map_forbidden)
 {
 	struct dsr *v = dsr_new(.entries = 1024, .nr_vcpus = 2);
-	uint64_t stride = dsr_info(v->fd).stride;
+	const uint64_t area = dsr_info(v->fd).consumers_size / PG;
+	const uint64_t pages = dsr_info(v->fd).stride / PG;
 	const struct {
 		uint64_t off;		/* in pages */
 		uint64_t len;
@@ -294,36 +296,43 @@ TEST(map_forbidden)
 		int flags;
 		int err;		/* 0: allowed */
 	} t[] = {
+		/* the consumers: all of them, or pages of them */
+		{ 0, area, PROT_READ | PROT_WRITE, MAP_SHARED, 0 },
 		{ 0, 1, PROT_READ | PROT_WRITE, MAP_SHARED, 0 },
 		{ 0, 1, PROT_READ, MAP_SHARED, 0 },
 		{ 0, 1, PROT_WRITE, MAP_SHARED, 0 },
-		{ 1, 1, PROT_READ, MAP_SHARED, 0 },
-		{ 2, 2, PROT_READ, MAP_SHARED, 0 },
-		{ 0, 4, PROT_READ, MAP_SHARED, 0 },
-		{ 1, 1, PROT_READ | PROT_WRITE, MAP_SHARED, EPERM },
-		{ 1, 1, PROT_WRITE, MAP_SHARED, EPERM },
-		{ 2, 1, PROT_READ | PROT_WRITE, MAP_SHARED, EPERM },
-		{ 3, 1, PROT_READ | PROT_WRITE, MAP_SHARED, EPERM },
-		{ 2, 2, PROT_READ | PROT_WRITE, MAP_SHARED, EPERM },
-		{ 0, 2, PROT_READ | PROT_WRITE, MAP_SHARED, EPERM },
-		{ 0, 4, PROT_READ | PROT_WRITE, MAP_SHARED, EPERM },
-		{ 0, stride / PG, PROT_READ | PROT_WRITE, MAP_SHARED, EPERM },
-		{ 0, 2 * stride / PG, PROT_READ | PROT_WRITE, MAP_SHARED, EPERM },
-		/* from a consumer page up to the next one: both ends are good */
-		{ 0, stride / PG + 1, PROT_READ | PROT_WRITE, MAP_SHARED, EPERM },
-		/* from the last page of one ring to the first of the next */
-		{ stride / PG - 1, 2, PROT_READ | PROT_WRITE, MAP_SHARED, EPERM },
-		{ stride / PG, 1, PROT_READ | PROT_WRITE, MAP_SHARED, 0 },
-		{ stride / PG + 1, 1, PROT_READ | PROT_WRITE, MAP_SHARED, EPERM },
+		{ 1, area - 1, PROT_READ | PROT_WRITE, MAP_SHARED, 0 },
+		{ area / 2, 2, PROT_READ | PROT_WRITE, MAP_SHARED, 0 },
+		{ area - 1, 1, PROT_READ | PROT_WRITE, MAP_SHARED, 0 },
+		/* anything, to read it */
+		{ area, 1, PROT_READ, MAP_SHARED, 0 },
+		{ area + 1, 2, PROT_READ, MAP_SHARED, 0 },
+		{ area - 1, 2, PROT_READ, MAP_SHARED, 0 },
+		{ 0, area + 2 * pages, PROT_READ, MAP_SHARED, 0 },
+		/* nothing else, to write it */
+		{ area, 1, PROT_READ | PROT_WRITE, MAP_SHARED, EPERM },
+		{ area, 1, PROT_WRITE, MAP_SHARED, EPERM },
+		{ area + 1, 1, PROT_READ | PROT_WRITE, MAP_SHARED, EPERM },
+		{ area + 1, 2, PROT_READ | PROT_WRITE, MAP_SHARED, EPERM },
+		{ area, pages, PROT_READ | PROT_WRITE, MAP_SHARED, EPERM },
+		{ area + pages, 1, PROT_READ | PROT_WRITE, MAP_SHARED, EPERM },
+		/* begins in the area and ends beyond it */
+		{ 0, area + 1, PROT_READ | PROT_WRITE, MAP_SHARED, EPERM },
+		{ area - 1, 2, PROT_READ | PROT_WRITE, MAP_SHARED, EPERM },
+		{ area - 1, 2, PROT_WRITE, MAP_SHARED, EPERM },
+		{ 1, area, PROT_READ | PROT_WRITE, MAP_SHARED, EPERM },
+		{ 0, area + 2 * pages, PROT_READ | PROT_WRITE, MAP_SHARED, EPERM },
+		/* so far away that a sum may overflow */
+		{ (1ull << 51) - 1, 1, PROT_READ | PROT_WRITE, MAP_SHARED, EPERM },
 		{ 0, 1, PROT_READ | PROT_EXEC, MAP_SHARED, EPERM },
-		{ 1, 1, PROT_READ | PROT_EXEC, MAP_SHARED, EPERM },
-		{ 2, 1, PROT_EXEC, MAP_SHARED, EPERM },
+		{ area, 1, PROT_READ | PROT_EXEC, MAP_SHARED, EPERM },
+		{ area + 1, 1, PROT_EXEC, MAP_SHARED, EPERM },
 		{ 0, 1, PROT_READ | PROT_WRITE | PROT_EXEC, MAP_SHARED, EPERM },
 		{ 0, 1, PROT_READ | PROT_WRITE, MAP_PRIVATE, EINVAL },
 		{ 0, 1, PROT_READ, MAP_PRIVATE, EINVAL },
-		{ 1, 1, PROT_READ, MAP_PRIVATE, EINVAL },
-		{ 1, 1, PROT_READ | PROT_WRITE, MAP_PRIVATE, EINVAL },
-		{ 2, 1, PROT_READ, MAP_PRIVATE, EINVAL },
+		{ area, 1, PROT_READ, MAP_PRIVATE, EINVAL },
+		{ area, 1, PROT_READ | PROT_WRITE, MAP_PRIVATE, EINVAL },
+		{ area + 1, 1, PROT_READ, MAP_PRIVATE, EINVAL },
 	};
 	void *p;
 	int i;
@@ -344,8 +353,9 @@ TEST(map_cannot_be_changed)
 {
 	struct dsr *v = dsr_new(.entries = 1024, .nr_vcpus = 1);
 	struct dsr_ring ring = dsr_map(v->fd, 0);
-	void *kern = (void *)ring.kern, *runs = (void *)ring.runs, *all, *p;
-	size_t len = 4 * PG;
+	void *kern = (void *)ring.kern, *runs = (void *)ring.runs, *all, *last, *p;
+	struct kvm_dirty_slot_log_info info = dsr_info(v->fd);
+	size_t area = info.consumers_size, len = area + info.stride;
 	uint64_t producer, x = 12345;
 	int fd;
 
@@ -353,25 +363,36 @@ TEST(map_cannot_be_changed)
 	producer = dsr_producer(&ring);
 	all = mmap(NULL, len, PROT_READ, MAP_SHARED, v->fd, 0);
 	CHECK(all != MAP_FAILED, "no mapping");
+	/* the last page of the area: what comes after it is the kernel page */
+	last = mmap(NULL, PG, PROT_READ | PROT_WRITE, MAP_SHARED, v->fd, area - PG);
+	CHECK(last != MAP_FAILED, "no mapping");
 
 	CHECK_ERR(mprotect(kern, PG, PROT_READ | PROT_WRITE), EACCES);
 	CHECK_ERR(mprotect(runs, PG, PROT_READ | PROT_WRITE), EACCES);
 	CHECK_ERR(mprotect(kern, ring.size, PROT_WRITE), EACCES);
 	CHECK_ERR(mprotect(all, len, PROT_READ | PROT_WRITE), EACCES);
-	CHECK_ERR(mprotect(all + PG, PG, PROT_READ | PROT_WRITE), EACCES);
+	CHECK_ERR(mprotect(all, PG, PROT_READ | PROT_WRITE), EACCES);
+	CHECK_ERR(mprotect(all + area, PG, PROT_READ | PROT_WRITE), EACCES);
 	CHECK_ERR(mprotect(kern, PG, PROT_READ | PROT_EXEC), EACCES);
-	CHECK_ERR(mprotect(ring.user, PG, PROT_READ | PROT_EXEC), EACCES);
-	CHECK_ERR(mprotect(ring.user, PG, PROT_READ | PROT_WRITE | PROT_EXEC), EACCES);
+	CHECK_ERR(mprotect(ring.area, PG, PROT_READ | PROT_EXEC), EACCES);
+	CHECK_ERR(mprotect(ring.area, area, PROT_READ | PROT_WRITE | PROT_EXEC), EACCES);
+	/* A consumer may be made read-only, and writable again. */
+	CHECK_OK(mprotect(ring.area, PG, PROT_READ));
+	CHECK_EQ(probe(ring.user, true), SIGSEGV);
+	CHECK_OK(mprotect(ring.area, PG, PROT_READ | PROT_WRITE));
 
-	CHECK_ERR((long)mremap(ring.user, PG, 2 * PG, MREMAP_MAYMOVE), EFAULT);
-	CHECK_ERR((long)mremap(ring.user, PG, 4 * PG, 0), EFAULT);
+	CHECK_ERR((long)mremap(ring.area, area, area + PG, MREMAP_MAYMOVE), EFAULT);
+	CHECK_ERR((long)mremap(ring.area, PG, area + PG, MREMAP_MAYMOVE), EFAULT);
+	CHECK_ERR((long)mremap(last, PG, 2 * PG, MREMAP_MAYMOVE), EFAULT);
+	CHECK_ERR((long)mremap(last, PG, 4 * PG, 0), EFAULT);
 	/* a length of 0 asks for a second mapping of the same pages */
-	p = mremap(ring.user, 0, 2 * PG, MREMAP_MAYMOVE);
+	p = mremap(last, 0, 2 * PG, MREMAP_MAYMOVE);
 	CHECK(p == MAP_FAILED, "a second and longer mapping");
 
 	CHECK_EQ(probe(kern, true), SIGSEGV);
 	CHECK_EQ(probe(runs, true), SIGSEGV);
 	CHECK_EQ(probe(all, true), SIGSEGV);
+	CHECK_EQ(probe(all + area, true), SIGSEGV);
 
 	/* by ways that do not ask the page tables */
 	fd = open("/proc/self/mem", O_RDWR);
@@ -387,13 +408,12 @@ TEST(map_cannot_be_changed)
 	close(fd);
 
 	CHECK_EQ(dsr_producer(&ring), producer);
-	CHECK(READ_ONCE(*(uint64_t *)(all + PG)) == producer, "another kernel page");
+	CHECK(READ_ONCE(*(uint64_t *)(all + area)) == producer, "another kernel page");
 
-	/* This moves the writable mapping on to the kernel page, if it may. */
-	CHECK(syscall(SYS_remap_file_pages, ring.user, PG, 0, 1, 0), "remapped to kernel page");
-	munmap(ring.user, PG);
-	ring.user = mmap(NULL, PG, PROT_READ | PROT_WRITE, MAP_SHARED, v->fd, 0);
-	CHECK(ring.user != MAP_FAILED, "no mapping");
+	/* This moves a writable mapping on to the kernel page, if it may. */
+	CHECK(syscall(SYS_remap_file_pages, last, PG, 0, area / PG, 0),
+	      "remapped to kernel page");
+	munmap(last, PG);
 	markers_check(&ring);
 	CHECK_EQ(dsr_producer(&ring), producer);
 	expect_step(v, 0, 50, 2);
@@ -402,40 +422,115 @@ TEST(map_cannot_be_changed)
 	dsr_free(v);
 }
 
+/* What lies between consumers, or is of rings that do not exist, is nobody's. */
+TEST(map_garbage_in_area)
+{
+	struct dsr *v = dsr_new(.entries = 64, .nr_vcpus = 2, .max_vcpus = 3);
+	struct dsr_ring ring = dsr_map(v->fd, 0), late;
+	uint64_t *area = ring.area;
+	int i, round;
+
+	for (round = 0; round < 2; round++) {
+		guest_write_step(v, 0, 0, 30, 2);
+		guest_write_step(v, 1, 101, 30, 2);
+		for (i = 0; i < PG / 8; i++) {
+			/* all but the counters of the two, later three */
+			if (i % 8 || i / 8 >= 2 + round)
+				WRITE_ONCE(area[i], ~0ull - i);
+		}
+		CHECK_EQ(dsr_reset(v->fd), 0);
+		expect_step(v, 0, 30, 2);
+		if (!round) {
+			/* A vCPU that comes finds its counter where it has to be. */
+			dsr_add_vcpu(v, 2);
+			late = dsr_map(v->fd, 2);
+			CHECK_EQ(dsr_consumer(&late), 0);
+		}
+	}
+	guest_write_step(v, 2, 200, 30, 2);
+	markers_check(&late);
+	CHECK_EQ(dsr_producer(&late), 30);
+	expect_step(v, 200, 30, 2);
+	markers_check(&late);
+	dsr_unmap(&late);
+	dsr_unmap(&ring);
+	dsr_free(v);
+}
+
+/* One mapping has the consumers of all rings, and pieces of it are the same. */
+TEST(map_area_in_pieces)
+{
+	struct dsr *v = dsr_new(.entries = 64, .nr_vcpus = 2);
+	struct dsr_ring ring[2] = { dsr_map(v->fd, 0), dsr_map(v->fd, 1) };
+	uint64_t *page = mmap(NULL, PG, PROT_READ | PROT_WRITE, MAP_SHARED, v->fd, 0);
+	uint64_t *last, size = dsr_info(v->fd).consumers_size;
+	uint8_t *want = set_new(v);
+
+	CHECK(page != MAP_FAILED, "no mapping");
+	guest_write_step(v, 0, 0, 20, 2);
+	guest_write_step(v, 1, 101, 30, 2);
+	page[0] = 20;
+	ring[1].user->consumer = 10;
+	CHECK_EQ(dsr_consumer(&ring[0]), 20);
+	CHECK_EQ(page[KVM_DIRTY_SLOT_CONSUMER_STRIDE / 8], 10);
+	CHECK(ring[0].area != ring[1].area && (void *)page != ring[0].area, "one mapping");
+	CHECK_EQ(*(uint64_t *)(ring[0].area + KVM_DIRTY_SLOT_CONSUMER_STRIDE), 10);
+	CHECK_EQ(dsr_reset(v->fd), 30);
+	set_add(want, 121, 20, 2);
+	expect_set(v, want);
+	CHECK_EQ(page[0], 20);
+	CHECK_EQ(page[KVM_DIRTY_SLOT_CONSUMER_STRIDE / 8], 30);
+
+	/* Where no vCPU has a place yet nothing is. */
+	last = mmap(NULL, PG, PROT_READ | PROT_WRITE, MAP_SHARED, v->fd, size - PG);
+	CHECK(last != MAP_FAILED, "no mapping");
+	CHECK(size > PG, "an area of one page");
+	CHECK_EQ(probe(last, false), SIGBUS);
+	CHECK_EQ(probe(last, true), SIGBUS);
+	CHECK_EQ(probe(ring[0].area + PG, true), SIGBUS);
+	munmap(last, PG);
+	munmap(page, PG);
+	dsr_unmap(&ring[0]);
+	dsr_unmap(&ring[1]);
+	free(want);
+	dsr_free(v);
+}
+
 TEST(map_beyond_is_sigbus)
 {
 	struct dsr *v = dsr_new(.entries = 512, .nr_vcpus = 2);
-	uint64_t stride = dsr_info(v->fd).stride, off;
+	uint64_t stride = dsr_info(v->fd).stride, area = dsr_info(v->fd).rings_offset, off;
 	const uint64_t rings[] = { 2, 3, 8, 1000, 1 << 20, 1ull << 32 };
 	void *p;
 	int i, pg;
 
 	/* All of what exists is there, */
-	for (off = 0; off < 2 * stride; off += stride) {
-		for (pg = 0; pg < 3; pg++) {
-			p = mmap(NULL, PG, PROT_READ, MAP_SHARED, v->fd, off + pg * PG);
-			CHECK(p != MAP_FAILED, "no mapping");
-			CHECK_EQ(probe(p, false), 0);
-			munmap(p, PG);
-		}
+	for (off = area; off < area + 2 * stride; off += PG) {
+		p = mmap(NULL, PG, PROT_READ, MAP_SHARED, v->fd, off);
+		CHECK(p != MAP_FAILED, "no mapping");
+		CHECK_EQ(probe(p, false), 0);
+		munmap(p, PG);
 	}
 	/* what does not is not. */
 	for (i = 0; i < ARRAY_SIZE(rings); i++) {
-		for (pg = 0; pg < 3; pg++) {
+		for (pg = 0; pg < 2; pg++) {
 			p = mmap(NULL, PG, PROT_READ, MAP_SHARED, v->fd,
-				 rings[i] * stride + pg * PG);
+				 area + rings[i] * stride + pg * PG);
 			if (p == MAP_FAILED)
 				continue;
 			CHECK_EQ(probe(p, false), SIGBUS);
 			munmap(p, PG);
 		}
 	}
-	/* one mapping across the end */
-	p = mmap(NULL, 3 * stride, PROT_READ, MAP_SHARED, v->fd, 0);
+	/* one mapping of all, across the end */
+	p = mmap(NULL, area + 3 * stride, PROT_READ, MAP_SHARED, v->fd, 0);
 	CHECK(p != MAP_FAILED, "no mapping");
-	CHECK_EQ(probe(p + stride, false), 0);
-	CHECK_EQ(probe(p + 2 * stride, false), SIGBUS);
-	munmap(p, 3 * stride);
+	CHECK_EQ(probe(p, false), 0);
+	CHECK_EQ(probe(p + area - PG, false), SIGBUS);
+	CHECK_EQ(probe(p + area, false), 0);
+	CHECK_EQ(probe(p + area + 2 * stride - PG, false), 0);
+	CHECK_EQ(probe(p + area + 2 * stride, false), SIGBUS);
+	munmap(p, area + 3 * stride);
 	dsr_free(v);
 }
 
@@ -642,6 +737,31 @@ TEST(exit_on_full_slot_deleted)
 	dsr_free(v);
 }
 
+/*
+ * A ring with room for all pages of its slot makes no vCPU leave.  Rings of one
+ * entry that did, of a slot of one page, would have the vCPU never get on: full
+ * with the page that it is about to write, which the harvest protects again.
+ */
+TEST(exit_on_full_small_slot)
+{
+	struct dsr *v = dsr_new(.entries = 64, .nr_vcpus = 1, .npages = 1,
+				.flags = KVM_DIRTY_SLOT_RING_EXIT_ON_FULL);
+	struct dsr_ring ring = dsr_map(v->fd, 0);
+	int i;
+
+	CHECK_EQ(ring.entries, 1);
+	for (i = 0; i < 5; i++) {
+		guest_write(v, 0, 0, 1);	/* which does not take an exit */
+		CHECK_EQ(dsr_producer(&ring) - dsr_reset_marker(&ring), 1);
+		/* Nor does it leave for its full ring when it runs again. */
+		guest_write(v, 0, 0, 1);
+		CHECK_EQ(poll_log(v->fd, 0), POLLIN);
+		expect(v, 0, 1);
+	}
+	dsr_unmap(&ring);
+	dsr_free(v);
+}
+
 /* -- poll ----------------------------------------------------------------- */
 
 TEST(poll_half_full)
@@ -769,6 +889,98 @@ TEST(poll_wakes_for_marks)
 	CHECK(marked, "no page marked");
 	TH_LOG("%lu pages, each harvested", marked);
 	expect_nothing(v);
+	free(t.got);
+	dsr_free(v);
+}
+
+/* As above, but it is told of changes alone, and of what was there at the start. */
+static void *edge_thread(void *arg)
+{
+	struct epoll_event ev = { .events = EPOLLIN | EPOLLET };
+	int ep = epoll_create1(0);
+	struct taker *t = arg;
+	uint64_t n;
+
+	CHECK_OK(epoll_ctl(ep, EPOLL_CTL_ADD, t->v->fd, &ev));
+	while (!READ_ONCE(t->stop)) {
+		CHECK(epoll_wait(ep, &ev, 1, 4 * WAKE_UP_MS) >= 0, "epoll_wait");
+		/* until there is no MORE */
+		n = harvest_cap(t->v->fd, t->got, t->v->npages, 0, 64);
+		__atomic_fetch_add(&t->nr, n, __ATOMIC_RELEASE);
+	}
+	close(ep);
+	return NULL;
+}
+
+/*
+ * What makes the log readable while a harvest takes what did so before is an event
+ * of its own, though the log was readable all the time.
+ */
+TEST(poll_edge_for_marks)
+{
+	struct dsr *v = dsr_new(.npages = 16 * 64 * 64);
+	struct taker t = { .v = v, .got = set_new(v) };
+	uint64_t marked = 0, since, end = now_ms() + (quick ? 500 : 5000);
+	int i;
+
+	CHECK_OK(pthread_create(&t.thread, NULL, edge_thread, &t));
+	while (now_ms() < end) {
+		for (i = random() % 4; i >= 0; i--) {
+			marked += dsr_mark(v->fd, random() % v->npages, 1);
+			dither(400);
+		}
+		since = now_ms();
+		while (__atomic_load_n(&t.nr, __ATOMIC_ACQUIRE) != marked) {
+			CHECK(now_ms() - since < WAKE_UP_MS,
+			      "no event: %lu marked, %lu harvested, readable: %d",
+			      marked, t.nr, poll_log(v->fd, 0));
+			sched_yield();
+		}
+	}
+	WRITE_ONCE(t.stop, true);
+	dsr_mark(v->fd, 0, 1);
+	CHECK_OK(pthread_join(t.thread, NULL));
+	CHECK(marked, "no page marked");
+	free(t.got);
+	dsr_free(v);
+}
+
+/*
+ * The same for a ring.  A harvest takes what was in it when it began; the entries
+ * that come meanwhile may leave it half full, and the vCPU that pushed them found it
+ * fuller than that, and called nobody.
+ */
+TEST(poll_edge_for_ring)
+{
+	struct dsr *v = dsr_new(.entries = 64, .nr_vcpus = 1);
+	struct dsr_ring ring = dsr_map(v->fd, 0);
+	struct taker t = { .v = v, .got = set_new(v) };
+	uint64_t since, end = now_ms() + (quick ? 500 : 5000), n = 0;
+	int i;
+
+	CHECK_OK(pthread_create(&t.thread, NULL, edge_thread, &t));
+	guest_start(v, 0, (struct mailbox){ .op = OP_BATCHES, .npages = 45, .step = 2 });
+	while (now_ms() < end) {
+		for (i = random() % 3; i >= 0; i--, n++) {
+			WRITE_ONCE(v->mb[0]->first, n * 91 % (v->npages - 90));
+			guest_batch(v, 0);
+			dither(400);
+		}
+		since = now_ms();
+		while (dsr_producer(&ring) - dsr_reset_marker(&ring) >= ring.entries / 2) {
+			CHECK(now_ms() - since < WAKE_UP_MS,
+			      "no event: %lu entries, readable: %d",
+			      dsr_producer(&ring) - dsr_reset_marker(&ring), poll_log(v->fd, 0));
+			sched_yield();
+		}
+	}
+	guest_join(v, 0);
+	WRITE_ONCE(t.stop, true);
+	dsr_mark(v->fd, v->npages - 1, 1);
+	CHECK_OK(pthread_join(t.thread, NULL));
+	CHECK(t.nr, "nothing harvested");
+	TH_LOG("%lu batches, %lu pages harvested", n, t.nr);
+	dsr_unmap(&ring);
 	free(t.got);
 	dsr_free(v);
 }

@@ -3,12 +3,14 @@
  * Dirty slot rings over memory of other kinds: huge pages, read-only memory,
  * memory that userspace supplies, and pages that the host merges.
  */
+#include <errno.h>
 #include <fcntl.h>
+#include <pthread.h>
 #include <sched.h>
+#include <signal.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
-#include <sys/syscall.h>
 #include <unistd.h>
 
 #include "processor.h"
@@ -95,12 +97,10 @@ TEST(userfaultfd_slot)
 	struct dsr *v = dsr_new(.entries = 64, .nr_vcpus = 2);
 	void *mem = addr_gpa2hva(v->vm, TEST_GPA);
 	struct uffd_desc *uffd;
-	int i, fd;
+	int i;
 
-	fd = syscall(__NR_userfaultfd, O_CLOEXEC);
-	if (fd < 0)
+	if (!have_uffd())
 		SKIP(return, "no userfaultfd");
-	close(fd);
 
 	for (i = 0; i < 3; i++) {
 		CHECK_OK(madvise(mem, v->npages * PG, MADV_DONTNEED));
@@ -129,6 +129,177 @@ TEST(userfaultfd_slot)
 	}
 	dsr_free(v);
 }
+
+/* -- arrays that are not there --------------------------------------------- */
+
+/*
+ * A harvest waits for the memory of its array, with pages of the log in its hands.
+ * No call on that log, or on all of the VM's, waits for it, and the pages are its
+ * own.  Were the log's mutex held meanwhile, this would hang.
+ */
+static void check_stuck_harvest(unsigned long cmd)
+{
+	bool vm_wide = cmd == KVM_DIRTY_VM_LOG_HARVEST;
+	struct dsr *v = dsr_new(.entries = 64, .nr_vcpus = 1);
+	int all = dsr_open(v->vm, KVM_DIRTY_SLOT_ALL), other, i, k;
+	struct gated_call c = { .cmd = cmd, .nr_runs = 128 };
+	struct kvm_dirty_slot_runs args;
+	struct kvm_dirty_vm_harvest vm_args;
+	struct kvm_dirty_vm_run vm_runs[8], *vm_run;
+	uint8_t *got = set_new(v), *want = set_new(v);
+	struct kvm_dirty_run run;
+
+	c.fd = vm_wide ? all : v->fd;
+	vm_userspace_mem_region_add(v->vm, VM_MEM_SRC_ANONYMOUS, OTHER_GPA, OTHER_SLOT,
+				    v->npages, KVM_MEM_LOG_DIRTY_PAGES);
+	other = dsr_open(v->vm, OTHER_SLOT);
+	set_add(want, 0, 100, 2);
+	for (i = 0; i < 3; i++) {
+		guest_write_step(v, 0, 0, 100, 2);
+		gated_start(&c);
+
+		/* Those that it has are nobody else's, and are not readable any more. */
+		CHECK_EQ(poll_log(v->fd, 0), 0);
+		expect_nothing(v);
+		/* A vCPU, the VMM, and who takes the pages. */
+		guest_write_step(v, 0, 300, 50, 2);
+		CHECK_EQ(dsr_mark(v->fd, 450, 4), 4);
+		CHECK_EQ(dsr_discard(v->fd, 450, 4), 4);
+		CHECK_EQ(dsr_reset(v->fd), 0);
+		CHECK_EQ(bitmap_take(v, NULL), 50);
+		guest_write_step(v, 0, 301, 50, 2);
+		expect_step(v, 301, 50, 2);
+		CHECK_EQ(dsr_mark(v->fd, 450, 4), 4);
+		CHECK_EQ(dsr_mark(other, 7, 1), 1);
+		CHECK_OK(__dsr_vm_harvest(all, vm_runs, 8, KVM_DIRTY_HARVEST_SYNC, &vm_args));
+		CHECK_EQ(vm_args.nr_pages, 5);
+		CHECK_EQ(vm_args.flags & KVM_DIRTY_HARVEST_MORE, 0);
+
+		/* A slot that is gone has something left as long as somebody has it in hand. */
+		if (i == 2) {
+			dsr_log(v, false);
+			CHECK_OK(__dsr_runs(v->fd, KVM_DIRTY_SLOT_LOG_HARVEST, &run, 1, 0, &args));
+			CHECK_EQ(args.nr_runs, 0);
+		}
+		gated_end(&c);
+		CHECK(!c.ret, "the call gave %d, errno %d", c.ret, c.err);
+		memset(got, 0, v->npages);
+		if (vm_wide) {
+			for (vm_run = c.runs, k = 0; k < c.vm_args.nr_runs; k++, vm_run++) {
+				CHECK_EQ(vm_run->slot, TEST_SLOT);
+				set_add(got, vm_run->offset, vm_run->npages, 1);
+			}
+		} else {
+			runs_take(got, v->npages, c.runs, &c.args, 128);
+		}
+		set_check(v, got, want);
+		if (i < 2)
+			expect_armed(v, 0, v->npages);
+		else
+			check_dead(v, 0, 0, 1);
+	}
+	free(got);
+	free(want);
+	close(other);
+	close(all);
+	dsr_free(v);
+}
+
+TEST(stuck_harvest_holds_up_nobody)
+{
+	if (!have_uffd())
+		SKIP(return, "no userfaultfd");
+	check_stuck_harvest(KVM_DIRTY_SLOT_LOG_HARVEST);
+}
+
+TEST(stuck_vm_harvest_holds_up_nobody)
+{
+	if (!have_uffd())
+		SKIP(return, "no userfaultfd");
+	check_stuck_harvest(KVM_DIRTY_VM_LOG_HARVEST);
+}
+
+/* MARK and DISCARD look at their array before anything else. */
+TEST(stuck_mark_holds_up_nobody)
+{
+	const unsigned long cmds[] = { KVM_DIRTY_SLOT_LOG_MARK, KVM_DIRTY_SLOT_LOG_DISCARD };
+	struct dsr *v = dsr_new(.entries = 64, .nr_vcpus = 1);
+	struct gated_call c = { .fd = v->fd, .nr_runs = 128 };
+	int i;
+
+	if (!have_uffd())
+		SKIP(return, "no userfaultfd");
+	for (i = 0; i < 4; i++) {
+		c.cmd = cmds[i & 1];
+		gated_start(&c);
+		guest_write_step(v, 0, 0, 100, 2);
+		CHECK_EQ(dsr_mark(v->fd, 450, 4), 4);
+		CHECK_EQ(dsr_discard(v->fd, 450, 4), 4);
+		expect_step(v, 0, 100, 2);
+		gated_end(&c);
+		/* What came are zeroes: runs of no pages. */
+		CHECK(c.ret == -1 && c.err == EINVAL, "gave %d, errno %d", c.ret, c.err);
+		expect_nothing(v);
+	}
+	dsr_free(v);
+}
+
+struct long_discard {
+	int fd, ret, err;
+	struct kvm_dirty_run *runs;
+	struct kvm_dirty_slot_runs args;
+	uint32_t nr;
+	bool done;
+	pthread_t thread;
+};
+
+static void *long_discard_thread(void *arg)
+{
+	struct long_discard *d = arg;
+
+	d->ret = __dsr_runs(d->fd, KVM_DIRTY_SLOT_LOG_DISCARD, d->runs, d->nr, 0, &d->args);
+	d->err = errno;
+	__atomic_store_n(&d->done, true, __ATOMIC_RELEASE);
+	return NULL;
+}
+
+/*
+ * DISCARD of the whole slot, a million times over, takes long.  Harvests go on
+ * meanwhile: none waits for its end, or the first of them would last as long.
+ */
+TEST(long_discard_holds_up_nobody)
+{
+	struct dsr *v = dsr_new(.npages = 1 << 18);
+	struct long_discard d = { .fd = v->fd, .nr = 1 << 20 };
+	struct kvm_dirty_slot_runs args;
+	struct kvm_dirty_run run;
+	int i;
+
+	d.runs = malloc(d.nr * sizeof(*d.runs));
+	for (i = 0; i < d.nr; i++)
+		d.runs[i] = (struct kvm_dirty_run){ .offset = 0, .npages = v->npages };
+	signals_every_us(0);	/* for its handler */
+	CHECK_OK(pthread_create(&d.thread, NULL, long_discard_thread, &d));
+	sleep_ms(20);
+	for (i = 0; i < 50; i++) {
+		dsr_mark(v->fd, i * 100, 3);
+		CHECK_OK(__dsr_runs(v->fd, KVM_DIRTY_SLOT_LOG_HARVEST, &run, 1, 0, &args));
+		CHECK(!args.nr_runs || (run.offset == i * 100 && run.npages <= 3), "%u + %u",
+		      run.offset, run.npages);
+	}
+	CHECK(!__atomic_load_n(&d.done, __ATOMIC_ACQUIRE), "harvests, or the DISCARD was short");
+	/* And it looks at signals. */
+	CHECK_OK(pthread_kill(d.thread, SIGALRM));
+	CHECK_OK(pthread_join(d.thread, NULL));
+	CHECK(d.ret == -1 && d.err == EINTR, "DISCARD gave %d, errno %d", d.ret, d.err);
+	expect_nothing(v);
+	CHECK_EQ(dsr_mark(v->fd, 0, v->npages), v->npages);
+	CHECK_EQ(dsr_discard(v->fd, 0, v->npages), v->npages);
+	free(d.runs);
+	dsr_free(v);
+}
+
+/* -- pages that the host merges -------------------------------------------- */
 
 static void write_file(const char *name, const char *value)
 {

@@ -9,6 +9,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <sys/sysinfo.h>
 #include <unistd.h>
 
@@ -189,6 +190,121 @@ TEST(reset_spinning_vcpu)
 	dsr_free(v);
 }
 
+/* -- many vCPUs that never rest -------------------------------------------- */
+
+/* Guests must leave something of few CPUs to who harvests. */
+static void guests_start(struct dsr *v, int nr, uint64_t npages, uint64_t apart)
+{
+	int i;
+
+	CHECK_OK(setpriority(PRIO_PROCESS, 0, 10));
+	for (i = 0; i < nr; i++) {
+		guest_start(v, i, (struct mailbox){
+			.op = OP_RANDOM, .gva = TEST_GVA + i * apart * PG, .npages = npages,
+			.value = 1000 + i * 77,
+		});
+	}
+	CHECK_OK(setpriority(PRIO_PROCESS, 0, 0));
+}
+
+static void guests_join(struct dsr *v, int nr)
+{
+	int i;
+
+	for (i = 0; i < nr; i++)
+		WRITE_ONCE(v->mb[i]->stop, 1);
+	for (i = 0; i < nr; i++)
+		guest_join(v, i);
+}
+
+/*
+ * However many vCPUs write hot pages while HARVEST works, it ends, with no more than
+ * was logged when it began: what rings can hold, the overflow once, and for pages that
+ * are taken along with their neighbours what the manual's batch and some are.
+ */
+TEST(harvest_is_bounded)
+{
+	const uint32_t nr = quick ? 8 : MAX_VCPUS, npages = 1024, cap = 1 << 20;
+	struct dsr *v = dsr_new(.entries = 64, .nr_vcpus = nr, .npages = npages);
+	struct kvm_dirty_run *runs = malloc(cap * sizeof(*runs));
+	uint64_t bound = nr * 64 + nr + npages + 4096 + 256 * 64, most = 0;
+	int all = dsr_open(v->vm, KVM_DIRTY_SLOT_ALL), i;
+	struct kvm_dirty_vm_harvest vm_args;
+	struct kvm_dirty_slot_runs args;
+
+	guests_start(v, nr, npages, 0);
+	for (i = 0; i < rounds(100); i++) {
+		CHECK_OK(__dsr_runs(v->fd, KVM_DIRTY_SLOT_LOG_HARVEST, runs, cap,
+				    i & 1 ? KVM_DIRTY_HARVEST_SYNC : 0, &args));
+		CHECK_EQ(args.flags, 0);
+		CHECK(args.nr_pages <= bound, "%llu pages, the bound is %lu", args.nr_pages, bound);
+		most = max(most, args.nr_pages);
+		/* The array is as good for that: half as many runs of twice the size. */
+		CHECK_OK(__dsr_vm_harvest(all, (void *)runs, cap / 2, 0, &vm_args));
+		CHECK_EQ(vm_args.flags, 0);
+		CHECK(vm_args.nr_pages <= bound, "%llu pages, the bound is %lu", vm_args.nr_pages,
+		      bound);
+		most = max(most, vm_args.nr_pages);
+	}
+	guests_join(v, nr);
+	CHECK(most, "nothing was written");
+	TH_LOG("%u vCPUs, at most %lu pages, the bound is %lu", nr, most, bound);
+	free(runs);
+	close(all);
+	dsr_free(v);
+}
+
+/*
+ * Arrays of one run, and each vCPU writes pages of its own without a pause: no ring
+ * that has something waits for more calls than there are rings.
+ */
+TEST(harvest_is_fair)
+{
+	const uint32_t nr = quick ? 8 : 32;
+	struct dsr *v = dsr_new(.entries = 64, .nr_vcpus = nr, .npages = nr * 128);
+	struct dsr_ring *ring = calloc(nr, sizeof(*ring));
+	uint64_t *reset = calloc(nr, sizeof(*reset)), *waits = calloc(nr, sizeof(*waits));
+	struct kvm_dirty_slot_runs args;
+	struct kvm_dirty_run run;
+	uint64_t longest = 0;
+	int i, k, served = 0;
+
+	for (k = 0; k < nr; k++)
+		ring[k] = dsr_map(v->fd, k);
+	guests_start(v, nr, 128, 128);
+	for (i = 0; i < rounds(2000); i++) {
+		/* Those that wait are those that had something before the call. */
+		for (k = 0; k < nr; k++) {
+			reset[k] = dsr_reset_marker(&ring[k]);
+			if (dsr_producer(&ring[k]) == reset[k])
+				reset[k] = -1;
+		}
+		if (!(i % 7))
+			dsr_mark(v->fd, random() % v->npages, 1);
+		CHECK_OK(__dsr_runs(v->fd, KVM_DIRTY_SLOT_LOG_HARVEST, &run, 1, 0, &args));
+		for (k = 0; k < nr; k++) {
+			if (reset[k] == dsr_reset_marker(&ring[k])) {
+				waits[k]++;
+				longest = max(longest, waits[k]);
+				CHECK(waits[k] <= 2 * (nr + 2), "vCPU %d waits for %lu calls", k,
+				      waits[k]);
+			} else {
+				served += !!waits[k];
+				waits[k] = 0;
+			}
+		}
+	}
+	guests_join(v, nr);
+	CHECK(served, "nobody had to wait");
+	TH_LOG("%u vCPUs, at most %lu calls", nr, longest);
+	for (k = 0; k < nr; k++)
+		dsr_unmap(&ring[k]);
+	free(ring);
+	free(reset);
+	free(waits);
+	dsr_free(v);
+}
+
 /* -- signals -------------------------------------------------------------- */
 
 TEST(harvest_under_signals)
@@ -286,6 +402,8 @@ enum collect_by {
 	STEAL_TIME = 32,	/* KVM writes some of the pages */
 	ONE_CPU = 64,		/* all threads on one, so that they preempt each other */
 };
+
+#define NR_VCPUS		2
 
 struct collection {
 	struct dsr *v;
@@ -399,15 +517,15 @@ static void *reset_collector(void *arg)
 	struct collection *s = arg;
 	uint8_t *set = set_new(s->v);
 	struct kvm_dirty_slot_reset args;
-	struct dsr_ring ring[MAX_VCPUS];
+	struct dsr_ring ring[NR_VCPUS];
 	uint64_t p;
 	int i;
 
-	for (i = 0; i < MAX_VCPUS; i++)
+	for (i = 0; i < NR_VCPUS; i++)
 		ring[i] = dsr_map(s->v->fd, i);
 	while (!READ_ONCE(s->stop)) {
 		memset(set, 0, s->v->npages);
-		for (i = 0; i < MAX_VCPUS; i++) {
+		for (i = 0; i < NR_VCPUS; i++) {
 			p = dsr_producer(&ring[i]);
 			set_add_entries(set, s->v->npages, &ring[i], dsr_consumer(&ring[i]), p);
 			dsr_set_consumer(&ring[i], p);
@@ -417,7 +535,7 @@ static void *reset_collector(void *arg)
 			harvest_cap(s->v->fd, set, s->v->npages, 0, s->cap);
 		copy_set(s, set);
 	}
-	for (i = 0; i < MAX_VCPUS; i++)
+	for (i = 0; i < NR_VCPUS; i++)
 		dsr_unmap(&ring[i]);
 	free(set);
 	return NULL;
@@ -471,7 +589,8 @@ static void *unmapper(void *arg)
 FIXTURE_SETUP(contents)
 {
 	memset(self, 0, sizeof(*self));
-	self->c.v = dsr_new(.entries = variant->entries, .nr_vcpus = 2, .npages = 1027);
+	self->c.v = dsr_new(.entries = variant->entries, .nr_vcpus = NR_VCPUS,
+			    .npages = 1027);
 	self->c.copy = calloc(self->c.v->npages, COPY_WORDS * 8);
 	self->c.cap = variant->cap;
 	pthread_mutex_init(&self->c.lock, NULL);

@@ -33,14 +33,29 @@ TEST(cap_probe)
 TEST(cap_sizes)
 {
 	static const uint32_t sizes[] = { 0, 1, 2, 64, 512, 4096, 65536 };
+	/* Rings are no larger than their slot, in powers of two. */
+	static const struct {
+		uint32_t npages, size, entries;
+	} slots[] = {
+		{ 1, 64, 1 }, { 2, 64, 2 }, { 3, 64, 4 }, { 5, 64, 8 }, { 63, 64, 64 },
+		{ 64, 64, 64 }, { 65, 64, 64 }, { 65, 128, 128 }, { 1, 1, 1 }, { 2, 1, 1 },
+		{ 1000, 65536, 1024 }, { 1024, 65536, 1024 }, { 1025, 65536, 2048 },
+	};
 	struct kvm_dirty_slot_log_info info;
 	struct dsr *v;
 	int i;
 
 	for (i = 0; i < ARRAY_SIZE(sizes); i++) {
-		v = dsr_new(.entries = sizes[i]);
+		v = dsr_new(.entries = sizes[i], .npages = DSR_MAX_ENTRIES);
 		info = dsr_info(v->fd);
 		CHECK_EQ(info.entries, sizes[i] ?: DSR_DEFAULT_ENTRIES);
+		dsr_free(v);
+	}
+	for (i = 0; i < ARRAY_SIZE(slots); i++) {
+		v = dsr_new(.entries = slots[i].size, .npages = slots[i].npages);
+		info = dsr_info(v->fd);
+		CHECK_EQ(info.entries, slots[i].entries);
+		CHECK_EQ(info.stride, PG + roundup(slots[i].entries * sizeof(struct kvm_dirty_run), PG));
 		dsr_free(v);
 	}
 }
@@ -246,6 +261,7 @@ TEST(fd_unknown_ioctls)
 		_IOWR(KVMIO, 0xf1, struct kvm_dirty_slot_log_info),
 		_IOWR(KVMIO, 0xf2, struct kvm_dirty_slot_reset),
 		_IOWR(KVMIO, 0xf6, struct kvm_dirty_slot_runs),
+		KVM_DIRTY_VM_LOG_HARVEST,
 		_IOWR('x', 0xf2, struct kvm_dirty_slot_runs),
 	};
 	char buf[256] = { 0 };
@@ -358,11 +374,16 @@ TEST(info_fields)
 	CHECK_EQ(info.nr_rings, 1);
 	CHECK_EQ(info.entries, 128);
 	CHECK_EQ(info.flags, 0);
-	CHECK(info.stride >= 3 * PG && !(info.stride % PG), "stride %#llx", info.stride);
+	CHECK_EQ(info.stride, 2 * PG);
 	CHECK_EQ(info.npages, v->npages);
 	CHECK_EQ(info.base_gfn, TEST_GPA / PG);
-	CHECK(!info.reserved[0] && !info.reserved[1] && !info.reserved[2] && !info.reserved[3],
-	      "reserved fields not zero");
+	/* The area has a place for each vCPU that there may be. */
+	CHECK_EQ(info.consumers_size,
+		 roundup(vm_check_cap(v->vm, KVM_CAP_MAX_VCPUS) * KVM_DIRTY_SLOT_CONSUMER_STRIDE,
+			 PG));
+	CHECK_EQ(info.rings_offset, info.consumers_size);
+	CHECK_EQ(info.log, 1);
+	CHECK(!info.pad && !info.reserved, "reserved fields not zero");
 
 	dsr_add_vcpu(v, 1);
 	CHECK_EQ(dsr_info(v->fd).nr_rings, 2);

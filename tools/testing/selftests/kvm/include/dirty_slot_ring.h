@@ -19,6 +19,10 @@
 
 kvm_static_assert(sizeof(struct kvm_dirty_slot_log_fd) == 8);
 kvm_static_assert(sizeof(struct kvm_dirty_slot_log_info) == 72);
+kvm_static_assert(offsetof(struct kvm_dirty_slot_log_info, log) == 40);
+kvm_static_assert(offsetof(struct kvm_dirty_slot_log_info, consumers_size) == 48);
+kvm_static_assert(sizeof(struct kvm_dirty_vm_harvest) == 56);
+kvm_static_assert(sizeof(struct kvm_dirty_vm_run) == 16);
 kvm_static_assert(sizeof(struct kvm_dirty_slot_runs) == 40);
 kvm_static_assert(sizeof(struct kvm_dirty_slot_reset) == 32);
 kvm_static_assert(sizeof(struct kvm_dirty_run) == 8);
@@ -100,6 +104,19 @@ static inline uint64_t dsr_run(int fd, unsigned long cmd, uint32_t offset, uint3
 #define dsr_discard(fd, offset, npages)	\
 	dsr_run(fd, KVM_DIRTY_SLOT_LOG_DISCARD, offset, npages)
 
+/* HARVEST of all slots; @args holds the outcome. */
+static inline int __dsr_vm_harvest(int fd, const struct kvm_dirty_vm_run *runs,
+				   uint32_t nr_runs, uint32_t flags,
+				   struct kvm_dirty_vm_harvest *args)
+{
+	*args = (struct kvm_dirty_vm_harvest) {
+		.runs = (uintptr_t)runs,
+		.nr_runs = nr_runs,
+		.flags = flags,
+	};
+	return ioctl(fd, KVM_DIRTY_VM_LOG_HARVEST, args);
+}
+
 static inline int __dsr_reset(int fd, struct kvm_dirty_slot_reset *args)
 {
 	memset(args, 0, sizeof(*args));
@@ -120,6 +137,8 @@ static inline uint64_t dsr_reset(int fd)
 struct dsr_ring {
 	uint32_t entries;
 	size_t size;				/* of the read-only mapping */
+	void *area;				/* of the consumers of all rings */
+	size_t area_size;
 	struct kvm_dirty_slot_ring_user *user;
 	const struct kvm_dirty_slot_ring_kern *kern;
 	const struct kvm_dirty_run *runs;
@@ -128,23 +147,24 @@ struct dsr_ring {
 static inline int __dsr_map(int fd, const struct kvm_dirty_slot_log_info *info, uint32_t n,
 			    struct dsr_ring *ring)
 {
+	off_t base = info->rings_offset + n * info->stride;
 	size_t page = getpagesize();
-	off_t base = n * info->stride;
 	void *p;
 
 	ring->entries = info->entries;
-	p = mmap(NULL, page, PROT_READ | PROT_WRITE, MAP_SHARED, fd,
-		 base + KVM_DIRTY_SLOT_RING_USER_PAGE * page);
+	ring->area_size = info->consumers_size;
+	p = mmap(NULL, ring->area_size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
 	if (p == MAP_FAILED)
 		return -1;
-	ring->user = p;
+	ring->area = p;
+	ring->user = p + n * KVM_DIRTY_SLOT_CONSUMER_STRIDE;
 
 	ring->size = (KVM_DIRTY_SLOT_RING_ENTRIES_PAGE - KVM_DIRTY_SLOT_RING_KERN_PAGE) * page +
 		     info->entries * sizeof(struct kvm_dirty_run);
 	p = mmap(NULL, ring->size, PROT_READ, MAP_SHARED, fd,
 		 base + KVM_DIRTY_SLOT_RING_KERN_PAGE * page);
 	if (p == MAP_FAILED) {
-		munmap(ring->user, page);
+		munmap(ring->area, ring->area_size);
 		return -1;
 	}
 	ring->kern = p;
@@ -164,7 +184,7 @@ static inline struct dsr_ring dsr_map(int fd, uint32_t n)
 
 static inline void dsr_unmap(struct dsr_ring *ring)
 {
-	munmap(ring->user, getpagesize());
+	munmap(ring->area, ring->area_size);
 	munmap((void *)ring->kern, ring->size);
 }
 

@@ -17,7 +17,7 @@
 #include "dirty_slot_ring_guest.h"
 #include "dirty_slot_ring_util.h"
 
-#define MAX_VCPUS		2
+#define MAX_VCPUS		64
 
 #define TEST_SLOT		10
 #define TEST_GPA		0x10000000ul
@@ -206,5 +206,25 @@ extern struct gate gate;
 
 struct uffd_msg;
 int gate_handler(int mode, int uffd, struct uffd_msg *msg);
+bool have_uffd(void);
+
+/* A call in a thread of its own, whose array is not there until the gate opens. */
+struct gated_call {
+	int fd;
+	unsigned long cmd;		/* of a memslot's log or the VM's */
+	uint32_t nr_runs, flags;
+	int ret, err;
+	void *runs;			/* PG of them */
+	union {
+		struct kvm_dirty_slot_runs args;
+		struct kvm_dirty_vm_harvest vm_args;
+	};
+	struct uffd_desc *uffd;
+	pthread_t thread;
+};
+
+/* Until it waits for its array; and until it has returned. */
+void gated_start(struct gated_call *c);
+void gated_end(struct gated_call *c);
 
 #endif /* SELFTEST_KVM_DIRTY_SLOT_RING_VM_H */

@@ -4,12 +4,15 @@
  * see dirty_slot_ring_vm.h.
  */
 #include <errno.h>
+#include <fcntl.h>
 #include <pthread.h>
 #include <sched.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #include <linux/userfaultfd.h>
@@ -18,6 +21,7 @@
 #include "processor.h"
 #include "test_util.h"
 #include "ucall_common.h"
+#include "userfaultfd_util.h"
 
 #include "dirty_slot_ring_vm.h"
 
@@ -504,4 +508,45 @@ int gate_handler(int mode, int uffd, struct uffd_msg *msg)
 	while (!READ_ONCE(gate.open))
 		sched_yield();
 	return ioctl(uffd, UFFDIO_COPY, &copy) && errno != EEXIST ? -1 : 0;
+}
+
+bool have_uffd(void)
+{
+	int fd = syscall(__NR_userfaultfd, O_CLOEXEC);
+
+	if (fd >= 0)
+		close(fd);
+	return fd >= 0;
+}
+
+static void *gated_thread(void *arg)
+{
+	struct gated_call *c = arg;
+
+	if (c->cmd == KVM_DIRTY_VM_LOG_HARVEST)
+		c->ret = __dsr_vm_harvest(c->fd, c->runs, c->nr_runs, c->flags, &c->vm_args);
+	else
+		c->ret = __dsr_runs(c->fd, c->cmd, c->runs, c->nr_runs, c->flags, &c->args);
+	c->err = errno;
+	return NULL;
+}
+
+void gated_start(struct gated_call *c)
+{
+	c->runs = mmap(NULL, PG, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	CHECK(c->runs != MAP_FAILED, "no memory");
+	WRITE_ONCE(gate.open, false);
+	WRITE_ONCE(gate.waiting, false);
+	c->uffd = uffd_setup_demand_paging(UFFDIO_REGISTER_MODE_MISSING, 0, c->runs, PG, 1,
+					   gate_handler);
+	CHECK_OK(pthread_create(&c->thread, NULL, gated_thread, c));
+	while (!READ_ONCE(gate.waiting))
+		sched_yield();
+}
+
+void gated_end(struct gated_call *c)
+{
+	WRITE_ONCE(gate.open, true);
+	CHECK_OK(pthread_join(c->thread, NULL));
+	uffd_stop_demand_paging(c->uffd);
 }

@@ -472,20 +472,6 @@ TEST(nested_virtual_apic_page)
 	dsr_free(v);
 }
 
-struct gated_harvest {
-	int fd, ret;
-	struct kvm_dirty_run *runs;
-	struct kvm_dirty_slot_runs args;
-};
-
-static void *gated_thread(void *arg)
-{
-	struct gated_harvest *h = arg;
-
-	h->ret = __dsr_runs(h->fd, KVM_DIRTY_SLOT_LOG_HARVEST, h->runs, 100, 0, &h->args);
-	return NULL;
-}
-
 /*
  * Who is in a call of the log when the VMM is killed puts the last reference to
  * the VM.  What KVM keeps of L1's memory for a vCPU in L2, a shadow VMCS, must
@@ -493,12 +479,10 @@ static void *gated_thread(void *arg)
  */
 TEST(vmm_killed_in_nested_guest)
 {
-	struct gated_harvest h;
+	struct gated_call h = { .cmd = KVM_DIRTY_SLOT_LOG_HARVEST, .nr_runs = 100 };
 	struct vmx_pages *vmx;
-	struct uffd_desc *uffd;
 	uint8_t *canary;
 	struct dsr *v;
-	pthread_t t;
 	void *hva;
 	int sk[2];
 	pid_t pid;
@@ -506,10 +490,8 @@ TEST(vmm_killed_in_nested_guest)
 
 	if (!nested_vmx_supported())
 		SKIP(return, "no nested VMX");
-	i = syscall(__NR_userfaultfd, O_CLOEXEC);
-	if (i < 0)
+	if (!have_uffd())
 		SKIP(return, "no userfaultfd");
-	close(i);
 
 	CHECK_OK(socketpair(AF_UNIX, SOCK_STREAM, 0, sk));
 	pid = fork();
@@ -532,27 +514,166 @@ TEST(vmm_killed_in_nested_guest)
 	CHECK(canary == hva, "there is something at %p already", hva);
 	memset(canary, 0xa5, PG);
 
-	h.runs = mmap(NULL, PG, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-	CHECK(h.runs != MAP_FAILED, "no memory");
-	WRITE_ONCE(gate.open, false);
-	WRITE_ONCE(gate.waiting, false);
-	uffd = uffd_setup_demand_paging(UFFDIO_REGISTER_MODE_MISSING, 0, h.runs, PG, 1,
-					gate_handler);
-	CHECK_OK(pthread_create(&t, NULL, gated_thread, &h));
-	while (!READ_ONCE(gate.waiting))
-		sched_yield();
+	gated_start(&h);
 	kill(pid, SIGKILL);
 	CHECK_EQ(waitpid(pid, NULL, 0), pid);
 	CHECK_EQ(dsr_info(h.fd).flags, 0);	/* the VM is still there */
-	WRITE_ONCE(gate.open, true);
-	CHECK_OK(pthread_join(t, NULL));
+	gated_end(&h);
 	CHECK_EQ(h.ret, 0);
 	CHECK_EQ(h.args.nr_pages, 3);
 	CHECK(poll_log(h.fd, 10000) & POLLHUP, "no POLLHUP");
 	for (i = 0; i < PG; i++)
 		CHECK(canary[i] == 0xa5, "byte %d of another process was written", i);
-	uffd_stop_demand_paging(uffd);
 	close(h.fd);
+}
+
+/* -- what hardware holds, of a vCPU that waits for userspace ----------------- */
+
+static struct {
+	int fd, ret, calls;
+	struct kvm_dirty_run runs[128];
+	struct kvm_dirty_slot_runs args;
+} sync_call;
+
+/* Who supplies the guest's memory looks at the log first. */
+static int sync_handler(int mode, int uffd, struct uffd_msg *msg)
+{
+	if (!sync_call.calls) {
+		sync_call.ret = __dsr_runs(sync_call.fd, KVM_DIRTY_SLOT_LOG_HARVEST,
+					   sync_call.runs, ARRAY_SIZE(sync_call.runs),
+					   KVM_DIRTY_HARVEST_SYNC, &sync_call.args);
+	}
+	__atomic_store_n(&sync_call.calls, sync_call.calls + 1, __ATOMIC_RELEASE);
+	return gate_handler(mode, uffd, msg);
+}
+
+/*
+ * On its way out of the guest KVM reads the task priority from a page of the guest,
+ * which may not be there, and sleeps.  What hardware holds it has to have handed over
+ * by then: who would supply that page may be the one who waits for it, with SYNC.
+ */
+TEST(sync_while_vcpu_waits_for_vapic_page)
+{
+	struct mailbox mb = { .op = OP_BATCHES, .first = 3, .npages = 100, .step = 2 };
+	struct kvm_vapic_addr vapic = { .vapic_addr = OTHER_GPA };
+	struct uffd_desc *uffd;
+	uint8_t *want, *got;
+	struct dsr *v;
+	void *page;
+	int i;
+
+	if (!have_uffd())
+		SKIP(return, "no userfaultfd");
+	v = dsr_new(.entries = 1024, .nr_vcpus = 1);
+	want = set_new(v);
+	set_add(want, mb.first, mb.npages, mb.step);
+	vm_userspace_mem_region_add(v->vm, VM_MEM_SRC_ANONYMOUS, OTHER_GPA, OTHER_SLOT, 1, 0);
+	page = addr_gpa2hva(v->vm, OTHER_GPA);
+	memset(page, 0, PG);
+	vcpu_ioctl(v->vcpu[0], KVM_SET_VAPIC_ADDR, &vapic);
+	sync_call.fd = v->fd;
+	WRITE_ONCE(gate.open, true);
+	uffd = uffd_setup_demand_paging(UFFDIO_REGISTER_MODE_MISSING, 0, page, PG, 1,
+					sync_handler);
+	guest_start(v, 0, mb);
+	for (i = 0; i < rounds(30); i++) {
+		got = set_new(v);
+		guest_batch(v, 0);
+		__atomic_store_n(&sync_call.calls, 0, __ATOMIC_RELEASE);
+		CHECK_OK(madvise(page, PG, MADV_DONTNEED));
+		while (!__atomic_load_n(&sync_call.calls, __ATOMIC_ACQUIRE))
+			sched_yield();
+		CHECK_EQ(sync_call.ret, 0);
+		CHECK_EQ(sync_call.args.flags, 0);
+		runs_take(got, v->npages, sync_call.runs, &sync_call.args,
+			  ARRAY_SIZE(sync_call.runs));
+		set_check(v, got, want);
+		free(got);
+	}
+	guest_join(v, 0);
+	uffd_stop_demand_paging(uffd);
+	expect_nothing(v);
+	free(want);
+	dsr_free(v);
+}
+
+/* -- huge pages ------------------------------------------------------------ */
+
+static bool tdp_mmu(void)
+{
+	return get_kvm_param_bool("tdp_mmu") &&
+	       (host_cpu_is_intel ? get_kvm_intel_param_bool("ept") :
+				    get_kvm_amd_param_bool("npt"));
+}
+
+/*
+ * A harvest, which anybody may make who holds the log, splits no huge pages: that
+ * takes memory.  The next write to one does.  KVM_CLEAR_DIRTY_LOG, which the VMM makes
+ * for pages that it expects to be written, splits as ever.
+ */
+TEST(harvest_does_not_split_huge_pages)
+{
+	const uint32_t huge = 512, nr = 4;
+	uint64_t before, *bitmap;
+	struct dsr *v;
+	uint8_t *got;
+	pid_t pid;
+	int fd, i;
+
+	if (!thp_configured())
+		SKIP(return, "no transparent huge pages");
+
+	v = dsr_new(.entries = 64, .nr_vcpus = 1, .no_log = true, .npages = nr * huge,
+		    .src = VM_MEM_SRC_ANONYMOUS_THP,
+		    .manual = KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE | KVM_DIRTY_LOG_INITIALLY_SET);
+	fd = vm_get_stats_fd(v->vm);
+	bitmap = malloc(v->npages / 8);
+	memset(bitmap, 0xff, v->npages / 8);
+	for (i = 0; i < 3; i++) {
+		/* Mapped huge, with the shadow MMU as the guest's own page tables say. */
+		guest_write_step(v, 0, 0, nr, huge);
+		dsr_log(v, true);
+		dsr_reopen(v);
+		before = stat_of(fd, "pages_2m");
+		CHECK(before >= nr || !tdp_mmu(), "%lu huge pages", before);
+
+		/* All pages are dirty, and are taken by somebody else. */
+		fflush(NULL);
+		pid = fork();
+		if (!pid) {
+			got = set_new(v);
+			CHECK_EQ(harvest_cap(v->fd, got, v->npages, 0, 64), v->npages);
+			_exit(0);
+		}
+		child_check(pid);
+		CHECK_EQ(stat_of(fd, "pages_2m"), before);
+		/* They are protected, all the same. */
+		guest_write_step(v, 0, 5, nr, huge);
+		expect_step(v, 5, nr, huge);
+		CHECK(!tdp_mmu() || stat_of(fd, "pages_2m") < before,
+		      "huge pages that were written");
+		guest_write(v, 0, 0, v->npages);
+		expect(v, 0, v->npages);
+		expect_armed(v, huge - 3, 6);
+		dsr_log(v, false);
+
+		/* and KVM_CLEAR_DIRTY_LOG */
+		guest_write_step(v, 0, 0, nr, huge);
+		dsr_log(v, true);
+		dsr_reopen(v);
+		before = stat_of(fd, "pages_2m");
+		kvm_vm_clear_dirty_log(v->vm, TEST_SLOT, bitmap, 0, v->npages);
+		if (tdp_mmu() && get_kvm_param_bool("eager_page_split")) {
+			CHECK(before >= nr, "%lu huge pages", before);
+			CHECK_EQ(stat_of(fd, "pages_2m"), before - nr);
+		}
+		expect_nothing(v);
+		expect_armed(v, huge - 3, 6);
+		dsr_log(v, false);
+	}
+	free(bitmap);
+	close(fd);
+	dsr_free(v);
 }
 
 int main(int argc, char *argv[])
