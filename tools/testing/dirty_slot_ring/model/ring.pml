@@ -38,7 +38,7 @@
 /* The places in memory.  Of ring r: */
 #define RUN(r, i)	((r) * 9 + (i) % ENTRIES)
 #define PRODUCER(r)	((r) * 9 + 3)	/* kern->producer */
-#if defined(OPEN_RUN) || defined(TWO_PRODUCERS)
+#ifdef TWO_PRODUCERS
 #define COUNT(r)	((r) * 9 + 2)	/* entries, with the open one */
 #else
 #define COUNT(r)	PRODUCER(r)
@@ -51,11 +51,7 @@
 #endif
 #define CONSUMER(r)	((r) * 9 + 6)	/* user->consumer */
 #define CLOSED(r)	((r) * 9 + 7)
-#ifdef OPEN_RUN
-#define BUSY(r)		((r) * 9 + 8)	/* odd while a mark is under way */
-#else
 #define MARKING(r)	((r) * 9 + 8)	/* the page that is being marked */
-#endif
 #define BITMAP		18
 #define SUMMARY		19
 #define NLOC		20
@@ -103,22 +99,6 @@ bit final;
 
 inline ring_push()
 {
-#ifdef OPEN_RUN
-	if
-	:: open ->
-#ifdef CLOSE_UNSEEN
-		closed = 0;
-#else
-		LD(CLOSED(me), closed);
-#endif
-	:: else -> closed = NEVER
-	fi;
-	if
-	:: closed < count && first + length == page ->
-		length++;
-		ST(RUN(me, count - 1), ENTRY(count - 1, first, length))
-	:: else ->
-#endif
 		LD_ACQ(RESET(me), reset);	/* B */
 		if
 		:: count - reset >= ENTRIES ->
@@ -127,12 +107,6 @@ inline ring_push()
 			first = page;
 			length = 1;
 			ST(RUN(me, count), ENTRY(count, first, length));
-#ifdef OPEN_RUN
-			ST_A(PRODUCER(me), count);
-			count++;
-			ST_A(COUNT(me), count);
-			open = 1
-#else
 			count++;
 #ifdef TWO_PRODUCERS
 #ifdef COUNT_FIRST
@@ -145,11 +119,7 @@ inline ring_push()
 #else
 			ST_A(PRODUCER(me), count)
 #endif
-#endif
 		fi
-#ifdef OPEN_RUN
-	fi
-#endif
 }
 
 proctype vcpu(byte me)
@@ -166,15 +136,11 @@ proctype vcpu(byte me)
 			marks = marks / 10;
 			seq = (seq + 1) % 4
 		}
-#ifdef OPEN_RUN
-		ST(BUSY(me), seq);
-#else
 #ifndef MARKING_LATE
 #ifdef MARKING_PLAIN
 		ST(MARKING(me), page);
 #else
 		ST_REL(MARKING(me), page);			/* E */
-#endif
 #endif
 #endif
 		atomic {
@@ -193,18 +159,9 @@ proctype vcpu(byte me)
 		:: else
 		fi;
 		atomic {
-#ifdef OPEN_RUN
-			seq = (seq + 1) % 4;
-			ST_REL(BUSY(me), seq);	/* E */
-#endif
 			forget_old();
 			tmp = 0; closed = 0; reset = 0; page = 0
 		}
-#ifdef OPEN_RUN
-	:: open ->	/* leaves to userspace */
-		open = 0;
-		ST_REL(PRODUCER(me), count)
-#endif
 	:: marks == 9 -> break
 	od;
 	atomic { drain_me(); running-- }
@@ -247,37 +204,13 @@ inline load_entry()
 /* For the marks in flight: wait, or else learn which pages they are of. */
 inline quiesce()
 {
-#if !defined(OPEN_RUN)
 	MB()						/* E */
-#elif !defined(NO_QUIESCE)
-#ifndef NO_QUIESCE_MB
-	MB();						/* E */
-#endif
-	r = 0;
-	do
-	:: r < 2 ->
-		LD(BUSY(r), tmp);
-		if
-		:: tmp % 2 -> WAIT_ACQ(BUSY(r), tmp)
-		:: else
-		fi;
-		r++
-	:: else -> break
-	od;
-	RMB();						/* E */
-	tmp = 0
-#else
 	skip
-#endif
 }
 
 /* log_snapshot(), with the closing of open runs. */
 inline snapshot()
 {
-#ifdef OPEN_RUN
-	ST(CLOSED(0), NEVER);
-	ST(CLOSED(1), NEVER);
-#endif
 	quiesce();
 	r = 0;
 	do
@@ -285,36 +218,13 @@ inline snapshot()
 #ifdef PRODUCER_BEFORE_MARKING
 		LD_ACQ(PRODUCER(r), early);
 #endif
-#ifndef OPEN_RUN
 		LD_ACQ(MARKING(r), in_flight[r]);	/* E */
-#endif
 		LD_ACQ(CONSUMER(r), cons[r]);		/* C */
 #ifdef PRODUCER_BEFORE_MARKING
 		limit[r] = early;
 		early = 0;
 #else
 		LD_ACQ(COUNT(r), limit[r]);		/* A */
-#endif
-#ifdef OPEN_RUN
-		ST(CLOSED(r), limit[r]);
-#ifdef PUBLISH_BY_STORE
-		LD(PRODUCER(r), tmp);
-		if
-		:: tmp + 1 == limit[r] ->
-			atomic {
-				/* Markers ordered: it never goes back. */
-				assert(mem[PRODUCER(r)] <= limit[r]);
-				ST_REL(PRODUCER(r), limit[r])
-			}
-		:: else
-		fi;
-		tmp = 0;
-#else
-		if
-		:: limit[r] -> CMPXCHG(PRODUCER(r), limit[r] - 1, limit[r])
-		:: else
-		fi;
-#endif
 #endif
 		/* An honest reader never gets EINVAL. */
 		assert(cons[r] <= limit[r]);
@@ -367,7 +277,7 @@ inline take_rings()
 			cursor[r]++
 		:: else -> break
 		od;
-#if !defined(OPEN_RUN) && !defined(IN_FLIGHT_IGNORED)
+#ifndef IN_FLIGHT_IGNORED
 		if
 		:: whole ->
 			want = WORDS(1 << in_flight[r]);	/* E */
