@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
 /*
  * Model of rings, bitmap and summary: marks by two vCPUs, overflow, and two threads
- * of userspace that take pages out.  With OPEN_RUN, the newest run of a ring may
- * grow until it is closed, and harvests wait for marks in flight; see README.
+ * of userspace that take pages out.  A harvest does not hold the mutex while it
+ * copies out, which may fail.  See README; rings that leave are in quiet.pml.
  *
  * Properties
  *	no lost page	a bit that was set when HARVEST began is cleared by the time
@@ -39,7 +39,7 @@
 #define RUN(r, i)	((r) * 9 + (i) % ENTRIES)
 #define PRODUCER(r)	((r) * 9 + 3)	/* kern->producer */
 #ifdef TWO_PRODUCERS
-#define COUNT(r)	((r) * 9 + 2)	/* entries, with the open one */
+#define COUNT(r)	((r) * 9 + 2)	/* a second one */
 #else
 #define COUNT(r)	PRODUCER(r)
 #endif
@@ -50,7 +50,6 @@
 #define RESET(r)	KRESET(r)
 #endif
 #define CONSUMER(r)	((r) * 9 + 6)	/* user->consumer */
-#define CLOSED(r)	((r) * 9 + 7)
 #define MARKING(r)	((r) * 9 + 8)	/* the page that is being marked */
 #define BITMAP		18
 #define SUMMARY		19
@@ -60,7 +59,7 @@
 #define NPROC		4
 #define IN_RING(l, r)	((l) >= (r) * 9 && (l) < (r) * 9 + 9)
 #define OFFSET(l)	((l) % 9)
-#define READS(p, l)	((p) < 2 -> (l) == RESET(p) || (l) == CLOSED(p) : \
+#define READS(p, l)	((p) < 2 -> (l) == RESET(p) : \
 			 (l) >= 18 || (OFFSET(l) != 5 && OFFSET(l) != 7 && OFFSET(l) != 4))
 
 #define ORDERED(r) \
@@ -78,12 +77,12 @@
 #define E_LEN(e)		((e) % 4)
 #define E_MASK(e)		(((1 << E_LEN(e)) - 1) << E_FIRST(e))
 #define ALL			((1 << NR_PAGES) - 1)
-#define NEVER			255	/* U64_MAX */
 
 bit mutex;			/* log->mutex */
 byte rst[2];			/* ring->reset, for the holders of mutex */
 byte owed;			/* pages marked and not yet reported */
 byte must;			/* pages that the call under way has to take */
+byte held;			/* pages that a call which failed is putting back */
 byte running = 4;
 bit final;
 
@@ -124,17 +123,15 @@ inline ring_push()
 
 proctype vcpu(byte me)
 {
-	byte count, first, length, reset, closed, tmp, seq, page;
+	byte count, first, length, reset, tmp, page;
 	short marks;
-	bit open;
 
 	marks = (me -> MARKS1 : MARKS0);
 	do
 	:: marks > 9 ->
 		d_step {
 			page = marks % 10;
-			marks = marks / 10;
-			seq = (seq + 1) % 4
+			marks = marks / 10
 		}
 #ifndef MARKING_LATE
 #ifdef MARKING_PLAIN
@@ -160,7 +157,7 @@ proctype vcpu(byte me)
 		fi;
 		atomic {
 			forget_old();
-			tmp = 0; closed = 0; reset = 0; page = 0
+			tmp = 0; reset = 0; page = 0
 		}
 	:: marks == 9 -> break
 	od;
@@ -201,17 +198,10 @@ inline load_entry()
 	assert(E_INDEX(e) == at && E_LEN(e))		/* no overwrite */
 }
 
-/* For the marks in flight: wait, or else learn which pages they are of. */
-inline quiesce()
-{
-	MB()						/* E */
-	skip
-}
-
-/* log_snapshot(), with the closing of open runs. */
+/* log_look_at() */
 inline snapshot()
 {
-	quiesce();
+	MB();						/* E */
 	r = 0;
 	do
 	:: r < 2 ->
@@ -280,7 +270,7 @@ inline take_rings()
 #ifndef IN_FLIGHT_IGNORED
 		if
 		:: whole ->
-			want = WORDS(1 << in_flight[r]);	/* E */
+			want = 1 << in_flight[r];	/* E */
 			take()
 		:: else
 		fi;
@@ -296,7 +286,7 @@ inline call_begin()
 {
 	atomic {
 		LOCK(mutex);
-		must = mem[BITMAP]
+		must = mem[BITMAP] & ~held
 	}
 }
 
@@ -355,22 +345,6 @@ inline harvest()
 	:: else -> break
 	od;
 	r = 0;
-#ifdef FAULTS
-	if
-	:: skip			/* copied out */
-	:: !final && taken ->	/* EFAULT: log_put_back() */
-#ifndef NO_PUT_BACK
-		atomic {
-			FETCH_OR(BITMAP, taken, tmp);
-			owed = owed | (taken & ~tmp)
-		}
-		FETCH_OR(SUMMARY, ((taken & 3) -> 1 : 0) | (taken & 4) / 2, tmp);
-#else
-		owed = owed | taken;
-#endif
-		must = 0
-	fi;
-#endif
 	assert(!must);					/* no lost page */
 #ifndef EARLY_RESET
 	publish();
@@ -378,9 +352,29 @@ inline harvest()
 	atomic {
 		rst[0] = cursor[0];
 		rst[1] = cursor[1];
-		forget();
 		UNLOCK(mutex)
 	}
+#ifdef FAULTS
+	/* Others may harvest meanwhile. */
+	if
+	:: skip			/* copied out */
+	:: !final && taken ->	/* EFAULT: batch_undo() */
+#ifndef NO_PUT_BACK
+		atomic {
+			FETCH_OR(BITMAP, taken, tmp);
+			owed = owed | (taken & ~tmp);
+			held = held | taken
+		}
+		atomic {
+			FETCH_OR(SUMMARY, ((taken & 3) -> 1 : 0) | (taken & 4) / 2, tmp);
+			held = held & ~taken
+		}
+#else
+		owed = owed | taken
+#endif
+	fi;
+#endif
+	forget()
 }
 
 /* Reads the rings through the mapping. */
