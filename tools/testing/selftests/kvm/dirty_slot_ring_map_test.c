@@ -843,8 +843,8 @@ static void *poll_and_harvest_thread(void *arg)
  * Pages are marked while the harvest that the page before them called for takes
  * that one out.  Who of the two has the poller woken is for the kernel to know:
  * each page marked has to be harvested, and no further mark comes to the rescue.
+ * Returns how many there were.
  */
-/* Returns how many pages were marked, and harvested. */
 static uint64_t check_poll_for_marks(void *(*poller)(void *))
 {
 	/* the top of the overflow log is one word of 16 bits */
