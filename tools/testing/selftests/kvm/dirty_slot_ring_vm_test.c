@@ -778,6 +778,11 @@ TEST(vm_fair)
 	guest_start(v, 0, mb);
 	mb.value = 54321;
 	guest_start(v, 1, mb);
+	/* All are at it. */
+	for (i = 0; i < 2; i++) {
+		while (READ_ONCE(v->mb[i]->done) < 10)
+			sched_yield();
+	}
 	for (round = 0; round < rounds(30); round++) {
 		for (i = 0; i < 20; i++)
 			CHECK_EQ(dsr_mark(fd[(i * 7 + round) % 20], i % SMALL_PAGES, 1), 1);
