@@ -112,7 +112,7 @@ int main(void)
 	struct kvm_sregs sregs;
 	struct kvm_run *run;
 	int kvm, vm, vcpu, log;
-	__u8 *mem, *ring;
+	__u8 *mem, *consumers, *ring;
 
 	kvm = open("/dev/kvm", O_RDWR | O_CLOEXEC);
 	if (kvm < 0)
@@ -164,15 +164,15 @@ int main(void)
 	run_guest(vcpu, run);
 	expect("harvest", harvest(log));
 
-	/* Two mappings: the consumer page alone may be written. */
-	ring = mmap(NULL, info.stride, PROT_READ, MAP_SHARED, log, 0);
-	if (ring == MAP_FAILED ||
-	    mmap(ring, PAGE, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED,
-		 log, 0) == MAP_FAILED)
+	/* Two mappings: the consumers of all rings, which may be written, and ring 0. */
+	consumers = mmap(NULL, info.consumers_size, PROT_READ | PROT_WRITE, MAP_SHARED,
+			 log, 0);
+	ring = mmap(NULL, info.stride, PROT_READ, MAP_SHARED, log, info.rings_offset);
+	if (consumers == MAP_FAILED || ring == MAP_FAILED)
 		err(1, "ring");
 	run_guest(vcpu, run);
 	expect("mapping",
-	       collect(log, (void *)ring,
+	       collect(log, (void *)(consumers + 0 * KVM_DIRTY_SLOT_CONSUMER_STRIDE),
 		       (void *)(ring + KVM_DIRTY_SLOT_RING_KERN_PAGE * PAGE),
 		       (void *)(ring + KVM_DIRTY_SLOT_RING_ENTRIES_PAGE * PAGE),
 		       info.entries));
