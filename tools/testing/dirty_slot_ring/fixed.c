@@ -115,7 +115,7 @@ static void expect(const char *what, struct result res, int r, u64 pages)
  * However fast pages are dirtied again, a harvest ends, and has no more than was there.
  */
 
-static unsigned int hot_vcpus;
+static unsigned int hot_vcpus, copies;	/* to userspace, so far */
 
 static void dirty_hot_pages(void)
 {
@@ -191,8 +191,49 @@ static void bounded_columns(void)
 	end();
 }
 
+static unsigned int stale_words;
+
+static void dirty_stale_words(void)
+{
+	unsigned int i;
+
+	if (++copies == 2)
+		for (i = 0; i < stale_words; i++)
+			mark(1, (stale_words + i) * BITS_PER_LONG + 5);
+}
+
+/* Entries whose pages somebody discarded do not name their neighbours. */
+static void bounded_stale(void)
+{
+	const struct sim_config c = {
+		.npages = 1024 * BITS_PER_LONG, .nr_vcpus = 2, .entries = 4096,
+	};
+	struct kvm_dirty_run run = {
+		.offset = 512 * BITS_PER_LONG, .npages = 512 * BITS_PER_LONG,
+	};
+	struct kvm_dirty_slot_runs args = { .runs = (uintptr_t)&run, .nr_runs = 1 };
+	unsigned int i;
+	int fd;
+
+	begin(&c);
+	fd = open_log(0);
+	stale_words = 512;
+	for (i = 0; i < 2 * stale_words; i++)
+		mark(0, i * BITS_PER_LONG);
+	if (sim_ioctl(fd, KVM_DIRTY_SLOT_LOG_DISCARD, &args) || args.nr_pages != stale_words)
+		fail("DISCARD");
+	copies = 0;
+	shim_before_copy = dirty_stale_words;
+	expect("words with stale entries", harvest(fd, MAX_RUNS), 0, stale_words);
+	shim_before_copy = NULL;
+	expect("what came meanwhile", harvest(fd, MAX_RUNS), 0, stale_words);
+	sim_close(fd);
+	end();
+}
+
 static void run_bounded(unsigned int ms)
 {
+	bounded_stale();
 #ifdef __SANITIZE_THREAD__
 	/* It is one thread: nothing to be seen, but that it runs at all. */
 	bounded(64, 2000);
@@ -318,6 +359,7 @@ static void run_fair(unsigned int ms)
  */
 
 static unsigned int step_inner;		/* B was done so often */
+static unsigned int step_at;
 static void (*step_b)(void);
 
 static void at_step(void)
@@ -334,6 +376,7 @@ static void at_step(void)
 static bool do_with(void (*a)(void), void (*b)(void), bool b_locks, unsigned int n)
 {
 	step_inner = 0;
+	step_at = n;
 	step_b = b;
 	shim_at_step = at_step;
 	shim_step_locks = b_locks;
@@ -359,20 +402,41 @@ static void a_mark_nobody(void)
 	mark(-1, STEP_PAGE);
 }
 
+static struct kvm_dirty_slot_log *the_log(void)
+{
+	return sim_slot(0)->dirty_slot_log;
+}
+
+/* Whatever else is under way: what is in the log when a harvest begins is in it. */
 static void harvest_vm_once(void)
 {
+	bool logged = test_bit(STEP_PAGE, the_log()->bitmap);
+	u8 had = seen[STEP_PAGE];
 	struct result res = harvest_vm(vm_fd, MAX_RUNS);
 
 	if (res.r)
 		fail("HARVEST of the VM: %s", strerror(-res.r));
+	if (logged && seen[STEP_PAGE] == had)
+		fail("HARVEST of the VM at step %u has not what was in the log", step_at);
 }
 
 static void harvest_slot_once(void)
 {
+	bool logged = test_bit(STEP_PAGE, the_log()->bitmap);
+	u8 had = seen[STEP_PAGE];
 	struct result res = harvest(slot_fd, MAX_RUNS);
 
 	if (res.r)
 		fail("HARVEST: %s", strerror(-res.r));
+	if (logged && seen[STEP_PAGE] == had)
+		fail("HARVEST at step %u has not what was in the log", step_at);
+}
+
+/* Another vCPU's mark, and it is over. */
+static void other_mark_and_harvest(void)
+{
+	mark(1, STEP_PAGE);
+	harvest_vm_once();
 }
 
 static void harvest_vm_thrice(void)
@@ -411,15 +475,11 @@ static const struct step step_harvests[] = {
 	{ "three of the VM", harvest_vm_thrice, true },
 	{ "three HARVESTs", harvest_slot_thrice, true },
 	{ "both HARVESTs", harvest_both, true },
+	{ "another's mark, and HARVEST of the VM", other_mark_and_harvest, true },
 };
 
 /* Harvests that found nothing, before A: how far rings and the log have left. */
 #define STEP_QUIETER	6
-
-static struct kvm_dirty_slot_log *the_log(void)
-{
-	return sim_slot(0)->dirty_slot_log;
-}
 
 /* Is that page in the log, which it is if it was not reported, and will it be found? */
 static void check_step(const char *a, const char *b, unsigned int n, unsigned int quiet)
@@ -580,8 +640,6 @@ static void a_fault(void)
 	sim_ioctl(slot_fd, KVM_DIRTY_SLOT_LOG_HARVEST, &args);
 }
 
-static unsigned int copies;
-
 static void second_copy_fails(void)
 {
 	shim_inject = ++copies == 2 ? 256 : 0;
@@ -589,6 +647,7 @@ static void second_copy_fails(void)
 
 static void b_delete(void)
 {
+	unsigned int inject = shim_inject;
 	struct result res = { 0 };
 	int i;
 
@@ -599,6 +658,7 @@ static void b_delete(void)
 		return;
 	}
 	shim_before_copy = NULL;
+	shim_inject = 0;
 	sim_delete_slot(0);
 	for (i = 0; i < 4 && !res.r; i++)
 		res = harvest(slot_fd, MAX_RUNS);
@@ -606,6 +666,7 @@ static void b_delete(void)
 	for (i = 0; i < 4; i++)
 		harvest_vm(vm_fd, MAX_RUNS);
 	shim_before_copy = copies ? second_copy_fails : NULL;
+	shim_inject = inject;
 }
 
 static void nodev_is_final(void (*a)(void), bool fault)
@@ -625,6 +686,8 @@ static void nodev_is_final(void (*a)(void), bool fault)
 		copies = 0;
 		if (fault) {
 			mark(1, STEP_PAGE);
+			/* So that the other one is not the last that the vCPU marked. */
+			mark(1, 0);
 			shim_before_copy = second_copy_fails;
 		}
 		more = do_with(a, b_delete, true, n);
@@ -890,6 +953,12 @@ static void run_layout(unsigned int ms)
 	sim_change_slot(0);
 	expect_layout("it changed", 0, false);
 	sim_delete_slot(0);
+	/* Nor has one that fails at the very end. */
+	copies = 0;
+	shim_before_copy = second_copy_fails;
+	expect_layout("a fault at the end", -EFAULT, true);
+	shim_before_copy = NULL;
+	shim_inject = 0;
 	expect_layout("it went", 0, true);
 	expect_layout("nothing new", 0, false);
 	sim_close(vm_fd);

@@ -9,7 +9,7 @@
  *	bitmap-clear	with manual protect: KVM_GET_DIRTY_LOG, and
  *			KVM_CLEAR_DIRTY_LOG of each 64 Ki pages that have a dirty one
  *	ring		the kernel's dirty ring, virt/kvm/dirty_ring.c
- *	slot-ring	virt/kvm/dirty_slot_ring.c
+ *	slot-ring	virt/kvm/dirty_slot/
  *
  * In each round the vCPUs write to a set of pages that are write-protected.
  * "apart": then, when they are done, the collector collects.  "together": they
@@ -17,6 +17,10 @@
  * nanoseconds of CPU time for each page, in the lower quartile of the rounds: of
  * the fault (finding the SPTE, making it writable, logging the page) and of
  * collecting (finding the page, write-protecting it, giving it to userspace).
+ *
+ * All write-protect in the same page tables: slot-ring by x86's own walk,
+ * arch/x86/kvm/mmu/dirty_slot.c, the others mask by mask as clear_dirty_pt_masked()
+ * of the TDP MMU does it, which sim.c has.
  */
 
 #include <getopt.h>
@@ -215,12 +219,14 @@ static unsigned int mark_set(unsigned int set)
 {
 	const u32 *pages = sets[set];
 	unsigned int i, vcpu = 0;
+	int idx = srcu_read_lock(&sim_kvm->srcu);
 
 	for (i = 0; i < point->pages; i++) {
 		sim_fault(sim_kvm->vcpus[vcpu], pages[i]);
 		if (++vcpu == point->vcpus)
 			vcpu = 0;
 	}
+	srcu_read_unlock(&sim_kvm->srcu, idx);
 	return point->pages;
 }
 
@@ -259,7 +265,7 @@ static void *producer_thread(void *arg)
 
 static unsigned int collect_floor(unsigned int set)
 {
-	struct kvm_memory_slot *memslot = sim_kvm->memslots->slot[0];
+	struct kvm_memory_slot *memslot = sim_slot(0);
 	unsigned int i;
 
 	write_lock(&sim_kvm->mmu_lock);
@@ -288,7 +294,7 @@ static unsigned int scan(const unsigned long *map, unsigned long words, unsigned
 /* kvm_get_dirty_log_protect() */
 static unsigned int collect_bitmap_get(unsigned int set)
 {
-	struct kvm_memory_slot *memslot = sim_kvm->memslots->slot[0];
+	struct kvm_memory_slot *memslot = sim_slot(0);
 	unsigned long words = BITS_TO_LONGS(npages), i, mask;
 	unsigned long *buffer = memslot->dirty_bitmap + words;
 
@@ -313,7 +319,7 @@ static unsigned int collect_bitmap_get(unsigned int set)
 /* kvm_clear_dirty_log_protect() */
 static void clear_dirty_log(unsigned long first, unsigned long n)
 {
-	struct kvm_memory_slot *memslot = sim_kvm->memslots->slot[0];
+	struct kvm_memory_slot *memslot = sim_slot(0);
 	unsigned long *buffer = memslot->dirty_bitmap + BITS_TO_LONGS(npages), i, mask;
 	bool flush = false;
 
@@ -340,7 +346,7 @@ static void clear_dirty_log(unsigned long first, unsigned long n)
 
 static unsigned int collect_bitmap_clear(unsigned int set)
 {
-	struct kvm_memory_slot *memslot = sim_kvm->memslots->slot[0];
+	struct kvm_memory_slot *memslot = sim_slot(0);
 	unsigned long words = BITS_TO_LONGS(npages), i, chunk = CLEAR_CHUNK / BITS_PER_LONG;
 	unsigned int n = 0, got;
 
@@ -453,7 +459,7 @@ static void create(void)
 	config->entries = mechanism == SLOT_RING ? entries : 0;
 	config->fast_fault = true;
 	sim_create(config);
-	memslot = sim_kvm->memslots->slot[0];
+	memslot = sim_slot(0);
 	switch (mechanism) {
 	case BITMAP_GET:
 	case BITMAP_CLEAR:
@@ -482,7 +488,7 @@ static void create(void)
 
 static void destroy(void)
 {
-	struct kvm_memory_slot *memslot = sim_kvm->memslots->slot[0];
+	struct kvm_memory_slot *memslot = sim_slot(0);
 	unsigned int i;
 
 	if (mechanism == BITMAP_GET || mechanism == BITMAP_CLEAR) {

@@ -69,7 +69,7 @@ void shim_jitter(void)
 		return;
 	}
 	r = shim_random();
-	if (preempted && !(r % 16)) {
+	if (preempted && !shim_spinlocks && !(r % 16)) {
 		shim_preempted = NULL;
 		preempted();
 		shim_preempted = preempted;

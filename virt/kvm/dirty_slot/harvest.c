@@ -241,7 +241,7 @@ bool kvm_dirty_slot_log_ready(struct kvm_dirty_slot_log *log, u32 level)
 	if (!kvm_dirty_summary_empty(&log->overflow))
 		return true;
 	for (i = 0; i < n; i++) {
-		i = kvm_dirty_summary_next(&log->busy, i);
+		i = kvm_dirty_summary_peek(&log->busy, i);
 		if (i < n && ring_used(log_nth_ring(log, i)) >= level)
 			return true;
 	}

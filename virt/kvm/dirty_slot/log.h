@@ -58,8 +58,8 @@
  *	overflow					sets anybody, clears log->mutex
  *	ring->active, busy				sets the vCPU's thread,
  *							clears log->mutex
- *	log->active, vm->index				sets anybody, clears
- *							log->mutex and mark_lock
+ *	log->active, vm->index				sets mark_lock, clears also
+ *							log->mutex and vm->logs'
  *
  * Barriers, besides those of atomic operations that return a value
  *
@@ -93,9 +93,13 @@
  * full barrier, and looks at active again, as a mark sets active, full barrier,
  * then busy.
  *
- * A log without busy rings and without overflow leaves the VM's tree in the same
- * way, but at once: marks without a vCPU look at log->active under mark_lock, and
- * so does who clears it; marks of vCPUs look at it after they have set busy.
+ * A log without busy rings and without overflow leaves the VM's tree at once: marks
+ * without a vCPU look at log->active under mark_lock, and so does who clears it;
+ * marks of vCPUs look at it after they have set busy, full barrier, and who clears
+ * it looks at busy again after that, full barrier, and only then clears the tree.
+ * Whoever finds a log active goes on and relies on the tree: so it is in the tree
+ * before it is active, and as long as it is; and nobody looks for logs in the tree,
+ * for which there is the lock of vm->logs, while one is taken out of it.
  */
 
 #include <linux/bits.h>
@@ -131,6 +135,8 @@ void kvm_dirty_summary_fill(struct kvm_dirty_summary *s);
 bool kvm_dirty_summary_set(struct kvm_dirty_summary *s, unsigned long bit);
 void kvm_dirty_summary_clear(struct kvm_dirty_summary *s, unsigned long bit);
 unsigned long kvm_dirty_summary_next(struct kvm_dirty_summary *s,
+				     unsigned long bit);
+unsigned long kvm_dirty_summary_peek(struct kvm_dirty_summary *s,
 				     unsigned long bit);
 
 static inline bool kvm_dirty_summary_empty(const struct kvm_dirty_summary *s)

@@ -99,24 +99,23 @@ static void log_settle(struct kvm_dirty_slot_log *log,
 		log->gp_started = false;
 	}
 
-	/* One without a memslot stays there until the VM's table lets it go. */
-	if (!READ_ONCE(log->active) || c->others || !READ_ONCE(log->kvm) ||
+	if (!READ_ONCE(log->active) || c->others ||
 	    !kvm_dirty_summary_empty(&log->busy) ||
 	    !kvm_dirty_summary_empty(&log->overflow))
 		return;
 
+	xa_lock(&vm->logs);
 	raw_spin_lock_irq(&log->mark_lock);
 	WRITE_ONCE(log->active, false);
-	smp_mb(); /* G, with ring_activate() and spill(): see it, or be seen */
+	smp_mb(); /* G, with ring_activate(): see it, or be seen */
+	/* One without a memslot stays there until the VM's table lets it go. */
 	if (!kvm_dirty_summary_empty(&log->busy) ||
-	    !kvm_dirty_summary_empty(&log->overflow)) {
+	    !kvm_dirty_summary_empty(&log->overflow) || !READ_ONCE(log->kvm))
 		WRITE_ONCE(log->active, true);
-	} else if (log->listed) {
+	else if (log->listed)
 		kvm_dirty_summary_clear(&vm->index, log->index);
-		if (READ_ONCE(log->active)) /* G, with activate() */
-			kvm_dirty_summary_set(&vm->index, log->index);
-	}
 	raw_spin_unlock_irq(&log->mark_lock);
+	xa_unlock(&vm->logs);
 }
 
 /**

@@ -20,17 +20,30 @@ static struct kvm_dirty_slot_ring *log_ring(const struct kvm_dirty_slot_log *log
 	return READ_ONCE(log->rings[vcpu->dirty_slot_ring.nr]);
 }
 
+/* Under mark_lock. */
+static void log_activate(struct kvm_dirty_slot_log *log)
+{
+	if (log->active)
+		return;
+	/* First: who finds it active relies on the tree. */
+	if (log->listed)
+		kvm_dirty_summary_set(&log->vm->index, log->index);
+	smp_store_release(&log->active, true); /* G */
+}
+
 /**
  * kvm_dirty_slot_log_activate - a log may have something
  * @log: the log, which looked as if it were not in the VM's tree
  *
- * Context: any, after a full barrier.
+ * Context: any but under mark_lock, after a full barrier.
  */
 void kvm_dirty_slot_log_activate(struct kvm_dirty_slot_log *log)
 {
-	WRITE_ONCE(log->active, true);
-	smp_mb(); /* G, with log_settle(): see it leave, or be seen */
-	kvm_dirty_summary_set(&log->vm->index, log->index);
+	unsigned long flags;
+
+	raw_spin_lock_irqsave(&log->mark_lock, flags);
+	log_activate(log);
+	raw_spin_unlock_irqrestore(&log->mark_lock, flags);
 }
 
 /**
@@ -182,8 +195,7 @@ unsigned int kvm_dirty_slot_log_mark_word(struct kvm_dirty_slot_log *log,
 
 	raw_spin_lock_irqsave(&log->mark_lock, flags); /* E */
 	/* As in ring_mark(), before the bits; the lock keeps it that way. */
-	if (unlikely(!READ_ONCE(log->active)))
-		kvm_dirty_slot_log_activate(log);
+	log_activate(log);
 	mask &= ~atomic_long_fetch_or(mask, p);
 	if (mask)
 		kvm_dirty_slot_log_spill(log, word);

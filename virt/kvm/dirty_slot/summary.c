@@ -4,8 +4,9 @@
  * looking at those that have nothing.
  *
  * Bits are set by anybody, in any context, without a lock; cleared, and looked
- * for, under a lock of the caller's, or by one of several who all put back what
- * they find they should not have cleared.
+ * for, under a lock of the caller's: a bit above one that is set may be cleared for
+ * a moment.  Without that lock kvm_dirty_summary_peek() looks, and may overlook
+ * what is there.
  *
  * The rule for whoever has something to announce: first make it visible, then
  * kvm_dirty_summary_set().  For whoever looks: first kvm_dirty_summary_clear(),
@@ -136,18 +137,9 @@ void kvm_dirty_summary_clear(struct kvm_dirty_summary *s, unsigned long bit)
 	clear_from(s, 0, bit);
 }
 
-/**
- * kvm_dirty_summary_next - the next thing that may have something
- * @s: the tree
- * @bit: where to begin, this thing included; may be beyond the last
- *
- * Clears, on its way, bits above longs that are zero.
- *
- * Context: any; see the top for the lock.
- * Return: the thing; the number of things, if there is none.
- */
-unsigned long kvm_dirty_summary_next(struct kvm_dirty_summary *s,
-				     unsigned long bit)
+/* Clears, on its way, bits above longs that are zero, if it shall. */
+static unsigned long find_next(struct kvm_dirty_summary *s, unsigned long bit,
+			       bool clear)
 {
 	unsigned long i, val;
 	int level = 0;
@@ -173,10 +165,38 @@ unsigned long kvm_dirty_summary_next(struct kvm_dirty_summary *s,
 		 * A bit above an empty long: its _set() was overtaken by the
 		 * _clear() of what it had set below.
 		 */
-		if (bit < s->bits[level] && !(bit % BITS_PER_LONG) &&
+		if (clear && bit < s->bits[level] && !(bit % BITS_PER_LONG) &&
 		    test_bit(i, s->level[level + 1]))
 			clear_from(s, level + 1, i);
 		bit = i + 1;
 		level++;
 	}
+}
+
+/**
+ * kvm_dirty_summary_next - the next thing that may have something
+ * @s: the tree
+ * @bit: where to begin, this thing included; may be beyond the last
+ *
+ * Context: any; see the top for the lock.
+ * Return: the thing; the number of things, if there is none.
+ */
+unsigned long kvm_dirty_summary_next(struct kvm_dirty_summary *s,
+				     unsigned long bit)
+{
+	return find_next(s, bit, true);
+}
+
+/**
+ * kvm_dirty_summary_peek - kvm_dirty_summary_next() for who does not hold the lock
+ * @s: the tree
+ * @bit: where to begin
+ *
+ * Context: any.
+ * Return: as above; but what it does not find may be there all the same.
+ */
+unsigned long kvm_dirty_summary_peek(struct kvm_dirty_summary *s,
+				     unsigned long bit)
+{
+	return find_next(s, bit, false);
 }

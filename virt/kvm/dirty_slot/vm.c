@@ -77,7 +77,7 @@ static bool table_erase(struct kvm_dirty_slot_log *log)
 {
 	struct kvm_dirty_slot_vm *vm = log->vm;
 
-	/* Its place may be used again: log_settle() leaves that alone now. */
+	/* Its place may be used again: log_activate() leaves that alone now. */
 	raw_spin_lock_irq(&log->mark_lock);
 	if (!log->listed) {
 		raw_spin_unlock_irq(&log->mark_lock);
@@ -133,18 +133,14 @@ static struct kvm_dirty_slot_log *vm_next_log(struct kvm_dirty_slot_vm *vm,
 {
 	struct kvm_dirty_slot_log *log = NULL;
 
-	for (; *at < end && !log; ++*at) {
-		*at = kvm_dirty_summary_next(&vm->index, *at);
-		if (*at >= end)
-			break;
-		xa_lock(&vm->logs);
+	xa_lock(&vm->logs);
+	*at = kvm_dirty_summary_next(&vm->index, *at);
+	if (*at < end) {
 		log = xa_load(&vm->logs, *at);
-		if (log)
-			kref_get(&log->ref);
-		else /* A harvest that failed put pages back where none looks. */
-			kvm_dirty_summary_clear(&vm->index, *at);
-		xa_unlock(&vm->logs);
+		kref_get(&log->ref);
+		++*at;
 	}
+	xa_unlock(&vm->logs);
 	return log;
 }
 

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
 /*
  * Model of rings, bitmap and summary: marks by two vCPUs, overflow, and two threads
- * of userspace that take pages out.  With OPEN_RUN, the newest run of a ring may
- * grow until it is closed, and harvests wait for marks in flight; see README.
+ * of userspace that take pages out.  A harvest does not hold the mutex while it
+ * copies out, which may fail.  See README; rings that leave are in quiet.pml.
  *
  * Properties
  *	no lost page	a bit that was set when HARVEST began is cleared by the time
@@ -38,8 +38,8 @@
 /* The places in memory.  Of ring r: */
 #define RUN(r, i)	((r) * 9 + (i) % ENTRIES)
 #define PRODUCER(r)	((r) * 9 + 3)	/* kern->producer */
-#if defined(OPEN_RUN) || defined(TWO_PRODUCERS)
-#define COUNT(r)	((r) * 9 + 2)	/* entries, with the open one */
+#ifdef TWO_PRODUCERS
+#define COUNT(r)	((r) * 9 + 2)	/* a second one */
 #else
 #define COUNT(r)	PRODUCER(r)
 #endif
@@ -50,12 +50,7 @@
 #define RESET(r)	KRESET(r)
 #endif
 #define CONSUMER(r)	((r) * 9 + 6)	/* user->consumer */
-#define CLOSED(r)	((r) * 9 + 7)
-#ifdef OPEN_RUN
-#define BUSY(r)		((r) * 9 + 8)	/* odd while a mark is under way */
-#else
 #define MARKING(r)	((r) * 9 + 8)	/* the page that is being marked */
-#endif
 #define BITMAP		18
 #define SUMMARY		19
 #define NLOC		20
@@ -64,7 +59,7 @@
 #define NPROC		4
 #define IN_RING(l, r)	((l) >= (r) * 9 && (l) < (r) * 9 + 9)
 #define OFFSET(l)	((l) % 9)
-#define READS(p, l)	((p) < 2 -> (l) == RESET(p) || (l) == CLOSED(p) : \
+#define READS(p, l)	((p) < 2 -> (l) == RESET(p) : \
 			 (l) >= 18 || (OFFSET(l) != 5 && OFFSET(l) != 7 && OFFSET(l) != 4))
 
 #define ORDERED(r) \
@@ -82,12 +77,12 @@
 #define E_LEN(e)		((e) % 4)
 #define E_MASK(e)		(((1 << E_LEN(e)) - 1) << E_FIRST(e))
 #define ALL			((1 << NR_PAGES) - 1)
-#define NEVER			255	/* U64_MAX */
 
 bit mutex;			/* log->mutex */
 byte rst[2];			/* ring->reset, for the holders of mutex */
 byte owed;			/* pages marked and not yet reported */
 byte must;			/* pages that the call under way has to take */
+byte held;			/* pages that a call which failed is putting back */
 byte running = 4;
 bit final;
 
@@ -103,22 +98,6 @@ bit final;
 
 inline ring_push()
 {
-#ifdef OPEN_RUN
-	if
-	:: open ->
-#ifdef CLOSE_UNSEEN
-		closed = 0;
-#else
-		LD(CLOSED(me), closed);
-#endif
-	:: else -> closed = NEVER
-	fi;
-	if
-	:: closed < count && first + length == page ->
-		length++;
-		ST(RUN(me, count - 1), ENTRY(count - 1, first, length))
-	:: else ->
-#endif
 		LD_ACQ(RESET(me), reset);	/* B */
 		if
 		:: count - reset >= ENTRIES ->
@@ -127,12 +106,6 @@ inline ring_push()
 			first = page;
 			length = 1;
 			ST(RUN(me, count), ENTRY(count, first, length));
-#ifdef OPEN_RUN
-			ST_A(PRODUCER(me), count);
-			count++;
-			ST_A(COUNT(me), count);
-			open = 1
-#else
 			count++;
 #ifdef TWO_PRODUCERS
 #ifdef COUNT_FIRST
@@ -145,36 +118,26 @@ inline ring_push()
 #else
 			ST_A(PRODUCER(me), count)
 #endif
-#endif
 		fi
-#ifdef OPEN_RUN
-	fi
-#endif
 }
 
 proctype vcpu(byte me)
 {
-	byte count, first, length, reset, closed, tmp, seq, page;
+	byte count, first, length, reset, tmp, page;
 	short marks;
-	bit open;
 
 	marks = (me -> MARKS1 : MARKS0);
 	do
 	:: marks > 9 ->
 		d_step {
 			page = marks % 10;
-			marks = marks / 10;
-			seq = (seq + 1) % 4
+			marks = marks / 10
 		}
-#ifdef OPEN_RUN
-		ST(BUSY(me), seq);
-#else
 #ifndef MARKING_LATE
 #ifdef MARKING_PLAIN
 		ST(MARKING(me), page);
 #else
 		ST_REL(MARKING(me), page);			/* E */
-#endif
 #endif
 #endif
 		atomic {
@@ -193,18 +156,9 @@ proctype vcpu(byte me)
 		:: else
 		fi;
 		atomic {
-#ifdef OPEN_RUN
-			seq = (seq + 1) % 4;
-			ST_REL(BUSY(me), seq);	/* E */
-#endif
 			forget_old();
-			tmp = 0; closed = 0; reset = 0; page = 0
+			tmp = 0; reset = 0; page = 0
 		}
-#ifdef OPEN_RUN
-	:: open ->	/* leaves to userspace */
-		open = 0;
-		ST_REL(PRODUCER(me), count)
-#endif
 	:: marks == 9 -> break
 	od;
 	atomic { drain_me(); running-- }
@@ -244,77 +198,23 @@ inline load_entry()
 	assert(E_INDEX(e) == at && E_LEN(e))		/* no overwrite */
 }
 
-/* For the marks in flight: wait, or else learn which pages they are of. */
-inline quiesce()
-{
-#if !defined(OPEN_RUN)
-	MB()						/* E */
-#elif !defined(NO_QUIESCE)
-#ifndef NO_QUIESCE_MB
-	MB();						/* E */
-#endif
-	r = 0;
-	do
-	:: r < 2 ->
-		LD(BUSY(r), tmp);
-		if
-		:: tmp % 2 -> WAIT_ACQ(BUSY(r), tmp)
-		:: else
-		fi;
-		r++
-	:: else -> break
-	od;
-	RMB();						/* E */
-	tmp = 0
-#else
-	skip
-#endif
-}
-
-/* log_snapshot(), with the closing of open runs. */
+/* log_look_at() */
 inline snapshot()
 {
-#ifdef OPEN_RUN
-	ST(CLOSED(0), NEVER);
-	ST(CLOSED(1), NEVER);
-#endif
-	quiesce();
+	MB();						/* E */
 	r = 0;
 	do
 	:: r < 2 ->
 #ifdef PRODUCER_BEFORE_MARKING
 		LD_ACQ(PRODUCER(r), early);
 #endif
-#ifndef OPEN_RUN
 		LD_ACQ(MARKING(r), in_flight[r]);	/* E */
-#endif
 		LD_ACQ(CONSUMER(r), cons[r]);		/* C */
 #ifdef PRODUCER_BEFORE_MARKING
 		limit[r] = early;
 		early = 0;
 #else
 		LD_ACQ(COUNT(r), limit[r]);		/* A */
-#endif
-#ifdef OPEN_RUN
-		ST(CLOSED(r), limit[r]);
-#ifdef PUBLISH_BY_STORE
-		LD(PRODUCER(r), tmp);
-		if
-		:: tmp + 1 == limit[r] ->
-			atomic {
-				/* Markers ordered: it never goes back. */
-				assert(mem[PRODUCER(r)] <= limit[r]);
-				ST_REL(PRODUCER(r), limit[r])
-			}
-		:: else
-		fi;
-		tmp = 0;
-#else
-		if
-		:: limit[r] -> CMPXCHG(PRODUCER(r), limit[r] - 1, limit[r])
-		:: else
-		fi;
-#endif
 #endif
 		/* An honest reader never gets EINVAL. */
 		assert(cons[r] <= limit[r]);
@@ -367,10 +267,10 @@ inline take_rings()
 			cursor[r]++
 		:: else -> break
 		od;
-#if !defined(OPEN_RUN) && !defined(IN_FLIGHT_IGNORED)
+#ifndef IN_FLIGHT_IGNORED
 		if
 		:: whole ->
-			want = WORDS(1 << in_flight[r]);	/* E */
+			want = 1 << in_flight[r];	/* E */
 			take()
 		:: else
 		fi;
@@ -386,7 +286,7 @@ inline call_begin()
 {
 	atomic {
 		LOCK(mutex);
-		must = mem[BITMAP]
+		must = mem[BITMAP] & ~held
 	}
 }
 
@@ -445,22 +345,6 @@ inline harvest()
 	:: else -> break
 	od;
 	r = 0;
-#ifdef FAULTS
-	if
-	:: skip			/* copied out */
-	:: !final && taken ->	/* EFAULT: log_put_back() */
-#ifndef NO_PUT_BACK
-		atomic {
-			FETCH_OR(BITMAP, taken, tmp);
-			owed = owed | (taken & ~tmp)
-		}
-		FETCH_OR(SUMMARY, ((taken & 3) -> 1 : 0) | (taken & 4) / 2, tmp);
-#else
-		owed = owed | taken;
-#endif
-		must = 0
-	fi;
-#endif
 	assert(!must);					/* no lost page */
 #ifndef EARLY_RESET
 	publish();
@@ -468,9 +352,29 @@ inline harvest()
 	atomic {
 		rst[0] = cursor[0];
 		rst[1] = cursor[1];
-		forget();
 		UNLOCK(mutex)
 	}
+#ifdef FAULTS
+	/* Others may harvest meanwhile. */
+	if
+	:: skip			/* copied out */
+	:: !final && taken ->	/* EFAULT: batch_undo() */
+#ifndef NO_PUT_BACK
+		atomic {
+			FETCH_OR(BITMAP, taken, tmp);
+			owed = owed | (taken & ~tmp);
+			held = held | taken
+		}
+		atomic {
+			FETCH_OR(SUMMARY, ((taken & 3) -> 1 : 0) | (taken & 4) / 2, tmp);
+			held = held & ~taken
+		}
+#else
+		owed = owed | taken
+#endif
+	fi;
+#endif
+	forget()
 }
 
 /* Reads the rings through the mapping. */

@@ -35,7 +35,7 @@ typedef vcpu_state {
 	bit pml;		/* hardware holds the page */
 	bit hw;			/* hw_seq is odd */
 	bit want;		/* it held it when the deletion began */
-	bit marking;		/* busy_seq is odd */
+	bit marking;		/* a mark is in flight */
 	bit was
 }
 vcpu_state cpu[2];
@@ -98,7 +98,7 @@ inline mark()
 proctype vcpu(bit me)
 {
 	byte n;
-	bit found, open;
+	bit found;
 
 	do
 	:: n < ROUNDS ->
@@ -115,30 +115,13 @@ proctype vcpu(bit me)
 		}
 		if
 		:: found ->
-			mark();
-			open = 1
+			mark()
 		:: else -> cpu[me].pml = 0
 		fi;
 		cpu[me].hw = 0;
 		found = 0;
 		reading[me] = 0
-	:: open ->
-		/* Leaves to userspace: the open run is closed. */
-		atomic {
-			reading[me] = 1;
-			found = reachable
-		}
-#ifdef OPEN_RING_POINTER
-		found = 1;
-#endif
-		if
-		:: found -> TOUCH_LOG()
-		:: else
-		fi;
-		open = 0;
-		found = 0;
-		reading[me] = 0
-	:: n == ROUNDS && !open -> break
+	:: n == ROUNDS -> break
 	od
 }
 
