@@ -31,8 +31,17 @@ void all_close(struct mall *a)
 		fd_close(a->fd, ex);
 }
 
-#define for_each_log(l)	\
-	for (l = m.log; l < m.log + NR_LOGS; l++) if (l->used)
+/* The next that is used after @l, or the first. */
+static struct mlog *next_log(struct mlog *l)
+{
+	for (l = l ? l + 1 : m.log; l < m.log + NR_LOGS; l++) {
+		if (l->used)
+			return l;
+	}
+	return NULL;
+}
+
+#define for_each_log(l)	for ((l) = next_log(NULL); (l); (l) = next_log(l))
 
 /* What userspace had collected leaves the log where the harvest was. */
 static unsigned int collect(struct mlog *l)
@@ -139,18 +148,19 @@ void step_all_harvest(struct mall *a)
 		.nr_pages = rnd(),
 	};
 	if (once_in(50))
-		capacity = good->nr_runs = -1u - below(2);
+		good->nr_runs = -1u - below(2);
 	if (once_in(50)) {
 		good->flags |= 8u << below(29);
 		einval = true;
 	}
 	if (once_in(50)) {
-		capacity = good->nr_runs = 0;
+		good->nr_runs = 0;
 		einval = true;
 	}
 	if (spoil_reserved(good->reserved, 4))
 		einval = true;
 
+	capacity = good->nr_runs;
 	for_each_log(l)
 		log_bad_consumer(l);
 	out = *good;
@@ -162,10 +172,11 @@ void step_all_harvest(struct mall *a)
 	t->err = errno;
 
 	if (where != AT_GOOD || einval) {
-		/* What cannot be read is found before what is wrong, what cannot be written after. */
+		/* It cannot be read: found before what is wrong; not written: after that. */
 		if (where != AT_GOOD && where != AT_READONLY)
 			einval = false;
-		CHECK(ret == -1 && errno == (einval ? EINVAL : EFAULT), "bad arguments gave %d", ret);
+		CHECK(ret == -1 && errno == (einval ? EINVAL : EFAULT), "bad arguments gave %d",
+		      ret);
 		all_unchanged();
 		return;
 	}

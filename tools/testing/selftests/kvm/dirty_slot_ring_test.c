@@ -55,7 +55,8 @@ TEST(cap_sizes)
 		v = dsr_new(.entries = slots[i].size, .npages = slots[i].npages);
 		info = dsr_info(v->fd);
 		CHECK_EQ(info.entries, slots[i].entries);
-		CHECK_EQ(info.stride, PG + roundup(slots[i].entries * sizeof(struct kvm_dirty_run), PG));
+		CHECK_EQ(info.stride,
+			 PG + roundup(slots[i].entries * sizeof(struct kvm_dirty_run), PG));
 		dsr_free(v);
 	}
 }

@@ -371,7 +371,7 @@ TEST(vm_harvest_into_nowhere)
 	log_check(a, 0, 0, 100, 2);
 	log_check(a, 1, 7, 1, 1);
 
-	/* An array that ends in nowhere after so many runs: what came came, all else stays. */
+	/* An array that ends in nowhere after so many runs: what did not come stays. */
 	for (i = 0; i < ARRAY_SIZE(fits); i++) {
 		guest_write_step(v, 0, 0, 100, 2);
 		for (n = 0; n < 100; n++)
@@ -519,7 +519,8 @@ do {									\
 	layout_is(false);
 	for (i = 0; i < 3; i++) {
 		/* a slot that does not log, made, and deleted */
-		CHECK_OK(__vm_set_user_memory_region(v->vm, OTHER_SLOT, 0, OTHER_GPA, 16 * PG, mem));
+		CHECK_OK(__vm_set_user_memory_region(v->vm, OTHER_SLOT, 0, OTHER_GPA, 16 * PG,
+						     mem));
 		layout_is(false);
 		/* begins to log, moves, ends */
 		CHECK_OK(__vm_set_user_memory_region(v->vm, OTHER_SLOT, KVM_MEM_LOG_DIRTY_PAGES,
@@ -777,6 +778,11 @@ TEST(vm_fair)
 	guest_start(v, 0, mb);
 	mb.value = 54321;
 	guest_start(v, 1, mb);
+	/* All are at it. */
+	for (i = 0; i < 2; i++) {
+		while (READ_ONCE(v->mb[i]->done) < 10)
+			sched_yield();
+	}
 	for (round = 0; round < rounds(30); round++) {
 		for (i = 0; i < 20; i++)
 			CHECK_EQ(dsr_mark(fd[(i * 7 + round) % 20], i % SMALL_PAGES, 1), 1);
@@ -968,19 +974,6 @@ TEST(vm_threads)
 
 /* -- readers that lie ------------------------------------------------------ */
 
-static void *lie_thread(void *arg)
-{
-	struct dsr_ring *ring = ((void **)arg)[0];
-	bool *stop = ((void **)arg)[1];
-	uint64_t x = 88172645463325252ull;
-
-	while (!READ_ONCE(*stop)) {
-		x = xorshift(x);
-		dsr_set_consumer(ring, x | 1ull << 40);
-	}
-	return NULL;
-}
-
 /* A consumer that is out of bounds fails nobody else's harvest, and hides no page. */
 TEST(vm_hostile_consumer)
 {
@@ -988,11 +981,9 @@ TEST(vm_hostile_consumer)
 	struct dsr_ring ring[2] = { dsr_map(v->fd, 0), dsr_map(v->fd, 1) };
 	struct all_logs *a = all_new(v);
 	int fd = slot_new(v, OTHER_SLOT, OTHER_GPA, v->npages), i;
-	bool stop = false;
-	void *arg[2] = { &ring[0], &stop };
+	struct liar liar = { .ring = &ring[0] };
 	struct kvm_dirty_slot_runs args;
 	struct kvm_dirty_run run;
-	pthread_t thread;
 	uint64_t bad[5];
 
 	all_add(a, v->fd);
@@ -1025,7 +1016,7 @@ TEST(vm_hostile_consumer)
 	}
 
 	/* And so while it changes all the time. */
-	CHECK_OK(pthread_create(&thread, NULL, lie_thread, arg));
+	liar_start(&liar);
 	for (i = 0; i < rounds(500); i++) {
 		guest_write_step(v, 0, 0, 50, 2);
 		dsr_mark(fd, 5, 20);
@@ -1033,8 +1024,7 @@ TEST(vm_hostile_consumer)
 		log_check(a, 0, 0, 50, 2);
 		log_check(a, 1, 5, 20, 1);
 	}
-	WRITE_ONCE(stop, true);
-	CHECK_OK(pthread_join(thread, NULL));
+	liar_stop(&liar);
 	dsr_set_consumer(&ring[0], dsr_reset_marker(&ring[0]));
 	expect_armed(v, 0, v->npages);
 	dsr_unmap(&ring[0]);

@@ -197,6 +197,16 @@ void *taker_thread(void *arg);
 /* vCPU 0 stays in the guest; each SYNC has all of the batch that it has done. */
 void check_sync_batches(struct dsr *v, const uint8_t *want, int n);
 
+/* A thread that stores consumers that cannot be, as long as it may. */
+struct liar {
+	struct dsr_ring *ring;
+	bool stop;
+	pthread_t thread;
+};
+
+void liar_start(struct liar *l);
+void liar_stop(struct liar *l);
+
 /* A userfaultfd handler that lets faults through when told to. */
 struct gate {
 	bool open, waiting;

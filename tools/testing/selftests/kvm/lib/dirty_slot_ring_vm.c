@@ -493,6 +493,30 @@ void check_sync_batches(struct dsr *v, const uint8_t *want, int n)
 	}
 }
 
+static void *liar_thread(void *arg)
+{
+	struct liar *l = arg;
+	uint64_t x = 88172645463325252ull;
+
+	while (!READ_ONCE(l->stop)) {
+		x = xorshift(x);
+		/* Never a valid value: those would be a reader's word. */
+		dsr_set_consumer(l->ring, x | 1ull << 40);
+	}
+	return NULL;
+}
+
+void liar_start(struct liar *l)
+{
+	CHECK_OK(pthread_create(&l->thread, NULL, liar_thread, l));
+}
+
+void liar_stop(struct liar *l)
+{
+	WRITE_ONCE(l->stop, true);
+	CHECK_OK(pthread_join(l->thread, NULL));
+}
+
 struct gate gate;
 
 int gate_handler(int mode, int uffd, struct uffd_msg *msg)

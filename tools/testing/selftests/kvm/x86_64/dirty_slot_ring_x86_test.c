@@ -615,14 +615,30 @@ TEST(harvest_does_not_split_huge_pages)
 {
 	const uint32_t huge = 512, nr = 4;
 	uint64_t before, *bitmap;
+	int fd, log, i, sk[2];
 	struct dsr *v;
 	uint8_t *got;
 	pid_t pid;
-	int fd, i;
+	char c;
 
 	if (!thp_configured())
 		SKIP(return, "no transparent huge pages");
 
+	/* Before there is a VM: fork() write-protects, and so unmaps, the guest's memory. */
+	CHECK_OK(socketpair(AF_UNIX, SOCK_STREAM, 0, sk));
+	fflush(NULL);
+	pid = fork();
+	if (!pid) {
+		prctl(PR_SET_PDEATHSIG, SIGKILL);
+		got = calloc(1, nr * huge);
+		for (i = 0; i < 3; i++) {
+			log = recv_fd(sk[1], NULL, 0);
+			CHECK_EQ(harvest_cap(log, got, nr * huge, 0, 64), nr * huge);
+			close(log);
+			CHECK_EQ(write(sk[1], "", 1), 1);
+		}
+		_exit(0);
+	}
 	v = dsr_new(.entries = 64, .nr_vcpus = 1, .no_log = true, .npages = nr * huge,
 		    .src = VM_MEM_SRC_ANONYMOUS_THP,
 		    .manual = KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE | KVM_DIRTY_LOG_INITIALLY_SET);
@@ -638,14 +654,8 @@ TEST(harvest_does_not_split_huge_pages)
 		CHECK(before >= nr || !tdp_mmu(), "%lu huge pages", before);
 
 		/* All pages are dirty, and are taken by somebody else. */
-		fflush(NULL);
-		pid = fork();
-		if (!pid) {
-			got = set_new(v);
-			CHECK_EQ(harvest_cap(v->fd, got, v->npages, 0, 64), v->npages);
-			_exit(0);
-		}
-		child_check(pid);
+		send_fd(sk[0], 0, v->fd);
+		CHECK_EQ(read(sk[0], &c, 1), 1);
 		CHECK_EQ(stat_of(fd, "pages_2m"), before);
 		/* They are protected, all the same. */
 		guest_write_step(v, 0, 5, nr, huge);
@@ -671,6 +681,7 @@ TEST(harvest_does_not_split_huge_pages)
 		expect_armed(v, huge - 3, 6);
 		dsr_log(v, false);
 	}
+	child_check(pid);
 	free(bitmap);
 	close(fd);
 	dsr_free(v);
