@@ -246,7 +246,7 @@ static void __expect_all_armed(struct dsr *v, int line)
 static unsigned int count_left(void)
 {
 	static const char * const owners[] = {
-		"log_add_ring", "kvm_dirty_slot_log_create", "kvm_dirty_slot_ring_add_vcpu",
+		"ring_alloc", "kvm_dirty_slot_log_create", "kvm_dirty_slot_ring_add_vcpu",
 	};
 	FILE *f = fopen("/proc/vmallocinfo", "r");
 	DIR *d = opendir(DEBUGFS "kvm");
@@ -407,6 +407,39 @@ TEST_F(fault, open)
 		expect_wanted(v);
 	}
 	expect_all_armed(v);
+	dsr_free(v);
+}
+
+/* The log of all slots: opened, and harvested. */
+TEST_F(fault, vm_open_and_harvest)
+{
+	struct sweep s = { 0 };
+	struct kvm_dirty_slot_log_fd arg = { .slot = KVM_DIRTY_SLOT_ALL };
+	static struct kvm_dirty_vm_run vm_runs[NPAGES];
+	struct kvm_dirty_vm_harvest args;
+	struct dsr *v = machine_new(0);
+	uint32_t i;
+	int all;
+
+	while (sweep_next(&s)) {
+		if (inject(&s, ioctl(v->vm->fd, KVM_GET_DIRTY_SLOT_LOG_FD, &arg)))
+			close(s.ret);
+	}
+	all = dsr_open(v->vm, KVM_DIRTY_SLOT_ALL);
+	while (sweep_next(&s)) {
+		guest_write_step(v, 0, 3, 100, 2);
+		want_step(3, 100, 2);
+		if (!inject(&s, __dsr_vm_harvest(all, vm_runs, NPAGES, KVM_DIRTY_HARVEST_SYNC,
+						 &args)))
+			args.nr_runs = 0;
+		for (i = 0; i < args.nr_runs; i++) {
+			CHECK_EQ(vm_runs[i].slot, TEST_SLOT);
+			set_add(got, vm_runs[i].offset, vm_runs[i].npages, 1);
+		}
+		expect_wanted(v);
+	}
+	expect_all_armed(v);
+	close(all);
 	dsr_free(v);
 }
 
