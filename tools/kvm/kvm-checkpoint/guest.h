@@ -151,6 +151,32 @@ int guest_copy_running(struct guest *g, struct guest_epoch *e, uint64_t max, str
 /** guest_died() - waits a moment for QEMU's process to be gone, after -EPIPE */
 bool guest_died(struct guest *g);
 
+/*
+ * Between the files of this part
+ */
+
+/* dirty.c */
 void dirty_forget(struct dirty *d);
+int dirty_add(struct dirty *d, uint32_t block, uint64_t page, uint64_t n);
+/* Moves dirty pages, at most max of them, to the copy */
+int guest_copy_dirty(struct guest *g, struct copy *c, uint64_t max);
+void copy_sort(struct copy *c);
+
+/* layout.c */
+
+/*
+ * Takes in the layout and the fds that came with it.  Blocks are mapped the first time and must be
+ * the same later.
+ */
+int guest_take_layout(struct guest *g, struct json_object *layout, struct kc_err *err);
+void guest_forget_logs(struct guest *g);
+/* Ours for QEMU's block, or -1 if it is not shared */
+int guest_block_of(const struct guest *g, uint64_t qemu_nr);
+
+/* guard.c */
+int guest_check_disks(struct guest *g, bool external, struct kc_err *err);
+/* An answer that has to be a list */
+int guest_call_list(struct guest *g, const char *command, struct json_object **list,
+		    struct kc_err *err);
 
 #endif
