@@ -70,6 +70,7 @@ static int copy_reserve(struct copy *c, size_t n)
 			    MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
 	if (data == MAP_FAILED)
 		return -ENOMEM;
+	kc_no_dump(data, max * KC_PAGE_SIZE);
 	c->data = data;
 	c->max = max;
 	return 0;

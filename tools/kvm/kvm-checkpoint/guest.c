@@ -153,20 +153,20 @@ static int begin_logging(struct guest *g, struct kc_err *err)
 	return rc;
 }
 
-int guest_open(struct guest *g, const char *path, bool external_disks, void (*idle)(void *ctx),
-	       void *idle_ctx, struct kc_err *err)
+int guest_open(struct guest *g, const struct guest_opts *opts, struct kc_err *err)
 {
 	int rc;
 
 	memset(g, 0, sizeof(*g));
+	g->opts = *opts;
 	g->sock = -1;
 	g->buffer = -1;
 	g->id.page_size = KC_PAGE_SIZE;
 	g->id.blocks = g->block_ids;
 
-	rc = qmp_open(&g->qmp, path, QMP_TIMEOUT_MS, idle, idle_ctx, err);
+	rc = qmp_open(&g->qmp, opts->qmp, QMP_TIMEOUT_MS, opts->idle, opts->idle_ctx, err);
 	if (!rc)
-		rc = guest_check_disks(g, external_disks, err);
+		rc = guest_check_disks(g, opts->external_disks, err);
 	if (!rc)
 		rc = identify(g, err);
 	if (!rc)
@@ -399,10 +399,34 @@ static int fetch_state(struct guest *g, struct guest_epoch *e, struct kc_err *er
 	return read_buffer(g, e->state, e->state_len, 0, err);
 }
 
+static int send_stop(struct guest *g, struct kc_err *err)
+{
+	struct json_object *args = json_object_new_object();
+
+	json_object_object_add(args, "limit-ms", json_object_new_int64(g->opts.pause_limit_ms));
+	return qmp_send(&g->qmp, "x-checkpoint-stop", args, -1, err);
+}
+
+/* QEMU's word for why what was copied is of no use, as a sentence */
+static int spoilt(struct guest *g, const char *by, struct kc_err *err)
+{
+	if (!strcmp(by, "late"))
+		return kc_fail(err, EAGAIN,
+			       "the checkpoint took longer than the %u ms of --pause-limit, and the guest went on",
+			       g->opts.pause_limit_ms);
+	if (!strcmp(by, "reset"))
+		return kc_fail(err, EAGAIN, "the guest was reset during a checkpoint");
+	if (!strcmp(by, "written"))
+		return kc_fail(err, EAGAIN,
+			       "somebody else has written to the guest's memory during a checkpoint");
+	return kc_fail(err, EAGAIN, "somebody else has resumed the guest during a checkpoint");
+}
+
 int guest_take(struct guest *g, struct guest_epoch *e, struct kc_err *err)
 {
 	struct json_object *o = NULL;
 	uint64_t t[8] = { 0 };
+	struct kc_err why;
 	bool consistent;
 	int rc;
 
@@ -410,7 +434,7 @@ int guest_take(struct guest *g, struct guest_epoch *e, struct kc_err *err)
 	e->resumed = false;
 	t[0] = kc_now_us();
 	e->taken_us = t[0];
-	rc = qmp_send(&g->qmp, "x-checkpoint-stop", NULL, -1, err);
+	rc = send_stop(g, err);
 	if (!rc)
 		rc = send_collect(g, true, err);
 	if (!rc)
@@ -432,13 +456,15 @@ int guest_take(struct guest *g, struct guest_epoch *e, struct kc_err *err)
 	if (rc)
 		return rc;
 	e->resumed = qmp_bool(o, "resumed");
+	snprintf(e->waits_for, sizeof(e->waits_for), "%s", qmp_str(o, "waits-for"));
 	consistent = qmp_bool(o, "consistent");
+	if (!consistent)
+		spoilt(g, qmp_str(o, "spoilt-by"), &why);
 	json_object_put(o);
 	if (!consistent && undo_copy(g, &e->copy))
 		return kc_fail(err, ENOMEM, "no memory for the list of dirty pages");
 	if (!consistent)
-		return kc_fail(err, EAGAIN,
-			       "somebody else resumed the guest or changed its memory during a checkpoint");
+		return kc_fail(err, EAGAIN, "%s", why.text);
 
 	e->us[KC_PAUSE_STOP] = t[1] - t[0];
 	e->us[KC_PAUSE_HARVEST] = t[2] - t[1] + t[5] - t[4];

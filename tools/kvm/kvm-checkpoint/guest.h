@@ -59,7 +59,25 @@ struct guest_log {
 	uint64_t page, npages;
 };
 
+/**
+ * struct guest_opts - how a guest is protected
+ * @qmp: path of QEMU's monitor.
+ * @external_disks: writable disks are taken care of.
+ * @pause_limit_ms: the guest goes on when it has stood still for so long, whatever we do; 0 for
+ *	never.
+ * @idle: called now and then while QEMU works; or NULL.
+ * @idle_ctx: for @idle.
+ */
+struct guest_opts {
+	const char *qmp;
+	bool external_disks;
+	unsigned int pause_limit_ms;
+	void (*idle)(void *ctx);
+	void *idle_ctx;
+};
+
 struct guest {
+	struct guest_opts opts;
 	struct qmp qmp;
 	struct kc_guest id;
 	struct kc_block block_ids[KC_MAX_BLOCKS];
@@ -72,7 +90,10 @@ struct guest {
 	struct dirty dirty;
 };
 
-/* What guest_take() did */
+/*
+ * What guest_take() did.  waits_for says why the guest has to wait until it can run again, which it
+ * will then, and is empty if it has not.
+ */
 struct guest_epoch {
 	struct copy copy;
 	void *state;
@@ -81,21 +102,18 @@ struct guest_epoch {
 	uint64_t us[KC_PAUSE_PARTS];
 	bool was_running, resumed;
 	char status[32];		/* QEMU's word for it */
+	char waits_for[256];
 };
 
 /**
  * guest_open() - connect to QEMU and start logging
  * @g: filled in, to be closed by guest_close() in any case.
- * @path: of the QMP socket.
- * @external_disks: writable disks are taken care of.
- * @idle: called now and then while QEMU works, from here on; or NULL.
- * @idle_ctx: for @idle.
+ * @opts: copied, its strings must stay.
  * @err: why not.
  *
  * Return: 0 or a negative errno: what the user can do about it is in @err.
  */
-int guest_open(struct guest *g, const char *path, bool external_disks, void (*idle)(void *ctx),
-	       void *idle_ctx, struct kc_err *err);
+int guest_open(struct guest *g, const struct guest_opts *opts, struct kc_err *err);
 
 /** guest_close() - end logging; QEMU resumes the guest if it was stopped for us */
 void guest_close(struct guest *g);
@@ -130,8 +148,8 @@ int guest_collect(struct guest *g, struct kc_err *err);
  * @e: what was taken; zero it before the first time, its buffers are used again.  Pages are sorted.
  * @err: why not.
  *
- * Return: 0; -EAGAIN if somebody else resumed the guest or changed its memory meanwhile, and then
- * nothing is lost; other negative errno.
+ * Return: 0; -EAGAIN if somebody else resumed the guest or changed its memory meanwhile, or it took
+ * too long, and then nothing is lost; other negative errno.
  */
 int guest_take(struct guest *g, struct guest_epoch *e, struct kc_err *err);
 

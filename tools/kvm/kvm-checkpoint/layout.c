@@ -89,6 +89,7 @@ static int map_block(struct guest *g, unsigned int nr, int fd, struct kc_err *er
 	map = mmap(NULL, id->npages * KC_PAGE_SIZE, PROT_READ, MAP_SHARED, fd, 0);
 	if (map == MAP_FAILED)
 		return kc_fail(err, errno, "cannot map %s: %s", id->name, strerror(errno));
+	kc_no_dump(map, id->npages * KC_PAGE_SIZE);
 	g->blocks[nr].map = map;
 	g->blocks[nr].fd = fd;
 	return 0;

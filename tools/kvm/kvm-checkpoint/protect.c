@@ -34,6 +34,8 @@ static const char usage_text[] =
 "  --interval TIME       from one epoch to the next (default 100ms)\n"
 "  --max-dirty N         an epoch sooner, when N pages were written; only with slot rings,\n"
 "                        and noticed when a ring is half full (default 8192, 0 for never)\n"
+"  --pause-limit TIME    let the guest go on, without an epoch, if one takes longer, be it\n"
+"                        because this program hangs (default 2s, 0 for no limit)\n"
 "  --disk external       the guest may have writable disks: storage is taken care of\n"
 "  --control PATH        unix socket for status and detach\n"
 "  --epochs N            end after N epochs; the guest runs on\n"
@@ -105,7 +107,7 @@ static int protect(struct protect *p)
 	struct kc_err err;
 	int rc;
 
-	rc = guest_open(&p->guest, p->qmp, p->external, kc_link_tick, p, &err);
+	rc = guest_open(&p->guest, &p->guest_opts, &err);
 	if (rc) {
 		kc_log(KC_LOG_ERROR, "%s", err.text);
 		return 1;
@@ -164,8 +166,7 @@ static int protect(struct protect *p)
 			struct kc_err again;
 
 			kc_log(KC_LOG_WARN, "%s; connecting to QEMU again", err.text);
-			rc = guest_open(&p->guest, p->qmp, p->external, kc_link_tick, p,
-					&again);
+			rc = guest_open(&p->guest, &p->guest_opts, &again);
 			if (!rc) {
 				kc_link_close(p);
 				continue;
@@ -201,12 +202,13 @@ static int parse_count(const char *s, uint64_t *n)
 
 int cmd_protect(int argc, char **argv)
 {
-	enum { QMP = 256, TO, INTERVAL, MAX_DIRTY, DISK, CONTROL, EPOCHS, JSON, HELP, SINK_OPTION };
+	enum { QMP = 256, TO, INTERVAL, MAX_DIRTY, PAUSE_LIMIT, DISK, CONTROL, EPOCHS, JSON, HELP, SINK_OPTION };
 	static const struct option options[] = {
 		{ "qmp", required_argument, NULL, QMP },
 		{ "to", required_argument, NULL, TO },
 		{ "interval", required_argument, NULL, INTERVAL },
 		{ "max-dirty", required_argument, NULL, MAX_DIRTY },
+		{ "pause-limit", required_argument, NULL, PAUSE_LIMIT },
 		{ "disk", required_argument, NULL, DISK },
 		{ "control", required_argument, NULL, CONTROL },
 		{ "epochs", required_argument, NULL, EPOCHS },
@@ -229,6 +231,9 @@ int cmd_protect(int argc, char **argv)
 
 	p.interval_ms = 100;
 	p.max_dirty = 8192;
+	p.guest_opts.pause_limit_ms = 2000;
+	p.guest_opts.idle = kc_link_tick;
+	p.guest_opts.idle_ctx = &p;
 	p.guest.sock = -1;
 	p.guest.buffer = -1;
 	p.guest.qmp.fd = -1;
@@ -238,7 +243,7 @@ int cmd_protect(int argc, char **argv)
 	while ((c = getopt_long(argc, argv, "h", options, &index)) != -1) {
 		switch (c) {
 		case QMP:
-			p.qmp = optarg;
+			p.guest_opts.qmp = optarg;
 			break;
 		case TO:
 			p.to = optarg;
@@ -251,10 +256,14 @@ int cmd_protect(int argc, char **argv)
 			if (parse_count(optarg, &p.max_dirty))
 				return usage_error("--max-dirty needs a number of pages");
 			break;
+		case PAUSE_LIMIT:
+			if (kc_parse_ms(optarg, &p.guest_opts.pause_limit_ms))
+				return usage_error("--pause-limit needs a time, such as 2s");
+			break;
 		case DISK:
 			if (strcmp(optarg, "external"))
 				return usage_error("--disk can only be external");
-			p.external = true;
+			p.guest_opts.external_disks = true;
 			break;
 		case CONTROL:
 			p.control = optarg;
@@ -281,11 +290,12 @@ int cmd_protect(int argc, char **argv)
 	}
 	if (optind < argc)
 		return usage_error("there is an argument too many");
-	if (!p.qmp)
+	if (!p.guest_opts.qmp)
 		return usage_error("--qmp is missing: where is QEMU's monitor?");
 	if (!p.to)
 		return usage_error("--to is missing: tcp:HOST:PORT of a standby, or a directory");
 
+	kc_core_without_memory();
 	p.tty = isatty(1) && !p.json;
 	kc_log_may_lose = true;
 	sigaction(SIGTERM, &sa, NULL);

@@ -20,11 +20,12 @@
 #define TICK_MS		50
 
 struct protect {
-	const char *qmp, *to, *control;
+	const char *to, *control;
 	unsigned int interval_ms;
 	uint64_t max_dirty, max_epochs;
-	bool external, json;
+	bool json;
 	struct kc_sink_opts opts;
+	struct guest_opts guest_opts;
 
 	struct guest guest;
 	struct guest_epoch epoch;
@@ -36,6 +37,7 @@ struct protect {
 	uint64_t acked, epochs;
 	bool was_acked;		/* the receiver once had a complete epoch */
 	bool idle;		/* the guest is stopped, and its last epoch says all */
+	bool waiting;		/* the guest cannot be resumed, for now */
 	bool tty;
 	unsigned int unread;	/* lines that were not shown, as nobody reads them */
 	uint64_t started_us, shown_us;

@@ -100,12 +100,26 @@ static int send_epoch(struct protect *p, struct kc_err *err)
 	return kc_link_poll(p, err);
 }
 
+/* Once when it begins, and once when it is over */
+static void tell_waiting(struct protect *p)
+{
+	const char *what = p->epoch.waits_for;
+
+	if (*what && !p->waiting)
+		kc_log(KC_LOG_WARN, "the guest has to wait until it can run: %s", what);
+	else if (!*what && p->waiting)
+		kc_log(KC_LOG_INFO, "the guest runs again");
+	p->waiting = *what;
+}
+
 static enum where take_epoch(struct protect *p, int *rc, struct kc_err *err)
 {
 	unsigned int tries = 0;
 
 	do {
 		*rc = guest_take(&p->guest, &p->epoch, err);
+		if (!*rc || *rc == -EAGAIN)
+			tell_waiting(p);
 		if (*rc == -EAGAIN) {
 			kc_log(KC_LOG_WARN, "%s: taking another", err->text);
 			/* Not as fast as can be, and the standby must hear of us. */

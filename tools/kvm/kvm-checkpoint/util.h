@@ -84,4 +84,16 @@ int kc_parse_ms(const char *s, unsigned int *ms);
  */
 int kc_check_owner(int dir, const char *path, struct kc_err *err);
 
+/** kc_no_dump() - a mapping of the guest's memory is no part of a core, whoever makes it */
+void kc_no_dump(void *addr, size_t len);
+
+/**
+ * kc_core_without_memory() - if this process crashes, its core has registers and no memory
+ *
+ * A guest's memory and keys are in buffers everywhere.  kc_core_as_before() is for the programs that
+ * we start.
+ */
+void kc_core_without_memory(void);
+void kc_core_as_before(void);
+
 #endif

@@ -249,9 +249,10 @@ static void do_attach(struct qemu *q)
 	send_layout(q, q->layout);
 }
 
-static void do_stop(struct qemu *q)
+static void do_stop(struct qemu *q, unsigned int limit_ms)
 {
-	bool ran = q->running;
+	/* One that could not be resumed would run */
+	bool ran = q->running || q->stopped;
 
 	if (ran) {
 		guest_writes(q, below(40));
@@ -259,6 +260,8 @@ static void do_stop(struct qemu *q)
 	}
 	q->stopped = ran;
 	q->running = false;
+	q->spoilt_by = NULL;
+	q->limit_us = ran && limit_ms ? kc_now_us() + limit_ms * 1000ull : 0;
 	answer(q, "{\"running\": %s, \"status\": \"paused\"}", ran ? "true" : "false");
 }
 
@@ -348,15 +351,41 @@ static void do_collect(struct qemu *q, bool state)
 	       q->generation, at, runs, n);
 }
 
+static void resume(struct qemu *q)
+{
+	q->running = true;
+	q->stopped = false;
+	q->limit_us = 0;
+	send_event(q, "RESUME");
+}
+
+/* It has stood still for long enough: what was saved is of no use */
+static void look_at_the_clock(struct qemu *q)
+{
+	if (!q->limit_us || kc_now_us() < q->limit_us)
+		return;
+	send_event(q, "CHECKPOINT_LATE");
+	resume(q);
+	q->spoilt_by = "late";
+	if (q->nr_snaps)
+		q->snaps[q->nr_snaps - 1].torn = true;
+}
+
 static void do_cont(struct qemu *q)
 {
-	if (q->stopped) {
-		q->running = true;
-		q->stopped = false;
-		send_event(q, "RESUME");
-	}
-	answer(q, "{\"resumed\": %s, \"consistent\": %s}", q->running ? "true" : "false",
-	       q->tear == WHOLE ? "true" : "false");
+	char more[200] = "";
+
+	q->limit_us = 0;
+	if (q->stopped && q->waits_for)
+		snprintf(more, sizeof(more), ", \"waits-for\": \"%s\"", q->waits_for);
+	else if (q->stopped)
+		resume(q);
+	if (q->tear != WHOLE)
+		q->spoilt_by = q->tear == RESUMED ? "resumed" : "written";
+	if (q->spoilt_by)
+		snprintf(more, sizeof(more), ", \"spoilt-by\": \"%s\"", q->spoilt_by);
+	answer(q, "{\"resumed\": %s, \"consistent\": %s%s}", q->running ? "true" : "false",
+	       q->spoilt_by ? "false" : "true", more);
 	q->tear = WHOLE;
 }
 
@@ -380,7 +409,8 @@ static void obey(struct qemu *q, const char *command, struct json_object *args)
 	else if (!strcmp(command, LAYOUT))
 		send_layout(q, q->new_layout);
 	else if (!strcmp(command, STOP))
-		do_stop(q);
+		do_stop(q, json_object_object_get_ex(args, "limit-ms", &o) ?
+			   json_object_get_int(o) : 0);
 	else if (!strcmp(command, COLLECT))
 		do_collect(q, json_object_object_get_ex(args, "state", &o) &&
 			      json_object_get_boolean(o));
@@ -508,6 +538,7 @@ void step(struct qemu *q, int ms)
 	};
 	const char *instead;
 
+	look_at_the_clock(q);
 	if (poll(p, 3, ms) <= 0) {
 		if (q->running)
 			guest_writes(q, 2);

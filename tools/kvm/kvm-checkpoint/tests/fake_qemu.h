@@ -56,6 +56,9 @@ extern struct qemu {
 	const char *disks;		/* what query-block returns */
 	const char *layout, *new_layout;	/* what attach and layout say, but for the truth */
 	enum tear tear;			/* what happens to the next epoch */
+	const char *waits_for;		/* why it cannot be resumed, or NULL */
+	uint64_t limit_us;		/* when it is resumed, whoever stopped it, or 0 */
+	const char *spoilt_by;		/* why what was taken is of no use, or NULL */
 	struct snap snaps[MAX_SNAPS];
 	unsigned int nr_snaps;
 

@@ -758,6 +758,9 @@ static const struct test tests[] = {
 	{ "protect_shutdown_lost", test_shutdown_lost },
 	{ "protect_unread_stdout", test_unread_stdout },
 	{ "protect_unread_stderr", test_unread_stderr },
+	{ "protect_frozen", test_frozen },
+	{ "protect_waits", test_waits },
+	{ "protect_core", test_core },
 };
 
 int main(int argc, char **argv)

@@ -21,4 +21,9 @@ void test_other_key(void);
 void test_unread_stdout(void);
 void test_unread_stderr(void);
 
+/* protect_guest.c */
+void test_frozen(void);
+void test_waits(void);
+void test_core(void);
+
 #endif
