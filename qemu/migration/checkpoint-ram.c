@@ -15,6 +15,7 @@
 #include "exec/memory.h"
 #include "exec/ram_addr.h"
 #include "exec/target_page.h"
+#include "migration/savevm.h"
 #include "sysemu/kvm.h"
 #include "ram.h"
 #include "checkpoint.h"
@@ -27,6 +28,7 @@ static struct {
     uint64_t generation;
     uint32_t ram_version;
     unsigned int slots_version;
+    unsigned int devices_version;
 } known;
 
 bool checkpoint_block_is_mapped(RAMBlock *rb)
@@ -179,12 +181,14 @@ static void know_layout(void)
     known.generation++;
     known.ram_version = ram_list.version;
     known.slots_version = kvm_dirty_slot_log_version();
+    known.devices_version = qemu_savevm_handlers_version();
 }
 
 uint64_t checkpoint_generation(void)
 {
     if (known.ram_version != ram_list.version ||
-        known.slots_version != kvm_dirty_slot_log_version()) {
+        known.slots_version != kvm_dirty_slot_log_version() ||
+        known.devices_version != qemu_savevm_handlers_version()) {
         know_layout();
     }
     return known.generation;
@@ -201,6 +205,7 @@ CheckpointLayout *checkpoint_send_layout(QIOChannelSocket *to, Error **errp)
 
     know_layout();
     layout->generation = known.generation;
+    layout->devices = qemu_savevm_handlers();
     layout->page_size = TARGET_PAGE_SIZE;
     layout->dirty_log = kvm_dirty_slot_ring_enabled() ?
                         CHECKPOINT_DIRTY_LOG_DIRTY_SLOT_RING :

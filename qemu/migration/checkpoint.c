@@ -40,6 +40,7 @@
 #include "migration/misc.h"
 #include "migration/migration.h"
 #include "monitor/monitor.h"
+#include "sysemu/cpu-timers.h"
 #include "sysemu/kvm.h"
 #include "sysemu/runstate.h"
 #include "checkpoint.h"
@@ -52,6 +53,8 @@ static struct {
     guint watch;
     int buffer;
     Error *blocker;
+    const char *lost;           /* Why its logs do not have all pages, or NULL */
+    bool loadable;              /* What is saved can go on elsewhere */
     /* Why what was copied since x-checkpoint-stop is of no use, if it is */
     bool spoilt;
     CheckpointSpoilt spoilt_by;
@@ -61,6 +64,9 @@ static struct {
 static struct {
     bool owed;                  /* It is to run again */
     bool told;                  /* that it cannot, for now */
+    bool hidden;                /* It does not notice that it stood still */
+    int64_t stopped_ns;         /* When that began */
+    int64_t since_ns;           /* Up to when its clocks have gone on */
     QEMUTimer *limit;           /* When it has waited for long enough */
     QEMUTimer *again;
     VMChangeStateEntry *runs;
@@ -72,6 +78,22 @@ static void spoil(CheckpointSpoilt by)
         client.spoilt = true;
         client.spoilt_by = by;
     }
+}
+
+/* The clocks that stand still with the guest go on */
+static void hide_pause(void)
+{
+    int64_t now = get_clock();
+
+    if (hold.hidden) {
+        cpu_clock_skip(now - hold.since_ns);
+        hold.since_ns = now;
+    }
+}
+
+int64_t checkpoint_hidden_pause_ns(void)
+{
+    return hold.hidden ? get_clock() - hold.stopped_ns : -1;
 }
 
 /*
@@ -93,7 +115,17 @@ static bool resume_guest(Error **errp)
         hold.owed = false;
         return true;
     }
+    if (qemu_runstate_change_requested()) {
+        /* The main loop comes to that before it comes to the timer */
+        timer_mod(hold.again, qemu_clock_get_ms(QEMU_CLOCK_REALTIME));
+        return true;
+    }
+
+    /* Unless there is another state than the one that it was stopped with */
+    hold.hidden = runstate_check(RUN_STATE_PAUSED) && !client.lost;
+    hide_pause();
     qmp_cont(&err);
+    hold.hidden = false;
     if (!err) {
         if (hold.told) {
             info_report("checkpoint: the guest runs again");
@@ -184,9 +216,40 @@ static bool need_client(Error **errp)
  * Commands
  */
 
+/*
+ * Whether the guest can go on where its state is loaded in this run state, which
+ * process_incoming_migration_bh() sets there
+ */
+static bool state_is_loadable(RunState state)
+{
+    switch (state) {
+    case RUN_STATE_RUNNING:
+    case RUN_STATE_PAUSED:
+    case RUN_STATE_PRELAUNCH:
+    case RUN_STATE_IO_ERROR:
+    case RUN_STATE_WATCHDOG:
+    case RUN_STATE_GUEST_PANICKED:
+    case RUN_STATE_SHUTDOWN:
+        return true;
+    default:
+        return false;
+    }
+}
+
 /* The state of a guest that cannot be migrated is of no use elsewhere */
 static bool block_migration(Error **errp)
 {
+    if (runstate_check(RUN_STATE_INMIGRATE) ||
+        migration_in_incoming_postcopy()) {
+        error_setg(errp, "the guest is not here yet, a migration is incoming");
+        return false;
+    }
+    if (runstate_check(RUN_STATE_FINISH_MIGRATE) ||
+        runstate_check(RUN_STATE_POSTMIGRATE) ||
+        runstate_check(RUN_STATE_COLO)) {
+        error_setg(errp, "the guest has been migrated to somewhere else");
+        return false;
+    }
     if (migration_is_blocked(errp)) {
         return false;
     }
@@ -248,6 +311,8 @@ CheckpointLayout *qmp_x_checkpoint_attach(const char *socket,
     memory_global_dirty_log_start(GLOBAL_DIRTY_CHECKPOINT);
     client.socket = sioc;
     client.buffer = buffer_fd;
+    client.lost = NULL;
+    client.spoilt = false;
     client.watch = qio_channel_add_watch(QIO_CHANNEL(sioc), G_IO_IN | G_IO_HUP,
                                          client_event, NULL, NULL);
 
@@ -280,19 +345,26 @@ CheckpointStopped *qmp_x_checkpoint_stop(bool has_limit_ms, uint32_t limit_ms,
         return NULL;
     }
     stopped = g_new0(CheckpointStopped, 1);
-    if (runstate_is_running()) {
-        vm_stop(RUN_STATE_PAUSED);
+    client.spoilt = false;
+    if (runstate_is_running() && !client.lost) {
+        hold.stopped_ns = hold.since_ns = get_clock();
         hold.owed = true;
+        if (vm_stop(RUN_STATE_PAUSED) < 0) {
+            spoil(CHECKPOINT_SPOILT_FLUSH);
+        }
     }
     timer_del(hold.again);      /* x-checkpoint-cont is it */
     if (hold.owed && has_limit_ms && limit_ms) {
         timer_mod(hold.limit,
                   qemu_clock_get_ms(QEMU_CLOCK_REALTIME) + limit_ms);
     }
-    client.spoilt = false;
     stopped->running = hold.owed;
     status = qmp_query_status(&error_abort);
     stopped->status = status->status;
+    client.loadable = state_is_loadable(status->status);
+    stopped->loadable = client.loadable;
+    stopped->has_lost = client.lost;
+    stopped->lost = g_strdup(client.lost);
     return stopped;
 }
 
@@ -309,6 +381,11 @@ CheckpointPagesInfo *qmp_x_checkpoint_collect(bool state, Error **errp)
 
     info = g_new0(CheckpointPagesInfo, 1);
     info->generation = checkpoint_generation();
+    /* What has begun is in no state yet: the guest would not know how it ends */
+    if (state && qemu_runstate_change_requested()) {
+        spoil(CHECKPOINT_SPOILT_RUN_STATE);
+    }
+    state = state && !client.spoilt && client.loadable && !client.lost;
     /* Saving may write to the guest's memory, so pages come after it */
     if (state && !runstate_is_running() &&
         !checkpoint_save_state(client.buffer, &offset, hold.owed, errp)) {
@@ -364,9 +441,43 @@ CheckpointResumed *qmp_x_checkpoint_cont(Error **errp)
     return resumed;
 }
 
-/* The command "stop" */
+/*
+ * What else happens
+ */
+
+/* Somebody has stopped the guest */
 void checkpoint_keep_stopped(void)
 {
     hold.owed = false;
     hold.told = false;
+}
+
+void checkpoint_give_way(void)
+{
+    RunState requested;
+    bool more;
+
+    if (!hold.owed || !runstate_check(RUN_STATE_PAUSED)) {
+        return;
+    }
+    timer_del(hold.limit);
+    timer_del(hold.again);
+    /* vm_prepare_start() forgets it */
+    more = qemu_vmstop_requested(&requested);
+    hold.hidden = !client.lost;
+    hide_pause();
+    vm_prepare_start(false);
+    hold.hidden = false;
+    if (more) {
+        qemu_system_vmstop_request_prepare();
+        qemu_system_vmstop_request(requested);
+    }
+}
+
+void checkpoint_memory_lost(const char *why)
+{
+    if (client.socket) {
+        client.lost = why;
+        spoil(CHECKPOINT_SPOILT_WRITTEN);
+    }
 }

@@ -153,8 +153,11 @@ static int begin_logging(struct guest *g, struct kc_err *err)
 	return rc;
 }
 
-int guest_open(struct guest *g, const struct guest_opts *opts, struct kc_err *err)
+static int open_guest(struct guest *g, const struct guest_opts *opts, bool again,
+		      struct kc_err *err)
 {
+	/* QEMU was once what it should be: it needs only time */
+	unsigned int timeout_ms = again ? opts->qemu_timeout_ms : QMP_TIMEOUT_MS;
 	int rc;
 
 	memset(g, 0, sizeof(*g));
@@ -164,13 +167,35 @@ int guest_open(struct guest *g, const struct guest_opts *opts, struct kc_err *er
 	g->id.page_size = KC_PAGE_SIZE;
 	g->id.blocks = g->block_ids;
 
-	rc = qmp_open(&g->qmp, opts->qmp, QMP_TIMEOUT_MS, opts->idle, opts->idle_ctx, err);
+	rc = qmp_open(&g->qmp, opts->qmp, timeout_ms, opts->idle, opts->idle_ctx, err);
 	if (!rc)
 		rc = guest_check_disks(g, opts->external_disks, err);
 	if (!rc)
 		rc = identify(g, err);
 	if (!rc)
 		rc = begin_logging(g, err);
+	if (!rc)
+		g->qmp.timeout_ms = opts->qemu_timeout_ms;
+	return rc;
+}
+
+int guest_open(struct guest *g, const struct guest_opts *opts, struct kc_err *err)
+{
+	return open_guest(g, opts, false, err);
+}
+
+int guest_reopen(struct guest *g, struct kc_err *err)
+{
+	struct guest_opts opts = g->opts;
+	char *before = g->devices;
+	int rc;
+
+	g->devices = NULL;
+	guest_close(g);
+	rc = open_guest(g, &opts, true, err);
+	if (!rc && before)
+		rc = guest_check_devices(g, before, err);
+	free(before);
 	return rc;
 }
 
@@ -187,6 +212,7 @@ void guest_close(struct guest *g)
 		free(g->dirty.bits[i]);
 	}
 	free(g->dirty.words);
+	free(g->devices);
 	if (g->sock >= 0)
 		close(g->sock);
 	if (g->buffer >= 0)
@@ -416,18 +442,41 @@ static int spoilt(struct guest *g, const char *by, struct kc_err *err)
 			       g->opts.pause_limit_ms);
 	if (!strcmp(by, "reset"))
 		return kc_fail(err, EAGAIN, "the guest was reset during a checkpoint");
+	if (!strcmp(by, "run-state"))
+		return kc_fail(err, EAGAIN,
+			       "the guest was about to stop or to be reset during a checkpoint");
+	if (!strcmp(by, "flush"))
+		return kc_fail(err, EAGAIN,
+			       "what the guest wrote to its disks could not be flushed for a checkpoint");
 	if (!strcmp(by, "written"))
 		return kc_fail(err, EAGAIN,
 			       "somebody else has written to the guest's memory during a checkpoint");
 	return kc_fail(err, EAGAIN, "somebody else has resumed the guest during a checkpoint");
 }
 
+/* There is nothing to take.  Returns why, as guest_take() does. */
+static int take_nothing(struct guest *g, const struct guest_epoch *e, const char *lost,
+			struct kc_err *err)
+{
+	int rc;
+
+	rc = finish_collect(g, NULL, NULL, err);
+	if (!rc)
+		rc = qmp_call(&g->qmp, "x-checkpoint-cont", NULL, NULL, err);
+	if (rc)
+		return rc;
+	if (*lost)
+		return kc_fail(err, EUCLEAN, "the guest's memory has been changed (%s)", lost);
+	return kc_fail(err, ENODATA, "the guest's run state is %s", e->status);
+}
+
 int guest_take(struct guest *g, struct guest_epoch *e, struct kc_err *err)
 {
 	struct json_object *o = NULL;
 	uint64_t t[8] = { 0 };
+	bool consistent, loadable;
 	struct kc_err why;
-	bool consistent;
+	char lost[200];
 	int rc;
 
 	e->copy.nr = 0;
@@ -444,7 +493,11 @@ int guest_take(struct guest *g, struct guest_epoch *e, struct kc_err *err)
 	t[1] = kc_now_us();
 	e->was_running = qmp_bool(o, "running");
 	snprintf(e->status, sizeof(e->status), "%s", qmp_str(o, "status"));
+	snprintf(lost, sizeof(lost), "%s", qmp_str(o, "lost"));
+	loadable = qmp_bool(o, "loadable");
 	json_object_put(o);
+	if (*lost || !loadable)
+		return take_nothing(g, e, lost, err);
 
 	rc = take_paused(g, e, t, err);
 	if (rc)

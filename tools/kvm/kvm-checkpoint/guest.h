@@ -65,14 +65,16 @@ struct guest_log {
  * @external_disks: writable disks are taken care of.
  * @pause_limit_ms: the guest goes on when it has stood still for so long, whatever we do; 0 for
  *	never.
- * @idle: called now and then while QEMU works; or NULL.
+ * @qemu_timeout_ms: how long QEMU may not answer once the guest is protected; 0: for as long as it
+ *	lives.
+ * @idle: called now and then while QEMU works, see qmp_open(); or NULL.
  * @idle_ctx: for @idle.
  */
 struct guest_opts {
 	const char *qmp;
 	bool external_disks;
-	unsigned int pause_limit_ms;
-	void (*idle)(void *ctx);
+	unsigned int pause_limit_ms, qemu_timeout_ms;
+	int (*idle)(void *ctx);
 	void *idle_ctx;
 };
 
@@ -85,6 +87,7 @@ struct guest {
 	struct guest_log *logs;
 	unsigned int nr_logs;
 	char dirty_log[32];		/* "dirty-slot-ring", "dirty-ring" or "bitmap" */
+	char *devices;			/* what their state consists of, sorted, a line for each part */
 	uint64_t generation;
 	int sock, buffer;		/* shared with QEMU */
 	struct dirty dirty;
@@ -114,6 +117,9 @@ struct guest_epoch {
  * Return: 0 or a negative errno: what the user can do about it is in @err.
  */
 int guest_open(struct guest *g, const struct guest_opts *opts, struct kc_err *err);
+
+/** guest_reopen() - the same once more, with -ESTALE if it has other devices by now */
+int guest_reopen(struct guest *g, struct kc_err *err);
 
 /** guest_close() - end logging; QEMU resumes the guest if it was stopped for us */
 void guest_close(struct guest *g);
@@ -149,7 +155,8 @@ int guest_collect(struct guest *g, struct kc_err *err);
  * @err: why not.
  *
  * Return: 0; -EAGAIN if somebody else resumed the guest or changed its memory meanwhile, or it took
- * too long, and then nothing is lost; other negative errno.
+ * too long; -ENODATA while the guest is in a run state of which there can be no epoch: in both cases
+ * nothing is lost; -EUCLEAN if its memory was changed and no log knows of it; other negative errno.
  */
 int guest_take(struct guest *g, struct guest_epoch *e, struct kc_err *err);
 
@@ -179,6 +186,13 @@ int dirty_add(struct dirty *d, uint32_t block, uint64_t page, uint64_t n);
 /* Moves dirty pages, at most max of them, to the copy */
 int guest_copy_dirty(struct guest *g, struct copy *c, uint64_t max);
 void copy_sort(struct copy *c);
+
+/* devices.c */
+
+/* Takes in the list of parts of the device state, which must be the same later */
+int guest_take_devices(struct guest *g, struct json_object *list, struct kc_err *err);
+/* -ESTALE if it is not that of before */
+int guest_check_devices(const struct guest *g, const char *before, struct kc_err *err);
 
 /* layout.c */
 

@@ -108,7 +108,7 @@ int guest_block_of(const struct guest *g, uint64_t qemu_nr)
 
 int guest_take_layout(struct guest *g, struct json_object *layout, struct kc_err *err)
 {
-	struct json_object *blocks = NULL, *slots = NULL, *o;
+	struct json_object *blocks = NULL, *slots = NULL, *devices = NULL, *o;
 	size_t i, nr_blocks, nr_slots, nr_fds, nr_shared = 0;
 	uint64_t unshared = 0;
 	bool first = !g->id.nr_blocks;
@@ -116,6 +116,7 @@ int guest_take_layout(struct guest *g, struct json_object *layout, struct kc_err
 
 	json_object_object_get_ex(layout, "blocks", &blocks);
 	json_object_object_get_ex(layout, "slots", &slots);
+	json_object_object_get_ex(layout, "devices", &devices);
 	if (!json_object_is_type(blocks, json_type_array) ||
 	    !json_object_is_type(slots, json_type_array) || !qmp_u64(layout, "generation"))
 		return kc_fail(err, EPROTO,
@@ -208,7 +209,7 @@ int guest_take_layout(struct guest *g, struct json_object *layout, struct kc_err
 	}
 	snprintf(g->dirty_log, sizeof(g->dirty_log), "%s", qmp_str(layout, "dirty-log"));
 	g->generation = qmp_u64(layout, "generation");
-	rc = 0;
+	rc = guest_take_devices(g, devices, err);
 	goto out;
 changed:
 	rc = kc_fail(err, ESTALE,

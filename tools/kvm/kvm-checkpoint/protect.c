@@ -36,6 +36,8 @@ static const char usage_text[] =
 "                        and noticed when a ring is half full (default 8192, 0 for never)\n"
 "  --pause-limit TIME    let the guest go on, without an epoch, if one takes longer, be it\n"
 "                        because this program hangs (default 2s, 0 for no limit)\n"
+"  --qemu-timeout TIME   give up a QEMU that lives but does not answer for so long, and leave\n"
+"                        the guest to the standby (default 0: never)\n"
 "  --disk external       the guest may have writable disks: storage is taken care of\n"
 "  --control PATH        unix socket for status and detach\n"
 "  --epochs N            end after N epochs; the guest runs on\n"
@@ -151,6 +153,8 @@ static int protect(struct protect *p)
 			kc_link_end(p, KC_END_GUEST_DIED);
 			return 1;
 		}
+		if (rc == -ECANCELED)
+			return kc_link_end(p, KC_END_DETACH) ? 0 : 1;
 		if (rc == -ETIMEDOUT) {
 			/* It may live again: its standby's --timeout and fence decide. */
 			kc_log(KC_LOG_ERROR, "%s; the last epoch that counts is %lu", err.text,
@@ -158,15 +162,17 @@ static int protect(struct protect *p)
 			kc_link_close(p);
 			return 1;
 		}
-		guest_close(&p->guest);
 		may_be_dead = false;
 		if (kc_now_us() - began > 60000000)
+			reopened = 0;
+		/* What others do to the guest, they may do often */
+		if (rc == -EUCLEAN)
 			reopened = 0;
 		if (rc != -ESTALE && reopened++ < 3) {
 			struct kc_err again;
 
 			kc_log(KC_LOG_WARN, "%s; connecting to QEMU again", err.text);
-			rc = guest_open(&p->guest, &p->guest_opts, &again);
+			rc = guest_reopen(&p->guest, &again);
 			if (!rc) {
 				kc_link_close(p);
 				continue;
@@ -175,6 +181,7 @@ static int protect(struct protect *p)
 			may_be_dead = rc == -ECONNREFUSED || rc == -ENOENT || rc == -EPIPE ||
 				      rc == -ETIMEDOUT;
 		}
+		guest_close(&p->guest);
 		kc_log(KC_LOG_ERROR, "%s; the guest is without protection", err.text);
 		/* Where nobody listens or answers any more: that is for the standby. */
 		if (may_be_dead)
@@ -202,13 +209,17 @@ static int parse_count(const char *s, uint64_t *n)
 
 int cmd_protect(int argc, char **argv)
 {
-	enum { QMP = 256, TO, INTERVAL, MAX_DIRTY, PAUSE_LIMIT, DISK, CONTROL, EPOCHS, JSON, HELP, SINK_OPTION };
+	enum {
+		QMP = 256, TO, INTERVAL, MAX_DIRTY, PAUSE_LIMIT, QEMU_TIMEOUT, DISK, CONTROL, EPOCHS,
+		JSON, HELP, SINK_OPTION,
+	};
 	static const struct option options[] = {
 		{ "qmp", required_argument, NULL, QMP },
 		{ "to", required_argument, NULL, TO },
 		{ "interval", required_argument, NULL, INTERVAL },
 		{ "max-dirty", required_argument, NULL, MAX_DIRTY },
 		{ "pause-limit", required_argument, NULL, PAUSE_LIMIT },
+		{ "qemu-timeout", required_argument, NULL, QEMU_TIMEOUT },
 		{ "disk", required_argument, NULL, DISK },
 		{ "control", required_argument, NULL, CONTROL },
 		{ "epochs", required_argument, NULL, EPOCHS },
@@ -259,6 +270,10 @@ int cmd_protect(int argc, char **argv)
 		case PAUSE_LIMIT:
 			if (kc_parse_ms(optarg, &p.guest_opts.pause_limit_ms))
 				return usage_error("--pause-limit needs a time, such as 2s");
+			break;
+		case QEMU_TIMEOUT:
+			if (kc_parse_ms(optarg, &p.guest_opts.qemu_timeout_ms))
+				return usage_error("--qemu-timeout needs a time, such as 1m");
 			break;
 		case DISK:
 			if (strcmp(optarg, "external"))

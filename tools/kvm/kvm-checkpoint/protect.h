@@ -38,13 +38,14 @@ struct protect {
 	bool was_acked;		/* the receiver once had a complete epoch */
 	bool idle;		/* the guest is stopped, and its last epoch says all */
 	bool waiting;		/* the guest cannot be resumed, for now */
+	char no_epochs[200];	/* why there are none for now, or empty */
 	bool tty;
 	unsigned int unread;	/* lines that were not shown, as nobody reads them */
 	uint64_t started_us, shown_us;
 };
 
 /* Who failed, with what errno */
-enum where { OK, GUEST, SINK, STOPPED };
+enum where { OK, GUEST, SINK, STOPPED, NOT_NOW };
 
 extern atomic_bool kc_stop_requested;
 
@@ -70,8 +71,13 @@ void kc_show_epoch(struct protect *p);
 /* --- protect_link.c: the sink, found, lost and told the end --------------- */
 
 int kc_link_poll(struct protect *p, struct kc_err *err);
-/* Heartbeats while QEMU works; an error is of interest when the sink is used next */
-void kc_link_tick(void *ctx);
+/*
+ * Heartbeats while QEMU works; an error is of interest when the sink is used next.  -ECANCELED if we
+ * are to end and QEMU does not answer.
+ */
+int kc_link_tick(void *ctx);
+/* Tells everybody why there are no epochs for now; if it is empty, that there are again */
+void kc_no_epochs(struct protect *p, const char *why);
 bool kc_link_may_pass(const struct protect *p, int error);
 enum where kc_link_open(struct protect *p, int *rc, struct kc_err *err);
 void kc_link_close(struct protect *p);

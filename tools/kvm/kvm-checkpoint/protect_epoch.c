@@ -130,13 +130,20 @@ static enum where take_epoch(struct protect *p, int *rc, struct kc_err *err)
 	/* Whatever does this to the guest, it does it all the time. */
 	if (*rc == -EAGAIN && !kc_stop_requested)
 		*rc = -EBUSY;
-	return *rc == -EAGAIN ? STOPPED : *rc ? GUEST : OK;
+	if (*rc == -ENODATA)
+		kc_no_epochs(p, err->text);
+	else if (!*rc)
+		kc_no_epochs(p, "");
+	return *rc == -EAGAIN ? STOPPED : *rc == -ENODATA ? NOT_NOW : *rc ? GUEST : OK;
 }
 
 enum where kc_epoch_next(struct protect *p, int *rc, struct kc_err *err)
 {
 	enum where where = take_epoch(p, rc, err);
 
+	/* The last one stays what it is worth */
+	if (where == NOT_NOW)
+		return OK;
 	if (where != OK)
 		return where;
 	/* Nothing can have changed since */
@@ -287,7 +294,14 @@ enum where kc_epoch_first(struct protect *p, int *rc, struct kc_err *err)
 		}
 	}
 
-	where = take_epoch(p, rc, err);
+	while ((where = take_epoch(p, rc, err)) == NOT_NOW) {
+		*rc = kc_link_poll(p, err);
+		if (*rc)
+			return SINK;
+		if (kc_stop_requested)
+			return STOPPED;
+		usleep(TICK_MS * 1000);
+	}
 	if (where != OK)
 		return where;
 	sent += p->epoch.copy.nr;

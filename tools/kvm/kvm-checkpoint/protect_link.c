@@ -3,12 +3,16 @@
  * kvm-checkpoint protect: where its epochs go.
  */
 #include <errno.h>
+#include <stdio.h>
 #include <string.h>
 #include <unistd.h>
 
 #include "protect.h"
 
 #define MAX_RETRY_MS	500
+
+/* QEMU is at work for somebody else if it does not answer for so long */
+#define BUSY_MS		2000
 
 int kc_link_poll(struct protect *p, struct kc_err *err)
 {
@@ -32,12 +36,34 @@ int kc_link_poll(struct protect *p, struct kc_err *err)
 	return rc;
 }
 
-void kc_link_tick(void *ctx)
+void kc_no_epochs(struct protect *p, const char *why)
+{
+	char phase[sizeof(p->no_epochs) + 20];
+
+	if (!strcmp(why, p->no_epochs))
+		return;
+	snprintf(p->no_epochs, sizeof(p->no_epochs), "%s", why);
+	snprintf(phase, sizeof(phase), "no epochs for now: %s", p->no_epochs);
+	if (*why)
+		kc_log(KC_LOG_WARN, "%s", phase);
+	else
+		kc_log(KC_LOG_INFO, "there are epochs again");
+	kc_status_phase(p->status, *why ? phase : "protected");
+	if (p->sink && !p->lost)
+		p->lost = kc_sink_note(p->sink, p->no_epochs, &p->lost_err);
+}
+
+int kc_link_tick(void *ctx)
 {
 	struct protect *p = ctx;
+	uint64_t asked = p->guest.qmp.asked_us;
 
 	if (p->sink && !p->lost)
 		p->lost = kc_link_poll(p, &p->lost_err);
+	if (!asked || kc_now_us() - asked < BUSY_MS * 1000ull)
+		return 0;
+	kc_no_epochs(p, "QEMU lives, but does not answer");
+	return kc_stop_requested ? -ECANCELED : 0;
 }
 
 /*
@@ -115,6 +141,7 @@ void kc_link_close(struct protect *p)
 	kc_sink_close(p->sink);
 	p->sink = NULL;
 	p->lost = 0;
+	*p->no_epochs = '\0';	/* the next one is to hear of it */
 }
 
 bool kc_link_end(struct protect *p, enum kc_end why)

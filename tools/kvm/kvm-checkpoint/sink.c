@@ -505,6 +505,17 @@ int kc_sink_poll(struct kc_sink *s, uint64_t *acked, struct kc_err *err)
 	return broken(s, rc);
 }
 
+int kc_sink_note(struct kc_sink *s, const char *text, struct kc_err *err)
+{
+	uint8_t rec[KC_REC_HDR + KC_NOTE_MAX];
+	int rc;
+
+	rc = usable(s, false, err);
+	if (rc || !s->heartbeat_ms)
+		return rc;
+	return broken(s, kc_sink_emit(s, rec, kc_put_note(rec, text), NULL, 0, err));
+}
+
 int kc_sink_wait(struct kc_sink *s, uint64_t nr, unsigned int timeout_ms, struct kc_err *err)
 {
 	uint64_t end = kc_now_us() + timeout_ms * 1000ull;

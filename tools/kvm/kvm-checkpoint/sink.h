@@ -290,6 +290,16 @@ int kc_epoch_abort(struct kc_sink *sink, struct kc_err *err);
 int kc_sink_poll(struct kc_sink *sink, uint64_t *acked, struct kc_err *err);
 
 /**
+ * kc_sink_note() - tell a standby why there are no epochs for now
+ * @sink: any time.
+ * @text: the reason; empty: there are again.
+ * @err: why not.
+ *
+ * Return: 0 or a negative errno.
+ */
+int kc_sink_note(struct kc_sink *sink, const char *text, struct kc_err *err);
+
+/**
  * kc_sink_wait() - wait until an epoch is acknowledged, with heartbeats
  * @sink: no epoch may be open.
  * @nr: which.

@@ -223,8 +223,8 @@ void send_layout(struct qemu *q, const char *instead)
 			      q->blocks[i].shared ? "true" : "false");
 	answer(q,
 	       "{\"generation\": %" PRIu64 ", \"page-size\": 4096, \"dirty-log\": \"bitmap\", "
-	       "\"blocks\": [%s], \"slots\": []}",
-	       q->generation, text);
+	       "\"blocks\": [%s], \"slots\": [], \"devices\": [\"cpu 0 1\", \"apic 0 3\"%s]}",
+	       q->generation, text, q->plugged ? q->plugged : "");
 }
 
 static void do_attach(struct qemu *q)
@@ -240,6 +240,7 @@ static void do_attach(struct qemu *q)
 	q->buffer = q->got_buffer;
 	q->got_socket = -1;
 	q->got_buffer = -1;
+	q->lost = NULL;
 	q->attached = true;
 	q->generation++;
 	for (i = 0; i < NR_BLOCKS; i++) {
@@ -251,9 +252,18 @@ static void do_attach(struct qemu *q)
 
 static void do_stop(struct qemu *q, unsigned int limit_ms)
 {
+	char lost[100] = "";
 	/* One that could not be resumed would run */
 	bool ran = q->running || q->stopped;
 
+	if (q->lost)
+		snprintf(lost, sizeof(lost), ", \"lost\": \"%s\"", q->lost);
+	if (q->run_state || q->lost) {
+		q->stopped = false;
+		answer(q, "{\"running\": false, \"status\": \"%s\", \"loadable\": false%s}",
+		       q->run_state ? q->run_state : "running", lost);
+		return;
+	}
 	if (ran) {
 		guest_writes(q, below(40));
 		send_event(q, "STOP");
@@ -261,8 +271,10 @@ static void do_stop(struct qemu *q, unsigned int limit_ms)
 	q->stopped = ran;
 	q->running = false;
 	q->spoilt_by = NULL;
+	q->snaps_before = q->nr_snaps;
 	q->limit_us = ran && limit_ms ? kc_now_us() + limit_ms * 1000ull : 0;
-	answer(q, "{\"running\": %s, \"status\": \"paused\"}", ran ? "true" : "false");
+	answer(q, "{\"running\": %s, \"status\": \"paused\", \"loadable\": true}",
+	       ran ? "true" : "false");
 }
 
 /* The guest as it is now; its state says which of these it is */
@@ -331,7 +343,7 @@ static void do_collect(struct qemu *q, bool state)
 		q->stopped = false;
 		send_event(q, "RESUME");
 	}
-	if (state && !q->running) {
+	if (state && !q->running && !q->run_state && !q->lost) {
 		struct snap *s;
 
 		/* Devices flush what they have */
@@ -367,7 +379,7 @@ static void look_at_the_clock(struct qemu *q)
 	send_event(q, "CHECKPOINT_LATE");
 	resume(q);
 	q->spoilt_by = "late";
-	if (q->nr_snaps)
+	if (q->nr_snaps > q->snaps_before)
 		q->snaps[q->nr_snaps - 1].torn = true;
 }
 

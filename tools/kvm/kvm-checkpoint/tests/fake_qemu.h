@@ -59,8 +59,11 @@ extern struct qemu {
 	const char *waits_for;		/* why it cannot be resumed, or NULL */
 	uint64_t limit_us;		/* when it is resumed, whoever stopped it, or 0 */
 	const char *spoilt_by;		/* why what was taken is of no use, or NULL */
+	const char *run_state;		/* one of which there are no epochs, or NULL */
+	const char *plugged;		/* ", \"NAME\"" for one more device, or NULL */
+	const char *lost;		/* why its logs do not have all pages, or NULL */
 	struct snap snaps[MAX_SNAPS];
-	unsigned int nr_snaps;
+	unsigned int nr_snaps, snaps_before;	/* in all, and when it was stopped */
 
 	/* What came so far, looks are collects of a running guest */
 	unsigned int attaches, stops, looks, collects, conts, layouts;

@@ -2,6 +2,7 @@
 /*
  * What is done to the guest: it must not stand still for us, and its memory is nobody's business.
  */
+#include <poll.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -63,6 +64,191 @@ void test_waits(void)
 	CHECK(times_in_log("the guest runs again") == 1, "it does not say once that it is over");
 	CHECK(check_store(&last) == 10 && last == 9, "epochs are missing");
 	CHECK(!qemu.snaps[5].stopped, "the guest would stand still where it is restored");
+}
+
+/* --- There are no epochs for now ------------------------------------------ */
+
+/* A standby that takes over after 2 s, and must not, as it is told why there are no epochs */
+static void start_watching_standby(void)
+{
+	start_standby(path_of("ram"), "--no-fence", "--timeout", "2s", "--insecure");
+}
+
+static void must_have_waited(const char *why)
+{
+	char text[200];
+
+	snprintf(text, sizeof(text), "no epochs for now: %s", why);
+	CHECK(times_in_log(text) == 1, "it does not say once: %s", text);
+	snprintf(text, sizeof(text), "the primary says: %s", why);
+	CHECK(times_in_log(text) == 1, "the standby is not told once: %s", text);
+	CHECK(times_in_log("the primary says: there are epochs again") == 1,
+	      "the standby is not told once that there are epochs again");
+	wait_log("ends the protection: detached");
+	CHECK(!log_has("failing over"), "the standby takes over from a guest that lives");
+	stop_standby(SIGTERM);
+	CHECK(snap_of_standby(path_of("ram")) == qemu.nr_snaps - 1, "the last epoch is missing");
+}
+
+static uint64_t since_us;
+
+/* Its memory is dumped, for 4 s. */
+static const char *is_dumped(struct qemu *q, const char *command)
+{
+	if (strcmp(command, STOP) || q->stops < 4)
+		return NULL;
+	if (!since_us)
+		since_us = kc_now_us();
+	q->run_state = kc_now_us() - since_us < 4000000 ? "save-vm" : NULL;
+	q->running = !q->run_state;
+	return NULL;
+}
+
+void test_run_states(void)
+{
+	qemu.hook = is_dumped;
+	start_qemu(&qemu);
+	start_watching_standby();
+	protect_epochs(spec(), "9");
+	CHECK(qemu.nr_snaps == 10, "%u epochs were taken", qemu.nr_snaps);
+	must_have_waited("the guest's run state is save-vm");
+}
+
+/* From the first epoch on */
+static const char *is_dumped_at_first(struct qemu *q, const char *command)
+{
+	q->stops += !strcmp(command, STOP) && q->stops < 4 ? 4 : 0;
+	return is_dumped(q, command);
+}
+
+void test_first_run_state(void)
+{
+	qemu.hook = is_dumped_at_first;
+	start_qemu(&qemu);
+	start_watching_standby();
+	protect_epochs(spec(), "3");
+	CHECK(qemu.nr_snaps == 4, "%u epochs were taken", qemu.nr_snaps);
+	must_have_waited("the guest's run state is save-vm");
+}
+
+/* Somebody loads a snapshot: no log has the pages. */
+static const char *loads(struct qemu *q, const char *command)
+{
+	unsigned int i;
+
+	if (strcmp(command, STOP) || q->stops % 5 != 4)
+		return NULL;
+	for (i = 0; i < 300; i++)
+		write_page(&q->blocks[0], i);
+	memset(q->blocks[0].dirty, 0, q->blocks[0].npages);
+	q->lost = "a state was loaded";
+	return NULL;
+}
+
+void test_lost(void)
+{
+	unsigned int last, n;
+
+	qemu.hook = loads;
+	start_qemu(&qemu);
+	protect_epochs(path_of("store"), "25");
+	n = times_in_log("has been changed (a state was loaded); connecting to QEMU again");
+	CHECK(n > 4 && qemu.attaches == n + 1, "attached %u times, told %u times", qemu.attaches, n);
+	CHECK(check_store(&last) == qemu.nr_snaps && last == qemu.nr_snaps - 1,
+	      "epochs are missing");
+}
+
+/* It does something that takes 5 s. */
+static const char *is_busy(struct qemu *q, const char *command)
+{
+	if (!strcmp(command, COLLECT) && q->collects == 4)
+		poll(NULL, 0, 5000);
+	return NULL;
+}
+
+void test_busy(void)
+{
+	qemu.hook = is_busy;
+	start_qemu(&qemu);
+	start_watching_standby();
+	CHECK(protect(CHECKED, spec(), "--epochs", "9", "--interval", "1ms", "--pause-limit", "0") == 0,
+	      "protect gives up");
+	must_have_waited("QEMU lives, but does not answer");
+}
+
+/* And when it is told to end then, it does not wait for QEMU. */
+static const char *hangs(struct qemu *q, const char *command)
+{
+	return !strcmp(command, COLLECT) && q->collects == 4 ? silent : NULL;
+}
+
+void test_busy_term(void)
+{
+	qemu.hook = hangs;
+	start_qemu(&qemu);
+	start_watching_standby();
+	start_protect(CHECKED, spec(), "--interval", "1ms", NULL);
+	serve_until_log("the primary says: QEMU lives, but does not answer");
+	kill(qemu.client, SIGTERM);
+	CHECK(serve() == 0, "protect does not end as it should");
+	wait_log("ends the protection: detached");
+	CHECK(qemu.running, "the guest is left stopped");
+	stop_standby(SIGTERM);
+	CHECK(snap_of_standby(path_of("ram")) == 2, "the last epoch is missing");
+}
+
+/* --- Other devices -------------------------------------------------------- */
+
+#define NIC	"0000:00:05.0/virtio-net"
+
+/* A network card comes or goes, in the midst of an epoch. */
+static const char *plugs(struct qemu *q, const char *command)
+{
+	if (!strcmp(command, COLLECT) && q->collects == 4) {
+		q->plugged = q->plugged ? NULL : ", \"" NIC " 0 11\"";
+		q->generation++;
+	}
+	return NULL;
+}
+
+static void must_end_changed(const char *text)
+{
+	start_qemu(&qemu);
+	start_standby(path_of("ram"), "--no-fence", "--timeout", "2s", "--insecure");
+	must_fail(protect(CHECKED, spec(), "--interval", "1ms"), text);
+	CHECK(log_has("start another standby, whose QEMU has the same"), "it does not say what to do");
+	wait_log("ends the protection: detached");
+	stop_standby(SIGTERM);
+	CHECK(snap_of_standby(path_of("ram")) == 2, "an epoch of other devices counts");
+}
+
+void test_plugged(void)
+{
+	qemu.hook = plugs;
+	must_end_changed("the guest's devices have been changed (new is " NIC ")");
+}
+
+void test_unplugged(void)
+{
+	qemu.hook = plugs;
+	qemu.plugged = ", \"" NIC " 0 11\"";
+	must_end_changed("the guest's devices have been changed (gone is " NIC ")");
+}
+
+/* While nobody is attached. */
+static const char *plugs_unseen(struct qemu *q, const char *command)
+{
+	if (strcmp(command, STOP) || q->stops != 4)
+		return NULL;
+	q->plugged = ", \"" NIC " 0 11\"";
+	close_monitor(q);
+	return "";
+}
+
+void test_plugged_unseen(void)
+{
+	qemu.hook = plugs_unseen;
+	must_end_changed("the guest's devices have been changed (new is " NIC ")");
 }
 
 /* --- Cores ---------------------------------------------------------------- */

@@ -23,6 +23,14 @@ void test_unread_stderr(void);
 
 /* protect_guest.c */
 void test_frozen(void);
+void test_run_states(void);
+void test_first_run_state(void);
+void test_lost(void);
+void test_plugged(void);
+void test_unplugged(void);
+void test_plugged_unseen(void);
+void test_busy(void);
+void test_busy_term(void);
 void test_waits(void);
 void test_core(void);
 
