@@ -169,7 +169,7 @@ static int open_guest(struct guest *g, const struct guest_opts *opts, bool again
 
 	rc = qmp_open(&g->qmp, opts->qmp, timeout_ms, opts->idle, opts->idle_ctx, err);
 	if (!rc)
-		rc = guest_check_disks(g, opts->external_disks, err);
+		rc = guest_check_attached(g, err);
 	if (!rc)
 		rc = identify(g, err);
 	if (!rc)

@@ -63,6 +63,8 @@ struct guest_log {
  * struct guest_opts - how a guest is protected
  * @qmp: path of QEMU's monitor.
  * @external_disks: writable disks are taken care of.
+ * @trusted_devices: patterns of types of devices that have no state but what QEMU has.
+ * @nr_trusted_devices: how many.
  * @pause_limit_ms: the guest goes on when it has stood still for so long, whatever we do; 0 for
  *	never.
  * @qemu_timeout_ms: how long QEMU may not answer once the guest is protected; 0: for as long as it
@@ -73,6 +75,8 @@ struct guest_log {
 struct guest_opts {
 	const char *qmp;
 	bool external_disks;
+	const char *trusted_devices[16];
+	unsigned int nr_trusted_devices;
 	unsigned int pause_limit_ms, qemu_timeout_ms;
 	int (*idle)(void *ctx);
 	void *idle_ctx;
@@ -206,7 +210,8 @@ void guest_forget_logs(struct guest *g);
 int guest_block_of(const struct guest *g, uint64_t qemu_nr);
 
 /* guard.c */
-int guest_check_disks(struct guest *g, bool external, struct kc_err *err);
+/* Refuses what has disks or devices whose state would not be in an epoch */
+int guest_check_attached(struct guest *g, struct kc_err *err);
 /* An answer that has to be a list */
 int guest_call_list(struct guest *g, const char *command, struct json_object **list,
 		    struct kc_err *err);

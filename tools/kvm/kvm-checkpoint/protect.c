@@ -39,6 +39,8 @@ static const char usage_text[] =
 "  --qemu-timeout TIME   give up a QEMU that lives but does not answer for so long, and leave\n"
 "                        the guest to the standby (default 0: never)\n"
 "  --disk external       the guest may have writable disks: storage is taken care of\n"
+"  --trust-device TYPE   such a device has no state but what QEMU migrates; may be said\n"
+"                        several times\n"
 "  --control PATH        unix socket for status and detach\n"
 "  --epochs N            end after N epochs; the guest runs on\n"
 "  --json                progress, epochs and messages as JSON, one object a line\n";
@@ -210,7 +212,7 @@ static int parse_count(const char *s, uint64_t *n)
 int cmd_protect(int argc, char **argv)
 {
 	enum {
-		QMP = 256, TO, INTERVAL, MAX_DIRTY, PAUSE_LIMIT, QEMU_TIMEOUT, DISK, CONTROL, EPOCHS,
+		QMP = 256, TO, INTERVAL, MAX_DIRTY, PAUSE_LIMIT, QEMU_TIMEOUT, DISK, TRUST, CONTROL, EPOCHS,
 		JSON, HELP, SINK_OPTION,
 	};
 	static const struct option options[] = {
@@ -221,6 +223,7 @@ int cmd_protect(int argc, char **argv)
 		{ "pause-limit", required_argument, NULL, PAUSE_LIMIT },
 		{ "qemu-timeout", required_argument, NULL, QEMU_TIMEOUT },
 		{ "disk", required_argument, NULL, DISK },
+		{ "trust-device", required_argument, NULL, TRUST },
 		{ "control", required_argument, NULL, CONTROL },
 		{ "epochs", required_argument, NULL, EPOCHS },
 		{ "json", no_argument, NULL, JSON },
@@ -279,6 +282,11 @@ int cmd_protect(int argc, char **argv)
 			if (strcmp(optarg, "external"))
 				return usage_error("--disk can only be external");
 			p.guest_opts.external_disks = true;
+			break;
+		case TRUST:
+			if (p.guest_opts.nr_trusted_devices == 16)
+				return usage_error("--trust-device can be said 16 times");
+			p.guest_opts.trusted_devices[p.guest_opts.nr_trusted_devices++] = optarg;
 			break;
 		case CONTROL:
 			p.control = optarg;

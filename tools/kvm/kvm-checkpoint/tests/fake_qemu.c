@@ -441,6 +441,10 @@ static void obey(struct qemu *q, const char *command, struct json_object *args)
 		answer(q, "{\"name\": \"sham\"}");
 	else if (!strcmp(command, "query-version"))
 		answer(q, "{\"qemu\": {\"micro\": 1, \"minor\": 2, \"major\": 7}, \"package\": \"\"}");
+	else if (!strcmp(command, "qom-list"))
+		answer(q, "[{\"name\": \"type\", \"type\": \"string\"}%s]",
+		       q->peripheral && json_object_object_get_ex(args, "path", &o) &&
+		       strstr(json_object_get_string(o), "anon") ? q->peripheral : "");
 	else if (!strcmp(command, "qom-get"))
 		answer(q, "\"pc-i440fx-7.2-machine\"");
 	else if (!strcmp(command, "query-cpus-fast"))

@@ -199,6 +199,32 @@ void test_busy_term(void)
 
 /* --- Other devices -------------------------------------------------------- */
 
+#define DEVICE(name, type)	", {\"name\": \"" name "\", \"type\": \"child<" type ">\"}"
+
+void test_devices(void)
+{
+	start_qemu(&qemu);
+	qemu.peripheral = DEVICE("net0", "virtio-net-pci") DEVICE("device[0]", "virtio-blk-pci")
+			  DEVICE("device[1]", "host-x86_64-cpu");
+	CHECK(protect(CHECKED, path_of("store"), "--epochs", "1") == 0, "what it knows is refused");
+	qemu.attaches = 0;
+
+	qemu.peripheral = DEVICE("net0", "virtio-net-pci") DEVICE("data", "vhost-user-blk-pci");
+	must_fail(protect(CHECKED, path_of("store"), "--epochs", "1"),
+		  "device data is a vhost-user-blk-pci: what it stores is not replicated");
+	CHECK(protect(CHECKED, path_of("store"), "--epochs", "1", "--disk", "external") == 0,
+	      "--disk external does not help");
+
+	qemu.peripheral = DEVICE("own", "frobnicator-pci");
+	must_fail(protect(CHECKED, path_of("store"), "--epochs", "1", "--disk", "external"),
+		  "device own is a frobnicator-pci, which may have a state that is not in an epoch");
+	must_fail(protect(CHECKED, path_of("store"), "--epochs", "1", "--trust-device", "frob"),
+		  "say --trust-device frobnicator-pci");
+	CHECK(protect(CHECKED, path_of("store"), "--epochs", "1", "--trust-device", "none",
+		      "--trust-device", "frob*") == 0, "--trust-device does not help");
+	CHECK(qemu.attaches == 2, "it attached first");
+}
+
 #define NIC	"0000:00:05.0/virtio-net"
 
 /* A network card comes or goes, in the midst of an epoch. */
