@@ -6,6 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include "guest.h"
 
@@ -76,8 +77,27 @@ static int copy_reserve(struct copy *c, size_t n)
 	return 0;
 }
 
+bool guest_is_hole(struct guest_holes *h, int fd, uint64_t page)
+{
+	off_t at = page * KC_PAGE_SIZE, next;
+
+	if (page >= h->hole_until && page >= h->data_until) {
+		next = lseek(fd, at, SEEK_DATA);
+		if (next >= 0)
+			h->hole_until = next / KC_PAGE_SIZE;
+		else
+			h->hole_until = errno == ENXIO ? UINT64_MAX : 0;
+		if (page >= h->hole_until) {
+			next = lseek(fd, at, SEEK_HOLE);
+			h->data_until = next > at ? (uint64_t)next / KC_PAGE_SIZE : page + 1;
+		}
+	}
+	return page < h->hole_until;
+}
+
 int guest_copy_dirty(struct guest *g, struct copy *c, uint64_t max)
 {
+	struct guest_holes holes = { 0, 0 };
 	struct dirty *d = &g->dirty;
 
 	if (max > d->pages)
@@ -92,8 +112,11 @@ int guest_copy_dirty(struct guest *g, struct copy *c, uint64_t max)
 			uint64_t page = w->word * 64 + __builtin_ctzll(*bits);
 
 			c->pages[c->nr] = (struct copied_page){ w->block, page, c->nr };
-			memcpy(c->data + c->nr * KC_PAGE_SIZE,
-			       g->blocks[w->block].map + page * KC_PAGE_SIZE, KC_PAGE_SIZE);
+			if (d->has_holes && guest_is_hole(&holes, g->blocks[w->block].fd, page))
+				memset(c->data + c->nr * KC_PAGE_SIZE, 0, KC_PAGE_SIZE);
+			else
+				memcpy(c->data + c->nr * KC_PAGE_SIZE,
+				       g->blocks[w->block].map + page * KC_PAGE_SIZE, KC_PAGE_SIZE);
 			c->nr++;
 			*bits &= *bits - 1;
 			d->pages--;
@@ -101,7 +124,11 @@ int guest_copy_dirty(struct guest *g, struct copy *c, uint64_t max)
 		}
 		if (!*bits)
 			d->nr_words--;
+		/* The next word is of lower pages, or of another block */
+		holes = (struct guest_holes){ 0, 0 };
 	}
+	if (!d->pages)
+		d->has_holes = false;
 	return 0;
 }
 

@@ -31,6 +31,7 @@ struct dirty {
 	struct dirty_word *words;	/* which are not 0, in the order they were found */
 	size_t nr_words, max_words;
 	uint64_t pages;
+	bool has_holes;			/* some may be of memory that was given back to the host */
 };
 
 /* Pages copied aside */
@@ -187,6 +188,16 @@ bool guest_died(struct guest *g);
 /* dirty.c */
 void dirty_forget(struct dirty *d);
 int dirty_add(struct dirty *d, uint32_t block, uint64_t page, uint64_t n);
+
+/*
+ * Where a block's file has holes, asked once for each hole and what follows it; zero it first.  To
+ * read a hole would allocate memory.
+ */
+struct guest_holes {
+	uint64_t hole_until, data_until;	/* pages */
+};
+
+bool guest_is_hole(struct guest_holes *h, int fd, uint64_t page);
 /* Moves dirty pages, at most max of them, to the copy */
 int guest_copy_dirty(struct guest *g, struct copy *c, uint64_t max);
 void copy_sort(struct copy *c);

@@ -164,29 +164,6 @@ enum where kc_epoch_next(struct protect *p, int *rc, struct kc_err *err)
  * The first epoch: all pages, or all that differ
  */
 
-/* Where a file has holes, asked once for each hole and what follows it */
-struct holes {
-	uint64_t hole_until, data_until;	/* pages */
-};
-
-static bool is_hole(struct holes *h, int fd, uint64_t page)
-{
-	off_t at = page * KC_PAGE_SIZE, next;
-
-	if (page >= h->hole_until && page >= h->data_until) {
-		next = lseek(fd, at, SEEK_DATA);
-		if (next >= 0)
-			h->hole_until = next / KC_PAGE_SIZE;
-		else
-			h->hole_until = errno == ENXIO ? UINT64_MAX : 0;
-		if (page >= h->hole_until) {
-			next = lseek(fd, at, SEEK_HOLE);
-			h->data_until = next > at ? (uint64_t)next / KC_PAGE_SIZE : page + 1;
-		}
-	}
-	return page < h->hole_until;
-}
-
 static enum where copy_all(struct protect *p, bool compare, uint64_t *sent, int *rc,
 			   struct kc_err *err)
 {
@@ -204,7 +181,7 @@ static enum where copy_all(struct protect *p, bool compare, uint64_t *sent, int 
 	for (b = 0; b < p->guest.id.nr_blocks; b++) {
 		uint64_t npages = p->guest.block_ids[b].npages;
 		const struct guest_block *block = &p->guest.blocks[b];
-		struct holes holes = { 0, 0 };
+		struct guest_holes holes = { 0, 0 };
 
 		for (i = 0; i < npages; i++, done++) {
 			if (compare && !(i % KC_DIGESTS_CHUNK)) {
@@ -226,8 +203,7 @@ static enum where copy_all(struct protect *p, bool compare, uint64_t *sent, int 
 				if (*rc)
 					return SINK;
 			}
-			/* Reading a hole would allocate memory */
-			if (is_hole(&holes, block->fd, i))
+			if (guest_is_hole(&holes, block->fd, i))
 				memset(page, 0, sizeof(page));
 			else
 				memcpy(page, block->map + i * KC_PAGE_SIZE, KC_PAGE_SIZE);

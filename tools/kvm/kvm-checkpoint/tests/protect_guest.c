@@ -2,11 +2,13 @@
 /*
  * What is done to the guest: it must not stand still for us, and its memory is nobody's business.
  */
+#include <fcntl.h>
 #include <poll.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -156,6 +158,38 @@ void test_lost(void)
 	CHECK(n > 4 && qemu.attaches == n + 1, "attached %u times, told %u times", qemu.attaches, n);
 	CHECK(check_store(&last) == qemu.nr_snaps && last == qemu.nr_snaps - 1,
 	      "epochs are missing");
+}
+
+/* A balloon gives memory back to the host; copying it must not take it again. */
+static const char *discards(struct qemu *q, const char *command)
+{
+	struct block *b = &q->blocks[0];
+	struct stat st;
+
+	if (strcmp(command, COLLECT) || !q->running)
+		return NULL;
+	if (q->looks == 2) {
+		CHECK(!fallocate(b->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 0,
+				 b->npages * KC_PAGE_SIZE), "cannot punch a hole");
+		memset(b->dirty, 1, b->npages);
+	}
+	/* Of 4096 pages; the guest may have written to some */
+	if (q->looks == 3)
+		CHECK(!fstat(b->fd, &st) && st.st_blocks < 2000 * (KC_PAGE_SIZE / 512),
+		      "memory that was given back is taken again");
+	return NULL;
+}
+
+void test_discarded(void)
+{
+	unsigned int last;
+
+	qemu.blocks[0].npages = 4096;
+	qemu.hook = discards;
+	start_qemu(&qemu);
+	protect_epochs(path_of("store"), "3");
+	CHECK(qemu.looks >= 3, "it was not copied while the guest ran");
+	CHECK(check_store(&last) == 4 && last == 3, "epochs are missing");
 }
 
 /* It does something that takes 5 s. */

@@ -768,6 +768,7 @@ static const struct test tests[] = {
 	{ "protect_run_states", test_run_states },
 	{ "protect_first_run_state", test_first_run_state },
 	{ "protect_lost", test_lost },
+	{ "protect_discarded", test_discarded },
 	{ "protect_devices", test_devices },
 	{ "protect_plugged", test_plugged },
 	{ "protect_unplugged", test_unplugged },

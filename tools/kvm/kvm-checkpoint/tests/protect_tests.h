@@ -28,6 +28,7 @@ void test_first_run_state(void);
 void test_lost(void);
 void test_plugged(void);
 void test_devices(void);
+void test_discarded(void);
 void test_unplugged(void);
 void test_plugged_unseen(void);
 void test_busy(void);
