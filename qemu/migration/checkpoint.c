@@ -36,6 +36,7 @@
 #include "qapi/qapi-events-migration.h"
 #include "cpu.h"
 #include "exec/memory.h"
+#include "sysemu/cpus.h"
 #include "migration/blocker.h"
 #include "migration/misc.h"
 #include "migration/migration.h"
@@ -64,6 +65,7 @@ static struct {
 static struct {
     bool owed;                  /* It is to run again */
     bool told;                  /* that it cannot, for now */
+    bool leased;                /* It stands still as its lease is over */
     bool hidden;                /* It does not notice that it stood still */
     int64_t stopped_ns;         /* When that began */
     int64_t since_ns;           /* Up to when its clocks have gone on */
@@ -114,6 +116,10 @@ static bool resume_guest(Error **errp)
         /* Somebody else has taken it over */
         hold.owed = false;
         return true;
+    }
+    if (checkpoint_lease_is_over()) {
+        error_setg(errp, "the lease is over, somebody else may run the guest");
+        return false;
     }
     if (qemu_runstate_change_requested()) {
         /* The main loop comes to that before it comes to the timer */
@@ -168,6 +174,32 @@ static void guest_runs(void *opaque, bool running, RunState state)
     if (running) {
         hold.owed = false;
         spoil(CHECKPOINT_SPOILT_RESUMED);
+    }
+    /* Not we: then it is somebody who knows that nobody else runs it */
+    if (running && checkpoint_lease_is_over()) {
+        warn_report("checkpoint: the guest runs without a lease from now on");
+        checkpoint_lease_until(0, NULL);
+    }
+}
+
+void checkpoint_lease_changed(void *opaque)
+{
+    if (!checkpoint_lease_is_over()) {
+        /* Unless it stands still for the client just now, which resumes it */
+        if (hold.leased) {
+            hold.leased = false;
+            resume_guest(NULL);
+        } else if (runstate_is_running()) {
+            /* vCPUs may have noticed before this did */
+            resume_all_vcpus();
+        }
+    } else if (runstate_is_running()) {
+        vm_stop(RUN_STATE_PAUSED);
+        hold.stopped_ns = hold.since_ns = get_clock();
+        hold.owed = true;
+        hold.leased = true;
+        warn_report("checkpoint: the lease is over, the guest stands still");
+        qapi_event_send_checkpoint_lease_over();
     }
 }
 
@@ -335,7 +367,13 @@ CheckpointLayout *qmp_x_checkpoint_layout(Error **errp)
                                NULL;
 }
 
+void qmp_x_checkpoint_lease(uint64_t until_us, Error **errp)
+{
+    checkpoint_lease_until(until_us, errp);
+}
+
 CheckpointStopped *qmp_x_checkpoint_stop(bool has_limit_ms, uint32_t limit_ms,
+                                         bool has_lease_us, uint64_t lease_us,
                                          Error **errp)
 {
     g_autoptr(StatusInfo) status = NULL;
@@ -344,8 +382,12 @@ CheckpointStopped *qmp_x_checkpoint_stop(bool has_limit_ms, uint32_t limit_ms,
     if (!need_client(errp)) {
         return NULL;
     }
+    if (has_lease_us && !checkpoint_lease_until(lease_us, errp)) {
+        return NULL;
+    }
     stopped = g_new0(CheckpointStopped, 1);
     client.spoilt = false;
+    hold.leased = false;
     if (runstate_is_running() && !client.lost) {
         hold.stopped_ns = hold.since_ns = get_clock();
         hold.owed = true;
@@ -450,6 +492,7 @@ void checkpoint_keep_stopped(void)
 {
     hold.owed = false;
     hold.told = false;
+    hold.leased = false;
 }
 
 void checkpoint_give_way(void)

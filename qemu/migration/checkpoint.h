@@ -59,4 +59,17 @@ bool checkpoint_save_state(int fd, uint64_t *offset, bool running,
 bool checkpoint_write(int fd, const void *data, size_t size, uint64_t *offset,
                       Error **errp);
 
+/*
+ * checkpoint-lease.c
+ */
+
+/**
+ * checkpoint_lease_until - Let the guest run until then, and no longer
+ * @until_us: of CLOCK_BOOTTIME; 0: for ever
+ */
+bool checkpoint_lease_until(uint64_t until_us, Error **errp);
+
+/* checkpoint.c: a lease was renewed, or is over */
+void checkpoint_lease_changed(void *opaque);
+
 #endif

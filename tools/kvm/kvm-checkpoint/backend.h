@@ -39,6 +39,7 @@ struct kc_sink {
 	uint64_t last_epoch;		/* complete at the receiver, and known to be */
 	bool has_ram;
 	unsigned int heartbeat_ms;	/* 0 for none */
+	unsigned int takeover_ms;	/* of silence, and it takes over; 0 for never */
 
 	/* The rest is sink.c's. */
 	struct kc_packer *packer;
@@ -54,6 +55,8 @@ struct kc_sink {
 	uint32_t state_len[2];
 	bool has_state;
 	uint64_t commit_us[64];		/* when an epoch was committed, by its number */
+	uint64_t commit_boot_us[64];	/* and when that began, by another clock */
+	uint64_t acked_boot_us;
 
 	struct kc_sink_stats stats;
 	pthread_mutex_t lock;		/* for published */

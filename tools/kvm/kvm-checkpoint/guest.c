@@ -162,6 +162,7 @@ static int open_guest(struct guest *g, const struct guest_opts *opts, bool again
 
 	memset(g, 0, sizeof(*g));
 	g->opts = *opts;
+	g->lease_us = GUEST_NO_LEASE;
 	g->sock = -1;
 	g->buffer = -1;
 	g->id.page_size = KC_PAGE_SIZE;
@@ -434,7 +435,25 @@ static int send_stop(struct guest *g, struct kc_err *err)
 	struct json_object *args = json_object_new_object();
 
 	json_object_object_add(args, "limit-ms", json_object_new_int64(g->opts.pause_limit_ms));
+	if (g->lease_us != GUEST_NO_LEASE)
+		json_object_object_add(args, "lease-us", json_object_new_uint64(g->lease_us));
 	return qmp_send(&g->qmp, "x-checkpoint-stop", args, -1, err);
+}
+
+int guest_end_lease(const struct guest_opts *opts, struct kc_err *err)
+{
+	struct json_object *args;
+	struct qmp q;
+	int rc;
+
+	rc = qmp_open(&q, opts->qmp, QMP_TIMEOUT_MS, NULL, NULL, err);
+	if (rc)
+		return rc;
+	args = json_object_new_object();
+	json_object_object_add(args, "until-us", json_object_new_uint64(0));
+	rc = qmp_call(&q, "x-checkpoint-lease", args, NULL, err);
+	qmp_close(&q);
+	return rc;
 }
 
 /* QEMU's word for why what was copied is of no use, as a sentence */

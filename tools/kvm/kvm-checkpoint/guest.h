@@ -83,6 +83,8 @@ struct guest_opts {
 	void *idle_ctx;
 };
 
+#define GUEST_NO_LEASE	UINT64_MAX
+
 struct guest {
 	struct guest_opts opts;
 	struct qmp qmp;
@@ -92,6 +94,7 @@ struct guest {
 	struct guest_log *logs;
 	unsigned int nr_logs;
 	char dirty_log[32];		/* "dirty-slot-ring", "dirty-ring" or "bitmap" */
+	uint64_t lease_us;		/* see guest_lease() */
 	char *devices;			/* what their state consists of, sorted, a line for each part */
 	uint64_t generation;
 	int sock, buffer;		/* shared with QEMU */
@@ -164,6 +167,19 @@ int guest_collect(struct guest *g, struct kc_err *err);
  * nothing is lost; -EUCLEAN if its memory was changed and no log knows of it; other negative errno.
  */
 int guest_take(struct guest *g, struct guest_epoch *e, struct kc_err *err);
+
+/**
+ * guest_lease() - let the guest run until then, from the next guest_take() on
+ * @g: the guest.
+ * @until_us: of kc_boot_us(): QEMU stops it then, whatever becomes of us; 0: for ever.
+ */
+static inline void guest_lease(struct guest *g, uint64_t until_us)
+{
+	g->lease_us = until_us;
+}
+
+/** guest_end_lease() - it runs for ever; by a connection of its own, so after guest_close() */
+int guest_end_lease(const struct guest_opts *opts, struct kc_err *err);
 
 /**
  * guest_copy_running() - copy dirty pages of the running guest aside

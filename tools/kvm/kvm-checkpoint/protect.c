@@ -38,6 +38,8 @@ static const char usage_text[] =
 "                        because this program hangs (default 2s, 0 for no limit)\n"
 "  --qemu-timeout TIME   give up a QEMU that lives but does not answer for so long, and leave\n"
 "                        the guest to the standby (default 0: never)\n"
+"  --lease TIME          the guest runs only while an epoch that was sent less than that ago\n"
+"                        is acknowledged; QEMU stops it otherwise (default: it runs on)\n"
 "  --disk external       the guest may have writable disks: storage is taken care of\n"
 "  --trust-device TYPE   such a device has no state but what QEMU migrates; may be said\n"
 "                        several times\n"
@@ -103,6 +105,23 @@ static enum where run(struct protect *p, int *rc, struct kc_err *err)
 	return where;
 }
 
+/*
+ * Ends the protection of a guest that lives: it runs on without a lease, unless its standby does not
+ * know that, or runs it.
+ */
+static bool detach(struct protect *p)
+{
+	bool told = kc_link_end(p, KC_END_DETACH);
+	struct kc_err err;
+
+	guest_close(&p->guest);
+	if (told && p->lease_ms && !p->taken_over && guest_end_lease(&p->guest_opts, &err))
+		kc_log(KC_LOG_ERROR,
+		       "%s: the guest will stand still as its lease is not renewed; tell QEMU \"cont\"",
+		       err.text);
+	return told;
+}
+
 /* Returns the exit status */
 static int protect(struct protect *p)
 {
@@ -124,7 +143,7 @@ static int protect(struct protect *p)
 		rc = 0;
 		switch (run(p, &rc, &err)) {
 		case STOPPED:
-			return kc_link_end(p, KC_END_DETACH) ? 0 : 1;
+			return detach(p) ? 0 : 1;
 		case SINK:
 			if (p->lost) {
 				rc = p->lost;
@@ -134,7 +153,7 @@ static int protect(struct protect *p)
 			if (!kc_link_may_pass(p, -rc)) {
 				kc_log(KC_LOG_ERROR, "%s; the guest runs on, without protection",
 				       err.text);
-				kc_link_end(p, KC_END_DETACH);
+				detach(p);
 				return 1;
 			}
 			kc_log(KC_LOG_WARN, "%s; the guest runs on", err.text);
@@ -156,7 +175,7 @@ static int protect(struct protect *p)
 			return 1;
 		}
 		if (rc == -ECANCELED)
-			return kc_link_end(p, KC_END_DETACH) ? 0 : 1;
+			return detach(p) ? 0 : 1;
 		if (rc == -ETIMEDOUT) {
 			/* It may live again: its standby's --timeout and fence decide. */
 			kc_log(KC_LOG_ERROR, "%s; the last epoch that counts is %lu", err.text,
@@ -189,7 +208,7 @@ static int protect(struct protect *p)
 		if (may_be_dead)
 			kc_link_close(p);
 		else
-			kc_link_end(p, KC_END_DETACH);
+			detach(p);
 		return 1;
 	}
 }
@@ -212,8 +231,8 @@ static int parse_count(const char *s, uint64_t *n)
 int cmd_protect(int argc, char **argv)
 {
 	enum {
-		QMP = 256, TO, INTERVAL, MAX_DIRTY, PAUSE_LIMIT, QEMU_TIMEOUT, DISK, TRUST, CONTROL, EPOCHS,
-		JSON, HELP, SINK_OPTION,
+		QMP = 256, TO, INTERVAL, MAX_DIRTY, PAUSE_LIMIT, QEMU_TIMEOUT, LEASE, DISK, TRUST,
+		CONTROL, EPOCHS, JSON, HELP, SINK_OPTION,
 	};
 	static const struct option options[] = {
 		{ "qmp", required_argument, NULL, QMP },
@@ -222,6 +241,7 @@ int cmd_protect(int argc, char **argv)
 		{ "max-dirty", required_argument, NULL, MAX_DIRTY },
 		{ "pause-limit", required_argument, NULL, PAUSE_LIMIT },
 		{ "qemu-timeout", required_argument, NULL, QEMU_TIMEOUT },
+		{ "lease", required_argument, NULL, LEASE },
 		{ "disk", required_argument, NULL, DISK },
 		{ "trust-device", required_argument, NULL, TRUST },
 		{ "control", required_argument, NULL, CONTROL },
@@ -278,6 +298,10 @@ int cmd_protect(int argc, char **argv)
 			if (kc_parse_ms(optarg, &p.guest_opts.qemu_timeout_ms))
 				return usage_error("--qemu-timeout needs a time, such as 1m");
 			break;
+		case LEASE:
+			if (kc_parse_ms(optarg, &p.lease_ms) || !p.lease_ms)
+				return usage_error("--lease needs a time, such as 3s");
+			break;
 		case DISK:
 			if (strcmp(optarg, "external"))
 				return usage_error("--disk can only be external");
@@ -315,6 +339,8 @@ int cmd_protect(int argc, char **argv)
 		return usage_error("there is an argument too many");
 	if (!p.guest_opts.qmp)
 		return usage_error("--qmp is missing: where is QEMU's monitor?");
+	if (p.lease_ms && p.lease_ms < 4 * p.interval_ms)
+		return usage_error("--lease has to be four times --interval at least");
 	if (!p.to)
 		return usage_error("--to is missing: tcp:HOST:PORT of a standby, or a directory");
 

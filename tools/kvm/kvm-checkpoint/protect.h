@@ -21,7 +21,7 @@
 
 struct protect {
 	const char *to, *control;
-	unsigned int interval_ms;
+	unsigned int interval_ms, lease_ms;
 	uint64_t max_dirty, max_epochs;
 	bool json;
 	struct kc_sink_opts opts;
@@ -35,6 +35,7 @@ struct protect {
 	struct kc_status *status;
 	uint64_t nr;		/* of the newest epoch that was begun */
 	uint64_t acked, epochs;
+	bool taken_over;	/* as the standby said when it was told the end */
 	bool was_acked;		/* the receiver once had a complete epoch */
 	bool idle;		/* the guest is stopped, and its last epoch says all */
 	bool waiting;		/* the guest cannot be resumed, for now */
@@ -81,6 +82,8 @@ void kc_no_epochs(struct protect *p, const char *why);
 bool kc_link_may_pass(const struct protect *p, int error);
 enum where kc_link_open(struct protect *p, int *rc, struct kc_err *err);
 void kc_link_close(struct protect *p);
+/* Is the standby's time limit long enough for --lease? */
+int kc_link_check_lease(const struct protect *p, struct kc_err *err);
 /* False if the standby has not been told, and may well take over from a guest that lives */
 bool kc_link_end(struct protect *p, enum kc_end why);
 

@@ -147,7 +147,7 @@ enum where kc_epoch_next(struct protect *p, int *rc, struct kc_err *err)
 	if (where != OK)
 		return where;
 	/* Nothing can have changed since */
-	if (p->idle && !p->epoch.was_running && !p->epoch.copy.nr)
+	if (p->idle && !p->epoch.was_running && !p->epoch.copy.nr && !p->lease_ms)
 		return OK;
 	p->idle = !p->epoch.was_running;
 

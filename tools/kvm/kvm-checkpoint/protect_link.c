@@ -26,6 +26,12 @@ int kc_link_poll(struct protect *p, struct kc_err *err)
 		p->was_acked = true;
 		kc_show_add(o, "epoch", acked);
 		kc_show_json(p, o);
+		/*
+		 * It has heard of us after that was sent, so it is silent for its --timeout before
+		 * it takes over.
+		 */
+		guest_lease(&p->guest, p->lease_ms ? kc_sink_heard_us(p->sink) +
+						     p->lease_ms * 1000ull : 0);
 	}
 	if (!rc) {
 		struct kc_sink_stats stats;
@@ -131,7 +137,20 @@ enum where kc_link_open(struct protect *p, int *rc, struct kc_err *err)
 	}
 	if (told)
 		kc_log(KC_LOG_INFO, "connected to %s", p->to);
-	return OK;
+	*rc = kc_link_check_lease(p, err);
+	return *rc ? SINK : OK;
+}
+
+int kc_link_check_lease(const struct protect *p, struct kc_err *err)
+{
+	unsigned int takeover_ms = kc_sink_takeover_ms(p->sink);
+
+	/* A tenth is more than clocks can differ, and for the time to stop the guest */
+	if (!p->lease_ms || !takeover_ms || p->lease_ms <= takeover_ms / 10 * 9)
+		return 0;
+	return kc_fail(err, EINVAL,
+		       "the standby takes over after %u ms: --lease can be %u ms at most", takeover_ms,
+		       takeover_ms / 10 * 9);
 }
 
 void kc_link_close(struct protect *p)
@@ -161,6 +180,7 @@ bool kc_link_end(struct protect *p, enum kc_end why)
 		told = kc_sink_end(p->sink, why);
 	else	/* It has taken over, or is there for another guest by now */
 		told = errno == ESHUTDOWN || errno == EEXIST;
+	p->taken_over = !p->sink && told;
 	kc_link_close(p);
 	if (!told && why != KC_END_GUEST_DIED)
 		kc_log(KC_LOG_ERROR,

@@ -214,6 +214,7 @@ void kc_sink_acked(struct kc_sink *s, uint64_t nr)
 	s->last_epoch = nr;
 	s->stats.epoch_acked = nr;
 	s->stats.ack_us = kc_now_us() - s->commit_us[nr % 64];
+	s->acked_boot_us = s->commit_boot_us[nr % 64];
 }
 
 /* Whoever fails but for wrong use leaves a broken sink. */
@@ -423,6 +424,7 @@ int kc_epoch_commit(struct kc_sink *s, struct kc_err *err)
 	kc_put_commit(rec, &c);
 	/* COMMIT is no part of what it sums up. */
 	s->open = false;
+	s->commit_boot_us[c.nr % 64] = kc_boot_us();
 	rc = kc_sink_emit(s, rec, sizeof(rec), NULL, 0, err);
 	if (rc)
 		return broken(s, rc);
@@ -503,6 +505,16 @@ int kc_sink_poll(struct kc_sink *s, uint64_t *acked, struct kc_err *err)
 		*acked = s->last_epoch;
 	publish(s);
 	return broken(s, rc);
+}
+
+uint64_t kc_sink_heard_us(const struct kc_sink *s)
+{
+	return s->acked_boot_us;
+}
+
+unsigned int kc_sink_takeover_ms(const struct kc_sink *s)
+{
+	return s->takeover_ms;
 }
 
 int kc_sink_note(struct kc_sink *s, const char *text, struct kc_err *err)

@@ -243,6 +243,7 @@ int kc_tcp_open(struct kc_sink *s, const char *hostport, struct kc_err *err)
 			       w.version, KC_VERSION);
 	s->last_epoch = w.last_epoch;
 	s->has_ram = w.has_ram;
+	s->takeover_ms = w.timeout_ms;
 	s->heartbeat_ms = w.timeout_ms ? (w.timeout_ms + 3) / 4 : 1000;
 	s->wrote_us = s->data_us = kc_now_us();
 	return 0;

@@ -38,6 +38,14 @@ int kc_fail(struct kc_err *err, int error, const char *fmt, ...)
 	return -error;
 }
 
+uint64_t kc_boot_us(void)
+{
+	struct timespec ts;
+
+	clock_gettime(CLOCK_BOOTTIME, &ts);
+	return ts.tv_sec * 1000000ull + ts.tv_nsec / 1000;
+}
+
 uint64_t kc_now_us(void)
 {
 	struct timespec ts;

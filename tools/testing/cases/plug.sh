@@ -9,7 +9,7 @@ standby s 7001 --timeout 3s
 protect a tcp:127.0.0.1:7001
 protected a
 more_epochs a
-qmp a "{'execute': 'device_add', 'arguments': {'driver': 'host-x86_64-cpu', 'id': 'more', 'socket-id': 1, 'core-id': 0, 'thread-id': 0}}" ||
+qmp a "{'execute': 'device_add', 'arguments': {'driver': 'host-x86_64-cpu', 'id': 'more', 'socket-id': 0, 'core-id': 1, 'thread-id': 0}}" ||
 	bad "no vCPU can be plugged"
 wait "$(cat /tmp/a.protect)" && bad "protect goes on"
 grep -q "the guest's devices have been changed (new is" /tmp/a.protect.log || bad "it does not say what is new"

@@ -401,6 +401,16 @@ static void do_cont(struct qemu *q)
 	q->tear = WHOLE;
 }
 
+static void do_lease(struct qemu *q, struct json_object *args, const char *name)
+{
+	struct json_object *o;
+
+	if (json_object_object_get_ex(args, name, &o))
+		q->lease_us = json_object_get_uint64(o);
+	if (!strcmp(name, "until-us"))
+		answer(q, "{}");
+}
+
 static void do_getfd(struct qemu *q, const char *name)
 {
 	int *fd = strstr(name, "socket") ? &q->got_socket : &q->got_buffer;
@@ -420,6 +430,8 @@ static void obey(struct qemu *q, const char *command, struct json_object *args)
 		do_attach(q);
 	else if (!strcmp(command, LAYOUT))
 		send_layout(q, q->new_layout);
+	else if (!strcmp(command, LEASE))
+		do_lease(q, args, "until-us");
 	else if (!strcmp(command, STOP))
 		do_stop(q, json_object_object_get_ex(args, "limit-ms", &o) ?
 			   json_object_get_int(o) : 0);
@@ -488,7 +500,10 @@ static void execute(struct qemu *q, struct json_object *o)
 	} else if (instead) {
 		say(q, instead);
 	} else {
-		CHECK(strncmp(command, "x-", 2) || q->attached || !strcmp(command, ATTACH),
+		if (!strcmp(command, STOP))
+			do_lease(q, args, "lease-us");
+		CHECK(strncmp(command, "x-", 2) || q->attached || !strcmp(command, ATTACH) ||
+		      !strcmp(command, LEASE),
 		      "%s before it is attached", command);
 		obey(q, command, args);
 	}

@@ -21,6 +21,7 @@
 #define STOP	"x-checkpoint-stop"
 #define COLLECT	"x-checkpoint-collect"
 #define CONT	"x-checkpoint-cont"
+#define LEASE	"x-checkpoint-lease"
 
 struct block {
 	const char *name;
@@ -61,6 +62,7 @@ extern struct qemu {
 	uint64_t limit_us;		/* when it is resumed, whoever stopped it, or 0 */
 	const char *spoilt_by;		/* why what was taken is of no use, or NULL */
 	const char *run_state;		/* one of which there are no epochs, or NULL */
+	uint64_t lease_us;		/* as it was given last, 0 for none */
 	const char *plugged;		/* ", \"NAME\"" for one more device, or NULL */
 	const char *lost;		/* why its logs do not have all pages, or NULL */
 	struct snap snaps[MAX_SNAPS];

@@ -311,6 +311,64 @@ void test_plugged_unseen(void)
 	must_end_changed("the guest's devices have been changed (new is " NIC ")");
 }
 
+/* --- Leases --------------------------------------------------------------- */
+
+static unsigned int leases;
+
+/* It is given when an epoch was acknowledged, and ends a second after that was sent. */
+static const char *leased(struct qemu *q, const char *command)
+{
+	static uint64_t before_us;
+	uint64_t now = kc_boot_us();
+
+	if (strcmp(command, CONT) || !q->lease_us)
+		return NULL;
+	leases++;
+	CHECK(q->lease_us >= before_us, "the lease gets shorter");
+	CHECK(q->lease_us < now + 1000000, "the lease is longer than an epoch was acknowledged");
+	before_us = q->lease_us;
+	return NULL;
+}
+
+void test_lease(void)
+{
+	qemu.hook = leased;
+	start_qemu(&qemu);
+	start_standby(path_of("ram"), "--no-fence", "--timeout", "2s", "--insecure");
+	must_fail(protect(CHECKED, spec(), "--lease", "1900ms"), "--lease can be 1800 ms at most");
+	CHECK(!qemu.lease_us, "a lease was given");
+	stop_standby(SIGTERM);
+	start_standby(path_of("ram"), "--no-fence", "--timeout", "2s", "--insecure");
+	CHECK(protect(CHECKED, spec(), "--interval", "1ms", "--epochs", "20", "--lease", "1s") == 0,
+	      "protect fails");
+	CHECK(leases > 10, "of 20 times the guest was resumed, it had a lease %u times", leases);
+	CHECK(!qemu.lease_us, "the guest will be stopped although the standby was told the end");
+	stop_standby(SIGTERM);
+	/* Another one without a lease ends that of the one before. */
+	qemu.lease_us = kc_boot_us() + 1000000;
+	qemu.hook = NULL;
+	start_standby(path_of("ram"), "--no-fence", "--timeout", "2s", "--insecure");
+	protect_epochs(spec(), "5");
+	CHECK(!qemu.lease_us, "a lease is left that nobody renews");
+	stop_standby(SIGTERM);
+}
+
+void test_lease_untold(void)
+{
+	qemu.hook = leased;
+	start_qemu(&qemu);
+	start_standby(path_of("ram"), "--no-fence", "--timeout", "3s", "--insecure");
+	start_protect(CHECKED, spec(), "--interval", "1ms", "--lease", "1s", "--io-timeout", "2s", NULL);
+	while (!qemu.lease_us)
+		step(&qemu, 1);
+	kill(standby, SIGSTOP);
+	kill(qemu.client, SIGTERM);
+	must_fail(serve(), "does not know that the protection has ended");
+	CHECK(qemu.lease_us, "the guest runs on, although the standby will take over");
+	kill(standby, SIGKILL);
+	reap(&standby);
+}
+
 /* --- Cores ---------------------------------------------------------------- */
 
 /* How many mappings of a file with this name a process has; all of them are left out of cores */

@@ -32,6 +32,8 @@ void test_discarded(void);
 void test_unplugged(void);
 void test_plugged_unseen(void);
 void test_busy(void);
+void test_lease(void);
+void test_lease_untold(void);
 void test_busy_term(void);
 void test_waits(void);
 void test_core(void);
