@@ -339,6 +339,8 @@ int cmd_protect(int argc, char **argv)
 		return usage_error("there is an argument too many");
 	if (!p.guest_opts.qmp)
 		return usage_error("--qmp is missing: where is QEMU's monitor?");
+	if (p.lease_ms && p.to && strncmp(p.to, "tcp:", 4))
+		return usage_error("--lease is of use with a standby: --to tcp:HOST:PORT");
 	if (p.lease_ms && p.lease_ms < 4 * p.interval_ms)
 		return usage_error("--lease has to be four times --interval at least");
 	if (!p.to)

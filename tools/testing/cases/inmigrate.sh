@@ -6,6 +6,7 @@ boot a
 up a
 boot b -incoming unix:/tmp/b.in
 standby s 7001
+wait_for 30 test -S /tmp/b.in || bad "the other QEMU does not listen"
 qmp a "{'execute': 'migrate-set-parameters', 'arguments': {'max-bandwidth': 2000000}}" >/dev/null
 qmp a "{'execute': 'migrate', 'arguments': {'uri': 'unix:/tmp/b.in'}}" >/dev/null
 sleep 1

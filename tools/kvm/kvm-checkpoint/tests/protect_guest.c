@@ -160,6 +160,28 @@ void test_lost(void)
 	      "epochs are missing");
 }
 
+/* What it wrote to its disks cannot be flushed, for once. */
+static const char *cannot_flush(struct qemu *q, const char *command)
+{
+	if (!strcmp(command, CONT) && q->conts == 4) {
+		q->spoilt_by = "flush";
+		q->snaps[q->nr_snaps - 1].torn = true;
+	}
+	return NULL;
+}
+
+void test_flush(void)
+{
+	unsigned int last;
+
+	qemu.hook = cannot_flush;
+	start_qemu(&qemu);
+	protect_epochs(path_of("store"), "8");
+	CHECK(times_in_log("could not be flushed for a checkpoint: taking another") == 1,
+	      "an epoch without its disks counts");
+	CHECK(check_store(&last) == 9 && last == 9, "epochs are missing");
+}
+
 /* A balloon gives memory back to the host; copying it must not take it again. */
 static const char *discards(struct qemu *q, const char *command)
 {

@@ -773,6 +773,7 @@ static const struct test tests[] = {
 	{ "protect_plugged", test_plugged },
 	{ "protect_unplugged", test_unplugged },
 	{ "protect_plugged_unseen", test_plugged_unseen },
+	{ "protect_flush", test_flush },
 	{ "protect_lease", test_lease },
 	{ "protect_lease_untold", test_lease_untold },
 	{ "protect_busy", test_busy },

@@ -32,6 +32,7 @@ void test_discarded(void);
 void test_unplugged(void);
 void test_plugged_unseen(void);
 void test_busy(void);
+void test_flush(void);
 void test_lease(void);
 void test_lease_untold(void);
 void test_busy_term(void);
