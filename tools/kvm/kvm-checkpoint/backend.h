@@ -24,6 +24,8 @@ struct kc_sink_ops {
 	int (*digests)(struct kc_sink *s, uint32_t block, uint64_t first, uint32_t n, uint8_t *out,
 		       struct kc_err *err);
 	bool (*end)(struct kc_sink *s, enum kc_end end);
+	/* NULL if it holds no guest that could run. */
+	int (*switch_over)(struct kc_sink *s, struct kc_err *err);
 	void (*close)(struct kc_sink *s);
 	bool aborts_by_record;
 };
@@ -37,7 +39,8 @@ struct kc_sink {
 
 	/* Set by the backend when opened. */
 	uint64_t last_epoch;		/* complete at the receiver, and known to be */
-	bool has_ram;
+	bool has_ram, same_sender;
+	uint8_t receiver[16];
 	unsigned int heartbeat_ms;	/* 0 for none */
 	unsigned int takeover_ms;	/* of silence, and it takes over; 0 for never */
 
@@ -57,6 +60,8 @@ struct kc_sink {
 	uint64_t commit_us[64];		/* when an epoch was committed, by its number */
 	uint64_t commit_boot_us[64];	/* and when that began, by another clock */
 	uint64_t acked_boot_us;
+	uint64_t beat_us;		/* when the last heartbeat was sent */
+	uint64_t confirmed_us;
 
 	struct kc_sink_stats stats;
 	pthread_mutex_t lock;		/* for published */

@@ -7,9 +7,9 @@
 #include <sys/mman.h>
 #include <sys/socket.h>
 #include <unistd.h>
-#include <xxhash.h>
 
 #include "guest.h"
+#include "identity.h"
 
 /* The tests have no such patience */
 #ifndef QMP_TIMEOUT_MS
@@ -26,73 +26,6 @@ struct qemu_run {
 /*
  * Opening
  */
-
-/* What must be the same for an epoch to fit: QEMU, the machine and how many CPUs */
-static int identify(struct guest *g, struct kc_err *err)
-{
-	struct json_object *o = NULL, *qemu, *args;
-	const char *uuid;
-	char text[512];
-	size_t n = 0;
-	unsigned int i;
-	int rc;
-
-	rc = qmp_call(&g->qmp, "query-uuid", NULL, &o, err);
-	if (rc)
-		return rc;
-	uuid = qmp_str(o, "UUID");
-	for (i = 0; i < 16; i++) {
-		unsigned int byte = 0;
-
-		if (*uuid == '-')
-			uuid++;
-		if (sscanf(uuid, "%2x", &byte) != 1)
-			break;
-		g->id.uuid[i] = byte;
-		uuid += 2;
-	}
-	json_object_put(o);
-
-	o = NULL;
-	rc = qmp_call(&g->qmp, "query-name", NULL, &o, err);
-	if (rc)
-		return rc;
-	snprintf(g->id.name, sizeof(g->id.name), "%s", qmp_str(o, "name"));
-	json_object_put(o);
-
-	o = NULL;
-	rc = qmp_call(&g->qmp, "query-version", NULL, &o, err);
-	if (rc)
-		return rc;
-	if (json_object_object_get_ex(o, "qemu", &qemu))
-		n += snprintf(text + n, sizeof(text) - n, "qemu %lu.%lu\n",
-			      qmp_u64(qemu, "major"), qmp_u64(qemu, "minor"));
-	json_object_put(o);
-
-	o = NULL;
-	args = json_object_new_object();
-	json_object_object_add(args, "path", json_object_new_string("/machine"));
-	json_object_object_add(args, "property", json_object_new_string("type"));
-	rc = qmp_call(&g->qmp, "qom-get", args, &o, err);
-	if (rc)
-		return rc;
-	n += snprintf(text + n, sizeof(text) - n, "machine %.100s\n", json_object_get_string(o));
-	json_object_put(o);
-
-	o = NULL;
-	rc = guest_call_list(g, "query-cpus-fast", &o, err);
-	if (rc)
-		return rc;
-	n += snprintf(text + n, sizeof(text) - n, "cpus %zu\n", json_object_array_length(o));
-	json_object_put(o);
-
-	for (i = 0; i < sizeof(g->id.fingerprint) / 16; i++) {
-		XXH128_hash_t h = XXH3_128bits_withSeed(text, n, i);
-
-		memcpy(g->id.fingerprint + 16 * i, &h, 16);
-	}
-	return 0;
-}
 
 static int give_fd(struct guest *g, const char *name, int fd, struct kc_err *err)
 {
@@ -172,7 +105,7 @@ static int open_guest(struct guest *g, const struct guest_opts *opts, bool again
 	if (!rc)
 		rc = guest_check_attached(g, err);
 	if (!rc)
-		rc = identify(g, err);
+		rc = kc_identify(&g->qmp, &g->id, err);
 	if (!rc)
 		rc = begin_logging(g, err);
 	if (!rc)
@@ -526,6 +459,12 @@ int guest_take(struct guest *g, struct guest_epoch *e, struct kc_err *err)
 	if (rc)
 		return rc;
 
+	/* By its owner's command, which nothing that we do later undoes. */
+	if (e->last) {
+		rc = qmp_call(&g->qmp, "stop", NULL, NULL, err);
+		if (rc)
+			return rc;
+	}
 	o = NULL;
 	rc = qmp_call(&g->qmp, "x-checkpoint-cont", NULL, &o, err);
 	t[7] = kc_now_us();

@@ -112,6 +112,7 @@ struct guest_epoch {
 	uint64_t taken_us;		/* when the guest was stopped, or found stopped */
 	uint64_t us[KC_PAUSE_PARTS];
 	bool was_running, resumed;
+	bool last;			/* in: the guest is to stay stopped */
 	char status[32];		/* QEMU's word for it */
 	char waits_for[256];
 };

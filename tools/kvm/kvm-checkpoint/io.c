@@ -470,7 +470,7 @@ int kc_io_listen(const char *hostport, const struct kc_sink_opts *o, struct kc_e
 	fd = socket(ai->ai_family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
 	if (fd >= 0)
 		setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &one, sizeof(one));
-	if (fd < 0 || bind(fd, ai->ai_addr, ai->ai_addrlen) || listen(fd, 16)) {
+	if (fd < 0 || bind(fd, ai->ai_addr, ai->ai_addrlen) || listen(fd, SOMAXCONN)) {
 		rc = errno;
 		kc_fail(err, rc, "cannot listen on %s: %s", hostport, strerror(rc));
 		if (fd >= 0)

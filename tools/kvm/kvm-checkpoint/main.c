@@ -264,21 +264,20 @@ static void restore_usage(FILE *f)
 /* Start QEMU on what was restored and stay until it ends. */
 static int run_restored(struct kc_launch *l)
 {
+	struct kc_qemu q = { .pid = 0 };
 	struct kc_err err;
-	int qmp, status;
-	pid_t pid;
+	int status;
 
-	if (kc_launch(l, &pid, &qmp, &err))
+	if (kc_launch(l, &q, &err))
 		return fail(&err);
-	if (qmp >= 0)
-		close(qmp);
+	qmp_close(&q.qmp);
 	if (l->stopped)
 		kc_log(KC_LOG_INFO,
 		       "the guest is at epoch %" PRIu64 ", and stopped as it was when that was taken",
 		       l->epoch);
 	else
 		kc_log(KC_LOG_INFO, "the guest runs from epoch %" PRIu64, l->epoch);
-	while (waitpid(pid, &status, 0) < 0 && errno == EINTR)
+	while (waitpid(q.pid, &status, 0) < 0 && errno == EINTR)
 		;
 	return WIFEXITED(status) && !WEXITSTATUS(status) ? 0 : 1;
 }

@@ -5,9 +5,8 @@
  * One thread does it all, so that heartbeats stop when epochs do.  While a sink is slow the guest
  * runs, and the next epoch is longer; it is never paused for the sink.
  *
- * Whenever it is not known what the receiver holds (a lost link, this daemon was restarted, QEMU
- * refused something), all of the guest's memory is compared with it by digests and what differs is
- * sent.
+ * Whenever it is not known what the receiver lacks (this daemon was restarted, QEMU refused
+ * something), all of the guest's memory is compared with it by digests and what differs is sent.
  */
 #include <errno.h>
 #include <getopt.h>
@@ -43,7 +42,8 @@ static const char usage_text[] =
 "  --disk external       the guest may have writable disks: storage is taken care of\n"
 "  --trust-device TYPE   such a device has no state but what QEMU migrates; may be said\n"
 "                        several times\n"
-"  --control PATH        unix socket for status and detach\n"
+"  --control PATH        unix socket for status, detach and switchover\n"
+"  --leave-ram DIR       where a switchover leaves the guest's memory, for a standby here\n"
 "  --epochs N            end after N epochs; the guest runs on\n"
 "  --json                progress, epochs and messages as JSON, one object a line\n";
 
@@ -54,7 +54,7 @@ static const char usage_end[] =
 "was shut down, 1 after a failure, which it is too if the standby could not be told of\n"
 "that, 2 for a mistake in the command line.\n";
 
-atomic_bool kc_stop_requested;
+atomic_bool kc_stop_requested, kc_switch_requested;
 volatile sig_atomic_t kc_may_exit;
 
 static void on_signal(int sig)
@@ -67,12 +67,20 @@ static void on_signal(int sig)
 
 static char *on_command(void *ctx, const char *line, bool *ok)
 {
-	(void)ctx;
-	*ok = !strcmp(line, "detach");
-	if (*ok)
+	struct protect *p = ctx;
+
+	*ok = true;
+	if (!strcmp(line, "detach")) {
 		kc_stop_requested = true;
-	return strdup(*ok ? "the guest runs on, without protection" :
-			    "no such command; there is: detach");
+		return strdup("the guest runs on, without protection");
+	}
+	if (!strcmp(line, "switchover") && !strncmp(p->to, "tcp:", 4)) {
+		kc_switch_requested = true;
+		return strdup("the guest goes on at the standby as soon as that has all of it");
+	}
+	*ok = false;
+	return strdup(strcmp(line, "switchover") ? "no such command; there are: detach, switchover" :
+		      "only a standby can go on with a guest, and this one goes to a directory");
 }
 
 /* Until something fails or ends it */
@@ -114,8 +122,10 @@ static bool detach(struct protect *p)
 	bool told = kc_link_end(p, KC_END_DETACH);
 	struct kc_err err;
 
+	if (p->is_elsewhere)
+		return told;
 	guest_close(&p->guest);
-	if (told && p->lease_ms && !p->taken_over && guest_end_lease(&p->guest_opts, &err))
+	if (told && p->lease_ms && guest_end_lease(&p->guest_opts, &err))
 		kc_log(KC_LOG_ERROR,
 		       "%s: the guest will stand still as its lease is not renewed; tell QEMU \"cont\"",
 		       err.text);
@@ -143,22 +153,27 @@ static int protect(struct protect *p)
 		rc = 0;
 		switch (run(p, &rc, &err)) {
 		case STOPPED:
-			return detach(p) ? 0 : 1;
+			rc = detach(p) ? 0 : 1;
+			if (p->is_elsewhere)
+				return kc_guest_is_elsewhere(p, "the standby has taken over");
+			return rc;
+		case SWITCH:
+			if (kc_switch_over(p, &rc))
+				return rc;
+			continue;
 		case SINK:
 			if (p->lost) {
 				rc = p->lost;
 				err = p->lost_err;
 			}
-			kc_link_close(p);
-			if (!kc_link_may_pass(p, -rc)) {
-				kc_log(KC_LOG_ERROR, "%s; the guest runs on, without protection",
-				       err.text);
-				detach(p);
-				return 1;
-			}
-			kc_log(KC_LOG_WARN, "%s; the guest runs on", err.text);
-			kc_status_phase(p->status, "link lost");
-			continue;
+			if (kc_link_failed(p, -rc, &err))
+				continue;
+			if (rc == -ESHUTDOWN)
+				return kc_guest_is_elsewhere(p, err.text);
+			kc_log(KC_LOG_ERROR, "%s; the guest runs on, without protection",
+			       err.text);
+			detach(p);
+			return 1;
 		default:
 			break;
 		}
@@ -183,6 +198,7 @@ static int protect(struct protect *p)
 			kc_link_close(p);
 			return 1;
 		}
+		kc_sent_forget(p);
 		may_be_dead = false;
 		if (kc_now_us() - began > 60000000)
 			reopened = 0;
@@ -231,12 +247,13 @@ static int parse_count(const char *s, uint64_t *n)
 int cmd_protect(int argc, char **argv)
 {
 	enum {
-		QMP = 256, TO, INTERVAL, MAX_DIRTY, PAUSE_LIMIT, QEMU_TIMEOUT, LEASE, DISK, TRUST,
-		CONTROL, EPOCHS, JSON, HELP, SINK_OPTION,
+		QMP = 256, LEAVE_RAM, TO, INTERVAL, MAX_DIRTY, PAUSE_LIMIT, QEMU_TIMEOUT, LEASE, DISK,
+		TRUST, CONTROL, EPOCHS, JSON, HELP, SINK_OPTION,
 	};
 	static const struct option options[] = {
 		{ "qmp", required_argument, NULL, QMP },
 		{ "to", required_argument, NULL, TO },
+		{ "leave-ram", required_argument, NULL, LEAVE_RAM },
 		{ "interval", required_argument, NULL, INTERVAL },
 		{ "max-dirty", required_argument, NULL, MAX_DIRTY },
 		{ "pause-limit", required_argument, NULL, PAUSE_LIMIT },
@@ -281,6 +298,9 @@ int cmd_protect(int argc, char **argv)
 			break;
 		case TO:
 			p.to = optarg;
+			break;
+		case LEAVE_RAM:
+			p.leave_ram = optarg;
 			break;
 		case INTERVAL:
 			if (kc_parse_ms(optarg, &p.interval_ms) || !p.interval_ms)
@@ -369,6 +389,7 @@ int cmd_protect(int argc, char **argv)
 		}
 	}
 	status = protect(&p);
+	kc_sent_forget(&p);
 	kc_ctl_stop(ctl);
 	guest_close(&p.guest);
 	free(p.epoch.copy.pages);

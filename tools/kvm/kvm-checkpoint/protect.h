@@ -19,8 +19,28 @@
 
 #define TICK_MS		50
 
+/* The first epoch of a sink, until it is acknowledged */
+struct first {
+	uint64_t nr, sent, differed;
+	bool compared, continued;
+};
+
+/* An epoch that is not acknowledged: which pages are in it */
+struct sent_page {
+	uint64_t page;
+	uint32_t block;
+};
+
+struct sent_epoch {
+	uint64_t nr;		/* 0: unused */
+	struct sent_page *pages;
+	size_t nr_pages;
+};
+
+#define KC_SENT 8u
+
 struct protect {
-	const char *to, *control;
+	const char *to, *control, *leave_ram;
 	unsigned int interval_ms, lease_ms;
 	uint64_t max_dirty, max_epochs;
 	bool json;
@@ -35,8 +55,15 @@ struct protect {
 	struct kc_status *status;
 	uint64_t nr;		/* of the newest epoch that was begun */
 	uint64_t acked, epochs;
-	bool taken_over;	/* as the standby said when it was told the end */
+	struct sent_epoch sent[KC_SENT];
+	uint64_t known_from;	/* all that was sent after this epoch is in sent; 0: it is not */
+	struct first first;
+	uint8_t receiver[16];	/* kc_sink_receiver() of the last sink */
 	bool was_acked;		/* the receiver once had a complete epoch */
+	unsigned int pause_ms;	/* before another attempt, until something is acknowledged */
+	int told;		/* the last failure that was told, since something was */
+	uint64_t told_us;
+	bool is_elsewhere;	/* the standby was to be told the end, and has taken over */
 	bool idle;		/* the guest is stopped, and its last epoch says all */
 	bool waiting;		/* the guest cannot be resumed, for now */
 	char no_epochs[200];	/* why there are none for now, or empty */
@@ -46,9 +73,9 @@ struct protect {
 };
 
 /* Who failed, with what errno */
-enum where { OK, GUEST, SINK, STOPPED, NOT_NOW };
+enum where { OK, GUEST, SINK, STOPPED, SWITCH, NOT_NOW };
 
-extern atomic_bool kc_stop_requested;
+extern atomic_bool kc_stop_requested, kc_switch_requested;
 
 /*
  * A directory's epochs are all read when it is opened, which may take minutes.  Nothing is begun by
@@ -68,6 +95,7 @@ void kc_show_json(struct protect *p, struct json_object *o);
 
 void kc_show_progress(struct protect *p, const char *what, uint64_t done, uint64_t total);
 void kc_show_epoch(struct protect *p);
+void kc_show_protected(struct protect *p, const struct first *f);
 
 /* --- protect_link.c: the sink, found, lost and told the end --------------- */
 
@@ -79,13 +107,39 @@ int kc_link_poll(struct protect *p, struct kc_err *err);
 int kc_link_tick(void *ctx);
 /* Tells everybody why there are no epochs for now; if it is empty, that there are again */
 void kc_no_epochs(struct protect *p, const char *why);
-bool kc_link_may_pass(const struct protect *p, int error);
+/* What has happened meanwhile, to whom */
+enum where kc_link_look(struct protect *p, int *rc, struct kc_err *err);
+/*
+ * The sink failed, and is closed by this.  Is it to be opened again, as protection goes on?  If not,
+ * that is the user's to know.
+ */
+bool kc_link_failed(struct protect *p, int error, const struct kc_err *err);
+/* As long as that takes, and a while longer if the last failure was not that of the link */
 enum where kc_link_open(struct protect *p, int *rc, struct kc_err *err);
 void kc_link_close(struct protect *p);
-/* Is the standby's time limit long enough for --lease? */
-int kc_link_check_lease(const struct protect *p, struct kc_err *err);
 /* False if the standby has not been told, and may well take over from a guest that lives */
 bool kc_link_end(struct protect *p, enum kc_end why);
+
+/* --- protect_over.c: the guest goes on elsewhere -------------------------- */
+
+/*
+ * The standby has taken over: stops the guest here, whatever it takes, unless told to end.  The exit
+ * status.
+ */
+int kc_guest_is_elsewhere(struct protect *p, const char *why);
+
+/* The guest goes on at the standby, and its QEMU ends here: true, with the exit status.  Or not. */
+bool kc_switch_over(struct protect *p, int *status);
+
+/* --- protect_sent.c: what is in epochs that are not acknowledged ---------- */
+
+/* The pages in p->epoch are in this one, too. */
+void kc_sent_note(struct protect *p, uint64_t nr);
+void kc_sent_acked(struct protect *p);
+/* Pages may have been lost, or nothing is known any more */
+void kc_sent_forget(struct protect *p);
+/* With a new sink: all that it lacks is dirty now.  False if that is not known. */
+bool kc_sent_again(struct protect *p);
 
 /* --- protect_epoch.c: epochs ---------------------------------------------- */
 
@@ -97,5 +151,7 @@ enum where kc_epoch_first(struct protect *p, int *rc, struct kc_err *err);
  */
 enum where kc_epoch_wait(struct protect *p, uint64_t until_us, int *rc, struct kc_err *err);
 enum where kc_epoch_next(struct protect *p, int *rc, struct kc_err *err);
+/* After which the guest does not run, and the sink has all of it; or not, if that fails */
+enum where kc_epoch_last(struct protect *p, int *rc, struct kc_err *err);
 
 #endif

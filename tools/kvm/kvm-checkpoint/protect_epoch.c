@@ -16,11 +16,15 @@
 /* How often in a row somebody may interfere with an epoch */
 #define MAX_TRIES	50
 
+/* What a standby may need to try to load an epoch, on top of what sending it may take */
+#define LOAD_MS		30000
+
 enum where kc_epoch_wait(struct protect *p, uint64_t until_us, int *rc, struct kc_err *err)
 {
 	struct guest *g = &p->guest;
 	bool watch = p->max_dirty && g->nr_logs;
 	struct pollfd fds[2 + g->nr_logs];
+	enum where where;
 	unsigned int i;
 
 	for (;;) {
@@ -28,16 +32,13 @@ enum where kc_epoch_wait(struct protect *p, uint64_t until_us, int *rc, struct k
 		bool ready = p->acked + 1 >= p->nr, full = false;
 		int ms;
 
-		if (kc_stop_requested)
-			return STOPPED;
-		*rc = qmp_poll(&g->qmp, err);
-		if (*rc)
-			return GUEST;
-		*rc = kc_link_poll(p, err);
-		if (*rc)
-			return SINK;
+		where = kc_link_look(p, rc, err);
+		if (where != OK)
+			return where;
 		full = watch && g->dirty.pages >= p->max_dirty;
-		if (ready && (now >= until_us || full))
+		if (p->acked >= p->nr && kc_switch_requested)
+			return SWITCH;
+		if (ready && !kc_switch_requested && (now >= until_us || full))
 			return OK;
 
 		fds[0] = (struct pollfd){ .fd = g->qmp.fd, .events = POLLIN };
@@ -151,6 +152,7 @@ enum where kc_epoch_next(struct protect *p, int *rc, struct kc_err *err)
 		return OK;
 	p->idle = !p->epoch.was_running;
 
+	kc_sent_note(p, p->nr + 1);
 	*rc = kc_epoch_begin(p->sink, p->nr + 1, 0, err);
 	if (*rc)
 		return SINK;
@@ -171,6 +173,7 @@ static enum where copy_all(struct protect *p, bool compare, uint64_t *sent, int 
 	static uint8_t page[KC_PAGE_SIZE];
 	const char *what = compare ? "resync" : "full copy";
 	uint64_t done = 0, total = 0, i;
+	enum where where;
 	unsigned int b;
 
 	for (b = 0; b < p->guest.id.nr_blocks; b++)
@@ -193,15 +196,10 @@ static enum where copy_all(struct protect *p, bool compare, uint64_t *sent, int 
 					return SINK;
 			}
 			if (!(i % BATCH)) {
-				if (kc_stop_requested)
-					return STOPPED;
 				kc_show_progress(p, what, done, total);
-				*rc = qmp_poll(&p->guest.qmp, err);
-				if (*rc)
-					return GUEST;
-				*rc = kc_link_poll(p, err);
-				if (*rc)
-					return SINK;
+				where = kc_link_look(p, rc, err);
+				if (where != OK)
+					return where;
 			}
 			if (guest_is_hole(&holes, block->fd, i))
 				memset(page, 0, sizeof(page));
@@ -226,29 +224,29 @@ static enum where copy_all(struct protect *p, bool compare, uint64_t *sent, int 
 enum where kc_epoch_first(struct protect *p, int *rc, struct kc_err *err)
 {
 	unsigned int flags = kc_sink_start(p->sink), pass;
-	bool compare = flags & KC_EPOCH_RESYNC;
+	bool compare = flags & KC_EPOCH_RESYNC, again;
 	uint64_t sent = 0, differed, before = UINT64_MAX, last = kc_sink_last_epoch(p->sink);
-	struct json_object *o;
-	enum where where;
+	enum where where = OK;
 
-	/* What is dirty by now will be read after this */
+	again = compare && kc_sent_again(p);
 	*rc = guest_collect(&p->guest, err);
 	if (*rc)
 		return GUEST;
-	dirty_forget(&p->guest.dirty);
+	/* What is dirty by now will be read after this */
+	if (!again)
+		dirty_forget(&p->guest.dirty);
 
 	if (p->nr < last)
 		p->nr = last;
-	p->acked = last;
-	p->was_acked |= last;
 	*rc = kc_epoch_begin(p->sink, p->nr + 1, flags, err);
 	if (*rc)
 		return SINK;
 	p->nr++;
-	where = copy_all(p, compare, &sent, rc, err);
+	if (!again)
+		where = copy_all(p, compare, &sent, rc, err);
 	if (where != OK)
 		return where;
-	differed = sent;
+	differed = again ? p->guest.dirty.pages : sent;
 
 	for (pass = 0; pass < MAX_PASSES; pass++) {
 		*rc = guest_collect(&p->guest, err);
@@ -263,6 +261,7 @@ enum where kc_epoch_first(struct protect *p, int *rc, struct kc_err *err)
 			*rc = guest_copy_running(&p->guest, &p->epoch, BATCH, err);
 			if (*rc)
 				return GUEST;
+			kc_sent_note(p, p->nr);
 			*rc = send_pages(p, err);
 			if (*rc)
 				return SINK;
@@ -281,24 +280,40 @@ enum where kc_epoch_first(struct protect *p, int *rc, struct kc_err *err)
 	if (where != OK)
 		return where;
 	sent += p->epoch.copy.nr;
+	kc_sent_note(p, p->nr);
 	*rc = send_epoch(p, err);
 	if (*rc)
 		return SINK;
+	if (!again)
+		p->known_from = p->nr;
 	p->idle = !p->epoch.was_running;
-	if (compare)
+	if (compare && !again)
 		kc_status_resync(p->status);
-	kc_status_phase(p->status, "protected");
-	o = kc_show_event("synced");
-	kc_show_add(o, "epoch", p->nr);
-	kc_show_add(o, "pages", sent);
-	if (compare)
-		kc_show_add(o, "differed", differed);
-	json_object_object_add(o, "resync", json_object_new_boolean(compare));
-	kc_show_json(p, o);
-	if (!p->json && compare)
-		kc_showf(p, "protected since epoch %lu: %lu pages differed, %lu were sent\n", p->nr,
-		      differed, sent);
-	else if (!p->json)
-		kc_showf(p, "protected since epoch %lu: %lu pages were sent\n", p->nr, sent);
-	return OK;
+	/* Protected means that the receiver says that it is of use. */
+	p->first = (struct first){ .nr = p->nr, .sent = sent, .differed = differed,
+				   .compared = compare, .continued = again };
+	kc_status_phase(p->status, "sent");
+	*rc = kc_link_poll(p, err);
+	return *rc ? SINK : OK;
+}
+
+enum where kc_epoch_last(struct protect *p, int *rc, struct kc_err *err)
+{
+	/* Whatever comes of it, what is written after that is of no epoch. */
+	kc_sent_forget(p);
+	p->epoch.last = true;
+	*rc = guest_take(&p->guest, &p->epoch, err);
+	p->epoch.last = false;
+	if (*rc)
+		return GUEST;
+	*rc = kc_epoch_begin(p->sink, p->nr + 1, 0, err);
+	if (*rc)
+		return SINK;
+	p->nr++;
+	*rc = send_epoch(p, err);
+	if (!*rc)
+		*rc = kc_sink_wait(p->sink, p->nr, p->opts.io_timeout_ms + LOAD_MS, err);
+	if (!*rc)
+		*rc = kc_link_poll(p, err);
+	return *rc ? SINK : OK;
 }

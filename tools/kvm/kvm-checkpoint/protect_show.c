@@ -119,3 +119,23 @@ void kc_show_epoch(struct protect *p)
 	json_object_object_add(o, "was_running", json_object_new_boolean(e->was_running));
 	kc_show_json(p, o);
 }
+
+void kc_show_protected(struct protect *p, const struct first *f)
+{
+	struct json_object *o = kc_show_event("synced");
+
+	kc_show_add(o, "epoch", f->nr);
+	kc_show_add(o, "pages", f->sent);
+	if (f->compared)
+		kc_show_add(o, "differed", f->differed);
+	json_object_object_add(o, "resync", json_object_new_boolean(f->compared));
+	json_object_object_add(o, "continued", json_object_new_boolean(f->continued));
+	kc_show_json(p, o);
+	if (!p->json && f->continued)
+		kc_showf(p, "protected since epoch %lu: %lu pages were sent again\n", f->nr, f->sent);
+	else if (!p->json && f->compared)
+		kc_showf(p, "protected since epoch %lu: %lu pages differed, %lu were sent\n", f->nr,
+			 f->differed, f->sent);
+	else if (!p->json)
+		kc_showf(p, "protected since epoch %lu: %lu pages were sent\n", f->nr, f->sent);
+}

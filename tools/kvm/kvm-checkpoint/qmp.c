@@ -243,11 +243,38 @@ static int connect_to(struct qmp *q, const struct sockaddr_un *sun)
 	return 0;
 }
 
+/* QEMU speaks first */
+static int greet(struct qmp *q)
+{
+	struct json_object *o;
+	int rc;
+
+	q->tok = json_tokener_new();
+	o = next(q, patience(q), &rc);
+	if (o && !json_object_object_get_ex(o, "QMP", NULL))
+		rc = -EPROTO;
+	json_object_put(o);
+	return rc;
+}
+
+int qmp_adopt(struct qmp *q, int fd, unsigned int timeout_ms, int (*idle)(void *ctx),
+	      void *idle_ctx, struct kc_err *err)
+{
+	int rc;
+
+	*q = (struct qmp){ .fd = fd, .timeout_ms = timeout_ms, .idle = idle, .idle_ctx = idle_ctx };
+	rc = greet(q);
+	rc = rc ? explain(rc, "being started", err) :
+	     qmp_call(q, "qmp_capabilities", NULL, NULL, err);
+	if (rc)
+		qmp_close(q);
+	return rc;
+}
+
 int qmp_open(struct qmp *q, const char *path, unsigned int timeout_ms, int (*idle)(void *ctx),
 	     void *idle_ctx, struct kc_err *err)
 {
 	struct sockaddr_un sun = { .sun_family = AF_UNIX };
-	struct json_object *o = NULL;
 	int rc;
 
 	memset(q, 0, sizeof(*q));
@@ -269,26 +296,23 @@ int qmp_open(struct qmp *q, const char *path, unsigned int timeout_ms, int (*idl
 		kc_fail(err, -rc, "cannot connect to QEMU at %s: %s", path, strerror(-rc));
 		goto fail;
 	}
-	q->tok = json_tokener_new();
 	if (!rc)
-		o = next(q, patience(q), &rc);
-	if (!o && rc == -ETIMEDOUT) {
+		rc = greet(q);
+	if (rc == -ETIMEDOUT) {
 		rc = kc_fail(err, ETIMEDOUT,
 			     "QEMU at %s does not answer: is another client connected?  Give it a socket of its own (-qmp unix:PATH,server=on,wait=off)",
 			     path);
 		goto fail;
 	}
-	if (!o || !json_object_object_get_ex(o, "QMP", NULL)) {
+	if (rc) {
 		rc = kc_fail(err, EPROTO, "%s is not a QMP socket", path);
 		goto fail;
 	}
 	rc = qmp_call(q, "qmp_capabilities", NULL, NULL, err);
 	if (rc)
 		goto fail;
-	json_object_put(o);
 	return 0;
 fail:
-	json_object_put(o);
 	qmp_close(q);
 	return rc;
 }

@@ -39,6 +39,15 @@ struct qmp {
  */
 int qmp_open(struct qmp *q, const char *path, unsigned int timeout_ms, int (*idle)(void *ctx),
 	     void *idle_ctx, struct kc_err *err);
+
+/**
+ * qmp_adopt() - the same with a socket that is connected already
+ * @fd: which is closed by qmp_close(), and if this fails.
+ *
+ * Return: as qmp_open().
+ */
+int qmp_adopt(struct qmp *q, int fd, unsigned int timeout_ms, int (*idle)(void *ctx),
+	      void *idle_ctx, struct kc_err *err);
 void qmp_close(struct qmp *q);
 
 /**

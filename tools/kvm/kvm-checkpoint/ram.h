@@ -5,10 +5,11 @@
  *
  *	ram0, ram1, ...	the blocks
  *	state-N		device state of epoch N
- *	meta		guest, last epoch in the RAM files, boot ID of the host, whether the disk
- *			has all of that
+ *	meta		guest, last epoch in the RAM files and when it was complete, boot ID of the
+ *			host, whether the disk has all of that
  *	redo		a complete epoch on its way into the RAM files
  *	redo.tmp	an epoch that is being received
+ *	undo		the way back from an epoch that is yet to prove itself to the one before
  *
  * An epoch is complete when redo.tmp has been renamed to redo.  If the process dies while it copies
  * pages from redo to the RAM files, the next one does it again: redo has whole pages, no
@@ -44,6 +45,15 @@ const struct kc_guest *kc_ram_guest(const struct kc_ram *ram);
 int kc_ram_create(struct kc_ram *ram, const struct kc_guest *guest, void (*progress)(void *ctx),
 		  void *ctx, struct kc_err *err);
 
+/* 16 random bytes that were made with the RAM. */
+const uint8_t *kc_ram_id(const struct kc_ram *ram);
+
+/*
+ * Who sends epochs from now on, and of which QEMU process; stored with the next epoch.  Is it the
+ * sender of the last one?
+ */
+bool kc_ram_set_sender(struct kc_ram *ram, const uint8_t sender[16], const uint8_t process[16]);
+
 /**
  * kc_ram_settle() - finish an epoch that was complete when copying it to the RAM files failed
  *
@@ -54,6 +64,12 @@ int kc_ram_settle(struct kc_ram *ram, struct kc_err *err);
 /* The last complete epoch, 0 for none. */
 uint64_t kc_ram_epoch(const struct kc_ram *ram);
 
+/*
+ * How long ago it was complete, by the clock on the wall; UINT64_MAX if there is none or that clock
+ * was set back since.
+ */
+uint64_t kc_ram_age_ms(const struct kc_ram *ram);
+
 /* Paths for QEMU; malloc()ed. */
 char *kc_ram_block_path(const struct kc_ram *ram, uint32_t block);
 char *kc_ram_state_path(const struct kc_ram *ram);
@@ -61,6 +77,23 @@ char *kc_ram_state_path(const struct kc_ram *ram);
 #define KC_RAM_ENDED		1u	/* protection ended by intent: silence means nothing */
 #define KC_RAM_TAKEN_OVER	2u	/* QEMU got these files: they are no epoch any more */
 #define KC_RAM_STOPPED		4u	/* the guest was not running when the epoch was taken */
+#define KC_RAM_UNTRIED		8u	/* nobody knows yet whether it can be loaded */
+
+/**
+ * struct kc_ram_trial - who finds out whether an epoch can be loaded
+ * @needed: is this state of a kind that is not known to be loadable?
+ * @run: find out; the epoch is in its files.  -ECANCELED if there is no time for that.
+ *
+ * If it cannot be loaded, the RAM is again as it was before the epoch, which fails with that error.
+ */
+struct kc_ram_trial {
+	bool (*needed)(void *ctx, const struct kc_devices *state);
+	int (*run)(void *ctx, struct kc_err *err);
+	void *ctx;
+};
+
+/* To be asked for each epoch from now on; stays valid. */
+void kc_ram_set_trial(struct kc_ram *ram, const struct kc_ram_trial *trial);
 
 unsigned int kc_ram_flags(const struct kc_ram *ram);
 /* Replaces them; the next complete epoch does so, too. */

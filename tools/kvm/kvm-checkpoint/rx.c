@@ -321,10 +321,8 @@ int kc_rx_record(struct kc_rx *rx, const struct kc_rec *rec, struct kc_err *err)
 		reset(rx);
 		return 0;
 	case KC_HEARTBEAT:
-		if (rec->len)
-			return kc_fail(err, EPROTO,
-				       "the stream is corrupt: a heartbeat record is malformed");
-		return rec->type;
+		rc = kc_get_heartbeat(rec, &us, err);
+		return rc ? rc : rec->type;
 	case KC_END:
 	case KC_DIGEST_REQ:
 	case KC_NOTE:

@@ -4,6 +4,9 @@
  */
 #include <errno.h>
 #include <inttypes.h>
+#include <linux/tcp.h>
+#include <netdb.h>
+#include <netinet/in.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -12,7 +15,17 @@
 
 #include "standby.h"
 
-#define MAX_SESSIONS 16u
+/*
+ * Who has no key can only open connections.  If there are too many, those that have said least are
+ * ended: a primary speaks first, and at once.
+ */
+#define MAX_SESSIONS 64u
+/* With those that are ending */
+#define MAX_THREADS (4 * MAX_SESSIONS)
+
+/* So many refusals are told in so long a time */
+#define MAX_TOLD 5u
+#define TELL_US 10000000ull
 
 static uint32_t errno_code(int error)
 {
@@ -32,6 +45,8 @@ static uint32_t errno_code(int error)
 	case EDQUOT:
 	case EFBIG:
 		return KC_ERR_SPACE;
+	case EOPNOTSUPP:
+		return KC_ERR_CONFIG;
 	default:
 		return KC_ERR_OTHER;
 	}
@@ -65,6 +80,7 @@ static unsigned int heartbeat_ms(const struct standby *sb)
 /* With the lock.  End it; its thread will notice. */
 void kc_session_kick(struct session *s)
 {
+	s->kicked = true;
 	shutdown(s->fd, SHUT_RDWR);
 }
 
@@ -82,8 +98,57 @@ int kc_standby_wait(struct standby *sb, unsigned int ms)
 	return -pthread_cond_timedwait(&sb->changed, &sb->lock, &ts);
 }
 
+/* Somebody could fill the log. */
+static void tell_refusal(struct standby *sb, const char *whom, const char *why)
+{
+	bool tell;
+
+	pthread_mutex_lock(&sb->lock);
+	tell = sb->nr_told++ < MAX_TOLD;
+	pthread_mutex_unlock(&sb->lock);
+	if (tell)
+		kc_log(KC_LOG_WARN, "refused %s: %s", whom, why);
+}
+
+void kc_session_tell(struct standby *sb)
+{
+	uint64_t now = kc_now_us();
+	unsigned int more = 0;
+
+	pthread_mutex_lock(&sb->lock);
+	if (now - sb->told_us >= TELL_US) {
+		more = sb->nr_told > MAX_TOLD ? sb->nr_told - MAX_TOLD : 0;
+		sb->nr_told = 0;
+		sb->told_us = now;
+	}
+	pthread_mutex_unlock(&sb->lock);
+	if (more)
+		kc_log(KC_LOG_WARN, "refused %u connections more", more);
+}
+
+/*
+ * The guest runs here.  Who protected it before has to stop his copy.  Anybody else must not, least
+ * of all who would protect the one that runs here now, and asks for the wrong standby.
+ */
+static int refuse_for_good(const struct session *s, const struct kc_guest *guest,
+			   struct kc_err *err)
+{
+	static const uint8_t unknown[16];
+	const struct kc_guest *g = kc_ram_guest(s->sb->ram);
+
+	if (!kc_guest_same(g, guest, NULL) &&
+	    (!memcmp(s->instance, s->sb->instance, sizeof(s->instance)) ||
+	     (memcmp(g->process, unknown, 16) && !memcmp(g->process, guest->process, 16))))
+		return kc_fail(err, ESHUTDOWN,
+			       "the standby has taken over the guest at epoch %" PRIu64,
+			       kc_ram_epoch(s->sb->ram));
+	return kc_fail(err, EEXIST,
+		       "this standby has taken over guest %s and holds no checkpoints any more: start another one, with a --ram-dir of its own",
+		       g->name);
+}
+
 /* Become the active session, or say why not. */
-static int activate(struct session *s, struct kc_err *err)
+static int activate(struct session *s, const struct kc_guest *guest, struct kc_err *err)
 {
 	struct standby *sb = s->sb;
 	struct session *other;
@@ -109,32 +174,73 @@ static int activate(struct session *s, struct kc_err *err)
 	}
 	if (!rc && sb->mode == FAILING_OVER)
 		rc = kc_fail(err, EBUSY, "the standby is failing over");
-	if (!rc && sb->mode != SERVING)
-		rc = kc_fail(err, ESHUTDOWN,
-			     "the standby has taken over the guest at epoch %" PRIu64,
-			     kc_ram_epoch(sb->ram));
-	if (!rc)
+	if (!rc && sb->mode == STOPPING)
+		rc = kc_fail(err, EBUSY, "the standby is ending");
+	if (!rc && sb->mode == TAKEN_OVER)
+		rc = refuse_for_good(s, guest, err);
+	if (!rc) {
 		sb->active = s;
+		memcpy(sb->instance, s->instance, sizeof(sb->instance));
+	}
 	pthread_mutex_unlock(&sb->lock);
 	return rc;
+}
+
+static void heartbeat(struct session *s, uint64_t us)
+{
+	uint8_t rec[KC_REC_HDR + 8];
+	size_t n = kc_put_heartbeat(rec, us);
+
+	if (!kc_io_write(s->io, rec, n, NULL))
+		kc_io_flush(s->io, NULL);
+}
+
+void kc_session_still_there(struct standby *sb)
+{
+	uint64_t now = kc_now_us();
+
+	/* The active one is that of this thread. */
+	if (sb->active && now - sb->still_there_us > heartbeat_ms(sb) * 1000ull / 2) {
+		sb->still_there_us = now;
+		heartbeat(sb->active, 0);
+	}
+}
+
+enum mode kc_standby_mode(struct standby *sb)
+{
+	enum mode mode;
+
+	pthread_mutex_lock(&sb->lock);
+	mode = sb->mode;
+	pthread_mutex_unlock(&sb->lock);
+	return mode;
 }
 
 /* Making RAM for a large guest takes its time: say that we live. */
 static void still_there(void *ctx)
 {
-	struct session *s = ctx;
-	uint8_t rec[KC_REC_HDR];
+	heartbeat(ctx, 0);
+}
 
-	kc_put_rec(rec, KC_HEARTBEAT, 0, 0);
-	if (!kc_io_write(s->io, rec, sizeof(rec), NULL))
-		kc_io_flush(s->io, NULL);
+static void show_peer(struct session *s)
+{
+	struct sockaddr_storage sa;
+	socklen_t len = sizeof(sa);
+	char host[64], port[16], text[100];
+
+	if (getpeername(s->fd, (struct sockaddr *)&sa, &len) ||
+	    getnameinfo((struct sockaddr *)&sa, len, host, sizeof(host), port, sizeof(port),
+			NI_NUMERICHOST | NI_NUMERICSERV))
+		return;
+	snprintf(text, sizeof(text), strchr(host, ':') ? "from [%s]:%s" : "from %s:%s", host, port);
+	kc_status_peer(s->sb->status, text);
 }
 
 static int greet(struct session *s, const struct kc_hello *hello, struct kc_err *err)
 {
 	struct standby *sb = s->sb;
 	struct kc_welcome w = { .version = KC_VERSION };
-	uint8_t rec[KC_REC_HDR + 16];
+	uint8_t rec[KC_REC_HDR + 32];
 	struct kc_err why;
 	char uuid[37];
 	int rc;
@@ -146,7 +252,17 @@ static int greet(struct session *s, const struct kc_hello *hello, struct kc_err 
 			return kc_fail(err, EEXIST,
 				       "%s (give the standby another --ram-dir, or remove its old one)",
 				       why.text);
-	} else {
+		/* Whatever keeps us from taking it now: it lives. */
+		pthread_mutex_lock(&sb->lock);
+		sb->guest_died = false;
+		sb->armed = true;
+		sb->heard_us = kc_now_us();
+		pthread_mutex_unlock(&sb->lock);
+	}
+	rc = kc_check_command(sb, &hello->guest, err);
+	if (rc)
+		return rc;
+	if (!w.has_ram) {
 		kc_log(KC_LOG_INFO, "making %" PRIu64 " MiB of RAM in %s",
 		       kc_guest_pages(&hello->guest) >> 8, sb->ram_dir);
 		rc = kc_ram_create(sb->ram, &hello->guest, still_there, s, err);
@@ -161,11 +277,14 @@ static int greet(struct session *s, const struct kc_hello *hello, struct kc_err 
 	kc_status_guest(sb->status, hello->guest.name[0] ? hello->guest.name : uuid);
 	kc_log(KC_LOG_INFO, "the primary of guest %s (%s) is connected; last complete epoch %" PRIu64, uuid,
 	       hello->guest.name, kc_ram_epoch(sb->ram));
+	show_peer(s);
 	w.timeout_ms = sb->timeout_ms;
+	w.same_sender = kc_ram_set_sender(sb->ram, hello->instance, hello->guest.process);
 	w.last_epoch = kc_ram_epoch(sb->ram);
+	memcpy(w.receiver, kc_ram_id(sb->ram), sizeof(w.receiver));
 	kc_put_welcome(rec, &w);
 	pthread_mutex_lock(&sb->lock);
-	sb->guest_died = false;
+	sb->armed = true;
 	pthread_mutex_unlock(&sb->lock);
 	rc = kc_io_write(s->io, rec, sizeof(rec), err);
 	return rc ? rc : kc_io_flush(s->io, err);
@@ -217,6 +336,7 @@ static int acknowledge(struct session *s, const struct kc_rx *rx, uint64_t start
 	*offset = kc_io_offset(s->io);
 	kc_status_epoch(sb->status, nr, now);
 	kc_status_sink(sb->status, &sb->stats);
+	kc_status_trouble(sb->status, NULL);
 	return rc;
 }
 
@@ -237,7 +357,12 @@ static int ended(struct session *s, const struct kc_rec *rec, struct kc_err *err
 			kc_log(KC_LOG_ERROR, "there is no complete epoch of it to go on from");
 		else if (sb->mode == SERVING)
 			sb->guest_died = true;
+		kc_standby_wake(sb);
 		pthread_mutex_unlock(&sb->lock);
+		return 0;
+	}
+	if (reason == KC_END_SWITCH_OVER) {
+		s->switches = true;
 		return 0;
 	}
 	kc_log(KC_LOG_INFO, "the primary ends the protection: %s",
@@ -254,6 +379,16 @@ static void noted(struct standby *sb, const struct kc_rec *rec)
 	kc_get_note(rec, text, sizeof(text));
 	kc_log(KC_LOG_INFO, "the primary says: %s", *text ? text : "there are epochs again");
 	kc_status_phase(sb->status, *text ? "receiving, but no epochs for now" : "receiving");
+}
+
+/* That it ends; who is not told has to take care that nobody takes over from a guest that lives. */
+static void agree(struct session *s, enum kc_end end)
+{
+	uint8_t rec[KC_REC_HDR + 4];
+	size_t n = kc_put_end(rec, end);
+
+	if (!kc_io_write(s->io, rec, n, NULL) && !kc_io_flush(s->io, NULL))
+		kc_io_linger(s->io, 2000);
 }
 
 /* Until the connection ends: 0 if the primary ended it as it should. */
@@ -276,10 +411,12 @@ static int receive(struct session *s, struct kc_rx *rx, struct kc_err *err)
 		switch (rc) {
 		case KC_COMMIT:
 			rc = acknowledge(s, rx, t, &offset, err);
+			kc_ready_wait(sb);
 			break;
 		case KC_HEARTBEAT:
-			still_there(s);
-			rc = 0;
+			rc = kc_get_heartbeat(&rec, &t, err);
+			if (!rc)
+				heartbeat(s, t);
 			break;
 		case KC_NOTE:
 			noted(sb, &rec);
@@ -291,6 +428,8 @@ static int receive(struct session *s, struct kc_rx *rx, struct kc_err *err)
 			break;
 		case KC_END:
 			rc = ended(s, &rec, err);
+			if (!rc && !s->switches)
+				agree(s, KC_END_DETACH);
 			s->busy = false;
 			return rc;
 		}
@@ -298,6 +437,30 @@ static int receive(struct session *s, struct kc_rx *rx, struct kc_err *err)
 		if (rc)
 			return rc;
 	}
+}
+
+/*
+ * The primary's guest is stopped, and all of it is here: the main thread lets it run.  Called with
+ * the lock, and without touching the RAM any more.  0 or a negative errno.
+ */
+static int switch_over(struct session *s, struct kc_err *err)
+{
+	struct standby *sb = s->sb;
+
+	if (sb->mode != SERVING || !kc_ram_epoch(sb->ram) ||
+	    (kc_ram_flags(sb->ram) & KC_RAM_ENDED))
+		return kc_fail(err, EBUSY, "there is no epoch to go on from, or it is done already");
+	sb->mode = FAILING_OVER;
+	sb->switches = true;
+	kc_standby_wake(sb);
+	while (sb->mode == FAILING_OVER) {
+		kc_standby_wait(sb, heartbeat_ms(sb));
+		pthread_mutex_unlock(&sb->lock);
+		heartbeat(s, 0);
+		pthread_mutex_lock(&sb->lock);
+	}
+	return sb->mode == TAKEN_OVER ? 0 :
+	       kc_fail(err, EREMOTEIO, "it cannot go on with the guest: %s", sb->why_not.text);
 }
 
 static void *session(void *arg)
@@ -314,7 +477,7 @@ static void *session(void *arg)
 
 	rc = kc_io_accept(s->fd, &sb->opts, &io, &err);
 	if (rc) {
-		kc_log(KC_LOG_WARN, "refused a connection: %s", err.text);
+		tell_refusal(sb, "a connection", err.text);
 		goto out;
 	}
 	s->io = io;
@@ -322,8 +485,11 @@ static void *session(void *arg)
 	if (!rc)
 		rc = kc_get_hello(&rec, &hello, &err);
 	if (!rc) {
+		pthread_mutex_lock(&sb->lock);
+		s->is_primary = true;
+		pthread_mutex_unlock(&sb->lock);
 		memcpy(s->instance, hello.instance, sizeof(s->instance));
-		rc = activate(s, &err);
+		rc = activate(s, &hello.guest, &err);
 		active = !rc;
 		s->busy = true;
 		if (!rc)
@@ -336,14 +502,16 @@ static void *session(void *arg)
 		}
 		kc_guest_free(&hello.guest);
 		if (rc)
-			kc_log(KC_LOG_WARN, "refused a primary: %s", err.text);
+			tell_refusal(sb, "a primary", err.text);
 		else
 			rc = receive(s, rx, &err);
+		if (rc && active && rc != -EEXIST && rc != -ENODATA)
+			kc_status_trouble(sb->status, err.text);
 		if (rc && rx)
 			kc_log(KC_LOG_WARN, "lost the primary: %s; last complete epoch %" PRIu64, err.text,
 			       kc_ram_epoch(sb->ram));
 	} else {
-		kc_log(KC_LOG_WARN, "refused a connection: %s", err.text);
+		tell_refusal(sb, "a connection", err.text);
 	}
 	/* First let others have the RAM: to say goodbye may take a while. */
 	kc_rx_free(rx);
@@ -351,12 +519,17 @@ static void *session(void *arg)
 	if (active) {
 		if (rx && rc)
 			kc_status_phase(sb->status, "waiting for the primary");
+		kc_status_peer(sb->status, NULL);
 		if (rx)
 			sb->heard_us = kc_io_heard_us(io);
 		sb->active = NULL;
 		pthread_cond_broadcast(&sb->changed);
 	}
+	if (!rc && s->switches)
+		rc = switch_over(s, &err);
 	pthread_mutex_unlock(&sb->lock);
+	if (!rc && s->switches)
+		agree(s, KC_END_SWITCH_OVER);
 	if (rc && rc != -ENODATA && rc != -ECONNRESET && rc != -ETIMEDOUT)
 		send_error(io, -rc, err.text);
 out:
@@ -375,32 +548,76 @@ out:
 	return NULL;
 }
 
-void kc_session_take(struct standby *sb, int listener)
+static bool has_spoken(const struct session *s)
 {
-	struct session *s;
-	int fd;
+	struct tcp_info info = { .tcpi_bytes_received = 0 };
+	socklen_t len = sizeof(info);
 
-	fd = accept4(listener, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);
-	if (fd < 0)
-		return;
-	s = calloc(1, sizeof(*s));
+	return getsockopt(s->fd, IPPROTO_TCP, TCP_INFO, &info, &len) || info.tcpi_bytes_received;
+}
+
+/* With the lock: room for another one.  False if there is none. */
+static bool make_room(struct standby *sb)
+{
+	struct session *s, *victim = NULL;
+	unsigned int nr = 0;
+	bool spoken = true;
+
+	for (s = sb->sessions; s; s = s->next) {
+		nr += !s->kicked;
+		if (s->is_primary || s->kicked)
+			continue;
+		/* The oldest one is the last one. */
+		if (spoken || !has_spoken(s)) {
+			spoken = spoken && has_spoken(s);
+			victim = s;
+		}
+	}
+	if (nr < MAX_SESSIONS)
+		return sb->nr_sessions < MAX_THREADS;
+	if (!victim)
+		return false;
+	kc_session_kick(victim);
+	return sb->nr_sessions < MAX_THREADS;
+}
+
+static void take(struct standby *sb, int fd)
+{
+	struct session *s = calloc(1, sizeof(*s));
+
 	pthread_mutex_lock(&sb->lock);
-	if (!s || sb->nr_sessions >= MAX_SESSIONS) {
-		kc_log(KC_LOG_WARN, "refused a connection: there are too many");
-		goto refuse;
+	if (!s || !make_room(sb)) {
+		pthread_mutex_unlock(&sb->lock);
+		tell_refusal(sb, "a connection", "there are too many");
+		free(s);
+		close(fd);
+		return;
 	}
 	*s = (struct session){ .sb = sb, .fd = fd, .next = sb->sessions };
-	if (pthread_create(&s->thread, NULL, session, s))
-		goto refuse;
-	pthread_detach(s->thread);
-	sb->sessions = s;
-	sb->nr_sessions++;
+	if (pthread_create(&s->thread, NULL, session, s)) {
+		free(s);
+		close(fd);
+	} else {
+		pthread_detach(s->thread);
+		sb->sessions = s;
+		sb->nr_sessions++;
+	}
 	pthread_mutex_unlock(&sb->lock);
-	return;
-refuse:
-	pthread_mutex_unlock(&sb->lock);
-	free(s);
-	close(fd);
+}
+
+void kc_session_take(struct standby *sb, int listener)
+{
+	unsigned int n;
+	int fd;
+
+	/* Not for ever: there is more to do than that. */
+	for (n = 0; n < 16; n++) {
+		fd = accept4(listener, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);
+		if (fd < 0)
+			break;
+		take(sb, fd);
+	}
+	kc_session_tell(sb);
 }
 
 void kc_session_stop_all(struct standby *sb, enum mode mode)
@@ -409,8 +626,12 @@ void kc_session_stop_all(struct standby *sb, enum mode mode)
 
 	pthread_mutex_lock(&sb->lock);
 	sb->mode = mode;
-	for (s = sb->sessions; s; s = s->next)
-		kc_session_kick(s);
+	pthread_cond_broadcast(&sb->changed);
+	for (s = sb->sessions; s; s = s->next) {
+		/* One that waits for just this has something to say first. */
+		if (mode != TAKEN_OVER || !s->switches)
+			kc_session_kick(s);
+	}
 	while (sb->nr_sessions && !kc_standby_wait(sb, 10000))
 		;
 	pthread_mutex_unlock(&sb->lock);

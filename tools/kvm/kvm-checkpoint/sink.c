@@ -178,9 +178,32 @@ bool kc_sink_end(struct kc_sink *s, enum kc_end end)
 	return !s->broken && s->ops->end(s, end);
 }
 
+int kc_sink_switch_over(struct kc_sink *s, struct kc_err *err)
+{
+	int rc;
+
+	if (!s->ops->switch_over)
+		return kc_fail(err, ECANCELED, "only a standby can go on with a guest");
+	if (s->broken || s->open || s->last_epoch != s->base)
+		return kc_fail(err, ECANCELED, "the standby does not have all of the guest");
+	rc = s->ops->switch_over(s, err);
+	s->broken = true;
+	return rc;
+}
+
 uint64_t kc_sink_last_epoch(const struct kc_sink *s)
 {
 	return s->last_epoch;
+}
+
+const uint8_t *kc_sink_receiver(const struct kc_sink *s)
+{
+	return s->receiver;
+}
+
+bool kc_sink_continues(const struct kc_sink *s)
+{
+	return s->same_sender;
 }
 
 unsigned int kc_sink_start(const struct kc_sink *s)
@@ -215,6 +238,13 @@ void kc_sink_acked(struct kc_sink *s, uint64_t nr)
 	s->stats.epoch_acked = nr;
 	s->stats.ack_us = kc_now_us() - s->commit_us[nr % 64];
 	s->acked_boot_us = s->commit_boot_us[nr % 64];
+	if (s->commit_us[nr % 64] > s->confirmed_us)
+		s->confirmed_us = s->commit_us[nr % 64];
+}
+
+uint64_t kc_sink_confirmed_us(const struct kc_sink *s)
+{
+	return s->confirmed_us;
 }
 
 /* Whoever fails but for wrong use leaves a broken sink. */
@@ -250,7 +280,7 @@ int kc_sink_emit(struct kc_sink *s, const uint8_t *rec, size_t len, const void *
 	if (!rc && more_len)
 		rc = s->ops->write(s, more, more_len, err);
 	s->wrote_us = kc_now_us();
-	if (len > KC_REC_HDR)
+	if (len > KC_REC_HDR + 8)
 		s->data_us = s->wrote_us;
 	s->stats.wire_bytes += len + more_len;
 	s->stats.io_us += s->wrote_us - t;
@@ -405,8 +435,8 @@ int kc_epoch_commit(struct kc_sink *s, struct kc_err *err)
 {
 	struct kc_commit c = { .nr = s->begin.nr };
 	uint8_t rec[KC_REC_HDR + 40];
+	uint64_t begun = kc_now_us(), t;
 	XXH128_canonical_t sum;
-	uint64_t t;
 	int rc;
 
 	rc = usable(s, true, err);
@@ -428,8 +458,9 @@ int kc_epoch_commit(struct kc_sink *s, struct kc_err *err)
 	rc = kc_sink_emit(s, rec, sizeof(rec), NULL, 0, err);
 	if (rc)
 		return broken(s, rc);
+	/* Not later than it was sent. */
+	s->commit_us[c.nr % 64] = begun;
 	t = kc_now_us();
-	s->commit_us[c.nr % 64] = t;
 	s->base = c.nr;
 	s->first = false;
 	free(s->state[0]);
@@ -489,15 +520,19 @@ int kc_sink_digests(struct kc_sink *s, uint32_t block, uint64_t first, uint32_t 
 
 int kc_sink_poll(struct kc_sink *s, uint64_t *acked, struct kc_err *err)
 {
-	uint8_t rec[KC_REC_HDR];
+	uint64_t now = kc_now_us();
+	uint8_t rec[KC_REC_HDR + 8];
+	size_t n;
 	int rc;
 
 	rc = usable(s, false, err);
 	if (rc)
 		return rc;
-	if (s->heartbeat_ms && kc_now_us() - s->wrote_us >= s->heartbeat_ms * 1000ull) {
-		kc_put_rec(rec, KC_HEARTBEAT, 0, 0);
-		rc = kc_sink_emit(s, rec, sizeof(rec), NULL, 0, err);
+	/* Within a long epoch as well, as nothing else in it is answered. */
+	if (s->heartbeat_ms && now - s->beat_us >= s->heartbeat_ms * 1000ull) {
+		n = kc_put_heartbeat(rec, now);
+		s->beat_us = now;
+		rc = kc_sink_emit(s, rec, n, NULL, 0, err);
 	}
 	if (!rc)
 		rc = s->ops->poll(s, err);

@@ -36,6 +36,7 @@
 #define KC_DIGEST_SIZE	16u
 #define KC_MAX_BLOCKS	64u
 #define KC_NAME_SIZE	256u
+#define KC_HARDWARE_SIZE 8192u
 
 /**
  * struct kc_block - one block of guest RAM
@@ -55,10 +56,13 @@ struct kc_block {
  * @page_size: KC_PAGE_SIZE.
  * @nr_blocks: entries in @blocks, from 1 to KC_MAX_BLOCKS.
  * @blocks: RAM blocks; their order is the numbering used everywhere.
- * @fingerprint: a hash of whatever else must be the same for a checkpoint to fit, such as the
- *	machine type and device list; all zero if unknown.
+ * @fingerprint: a hash of whatever else must be the same for a checkpoint to fit: the machine type
+ *	and the list of devices; all zero if unknown.
+ * @hardware: what that is the hash of, for messages, one item a line; may be cut, may be empty.
+ * @process: which QEMU process it is, among all that there ever were; all zero if unknown.
  *
- * A receiver that holds epochs of a guest refuses one in which anything but @name differs.
+ * A receiver that holds epochs of a guest refuses one in which anything but @process differs, and
+ * if it has neither UUID nor name, that too.
  */
 struct kc_guest {
 	uint8_t uuid[16];
@@ -67,6 +71,8 @@ struct kc_guest {
 	uint32_t nr_blocks;
 	struct kc_block *blocks;
 	uint8_t fingerprint[32];
+	char hardware[KC_HARDWARE_SIZE];
+	uint8_t process[16];
 };
 
 enum kc_codec { KC_CODEC_NONE, KC_CODEC_LZ4, KC_CODEC_ZSTD };
@@ -149,8 +155,12 @@ void kc_sink_close(struct kc_sink *sink);
  * @KC_END_DETACH: protection ended by intent; the guest lives on here, never fail over.
  * @KC_END_GUEST_SHUTDOWN: the guest itself shut down; never fail over.
  * @KC_END_GUEST_DIED: QEMU is gone or does not answer; fail over now, do not wait for the timeout.
+ * @KC_END_SWITCH_OVER: the guest is stopped, and the last epoch is all of it; go on with it.  For
+ *	kc_sink_switch_over().
  */
-enum kc_end { KC_END_DETACH = 1, KC_END_GUEST_SHUTDOWN = 2, KC_END_GUEST_DIED = 3 };
+enum kc_end {
+	KC_END_DETACH = 1, KC_END_GUEST_SHUTDOWN = 2, KC_END_GUEST_DIED = 3, KC_END_SWITCH_OVER = 4,
+};
 
 /**
  * kc_sink_end() - tell the receiver why no more epochs come, then kc_sink_close()
@@ -162,11 +172,38 @@ enum kc_end { KC_END_DETACH = 1, KC_END_GUEST_SHUTDOWN = 2, KC_END_GUEST_DIED = 
 bool kc_sink_end(struct kc_sink *sink, enum kc_end end);
 
 /**
+ * kc_sink_switch_over() - have a standby go on with the guest, then kc_sink_close()
+ * @sink: all that was committed is acknowledged.
+ * @err: why not.
+ *
+ * The guest must not run here from before the last epoch was taken on, and never again unless it is
+ * certain that it will not run there.
+ *
+ * Return: 0, the guest is there; -ECANCELED, it is certain that the standby will not go on with it;
+ * another negative errno, and nothing is certain: kc_sink_open() will tell, by -ESHUTDOWN if it did,
+ * by success if it did not.
+ */
+int kc_sink_switch_over(struct kc_sink *sink, struct kc_err *err);
+
+/**
  * kc_sink_last_epoch() - the last complete epoch that the receiver holds, 0 for none
  *
  * As of kc_sink_open(), and moved by acknowledgements.
  */
 uint64_t kc_sink_last_epoch(const struct kc_sink *sink);
+
+/**
+ * kc_sink_receiver() - which receiver it is: 16 bytes that it chose when it first held epochs; all
+ * zero for a directory
+ */
+const uint8_t *kc_sink_receiver(const struct kc_sink *sink);
+
+/**
+ * kc_sink_continues() - is kc_sink_last_epoch(), as of kc_sink_open(), one that this process sent?
+ *
+ * Then whoever remembers what it has sent since and what was written since needs no digests.
+ */
+bool kc_sink_continues(const struct kc_sink *sink);
 
 /**
  * kc_sink_start() - how the first epoch after kc_sink_open() has to begin
@@ -308,6 +345,14 @@ unsigned int kc_sink_takeover_ms(const struct kc_sink *sink);
  * Return: 0 or a negative errno.
  */
 int kc_sink_note(struct kc_sink *sink, const char *text, struct kc_err *err);
+
+/**
+ * kc_sink_confirmed_us() - since when nothing is known of a standby
+ *
+ * Return: the last time, by this host's kc_now_us(), at which something was sent that the standby
+ * has answered since.  Whatever it does out of silence, it does not before its timeout after that.
+ */
+uint64_t kc_sink_confirmed_us(const struct kc_sink *sink);
 
 /**
  * kc_sink_wait() - wait until an epoch is acknowledged, with heartbeats

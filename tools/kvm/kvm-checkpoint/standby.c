@@ -5,19 +5,25 @@
 #include <errno.h>
 #include <getopt.h>
 #include <inttypes.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
 #include <poll.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/eventfd.h>
 #include <sys/signalfd.h>
 #include <sys/wait.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "standby.h"
 
-#define TICK_MS 50u
 #define RETRY_MS 5000u
+#define MAX_SLEEP_US 1000000ull
+/* Nobody is late by so much for want of CPU alone, and uses none of it */
+#define STOPPED_US 500000ull
 
 static char *command(void *ctx, const char *line, bool *ok)
 {
@@ -34,6 +40,7 @@ static char *command(void *ctx, const char *line, bool *ok)
 		text = "there is no complete epoch to go on from";
 	} else {
 		sb->promote = "told to";
+		kc_standby_wake(sb);
 		text = "failing over";
 		*ok = true;
 	}
@@ -41,40 +48,92 @@ static char *command(void *ctx, const char *line, bool *ok)
 	return strdup(text);
 }
 
+void kc_standby_wake(struct standby *sb)
+{
+	eventfd_write(sb->wake, 1);
+}
+
 /*
- * How long the primary has been silent.  In ticks of which none counts for more than it should be:
- * when this host was suspended or this process stopped, it is not the primary who was silent.
+ * How long the primary has been silent: in full, whatever else goes on here.  But when this host was
+ * suspended or this process stopped, it is not the primary who was silent.
  */
 struct silence {
-	uint64_t last_us, heard_us;
-	unsigned int ms;
+	uint64_t since_us;	/* nothing before that counts */
+	uint64_t looked_us, cpu_us, plan_us;
 };
 
-static bool is_silent(struct standby *sb, struct silence *q)
+static uint64_t cpu_us(void)
+{
+	struct timespec ts;
+
+	clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &ts);
+	return (uint64_t)ts.tv_sec * 1000000 + ts.tv_nsec / 1000;
+}
+
+/* A process that is frozen is not told so; one that is busy with something takes the CPU. */
+static void notice_stop(struct silence *q)
+{
+	uint64_t now = kc_now_us(), cpu = cpu_us(), late = now - q->looked_us;
+
+	late = late > q->plan_us ? late - q->plan_us : 0;
+	if (late > STOPPED_US && cpu - q->cpu_us < late / 20)
+		q->since_us = now;
+	q->looked_us = now;
+	q->cpu_us = cpu;
+}
+
+static uint64_t silent_us(struct standby *sb, const struct silence *q)
 {
 	uint64_t now = kc_now_us(), heard;
-	unsigned int gap = (now - q->last_us) / 1000;
 
 	pthread_mutex_lock(&sb->lock);
 	heard = sb->heard_us;
 	if (sb->active && sb->active->io)
 		heard = sb->active->busy ? now : kc_io_heard_us(sb->active->io);
 	pthread_mutex_unlock(&sb->lock);
-	q->last_us = now;
-	if (heard > q->heard_us) {
-		q->heard_us = heard;
-		q->ms = 0;
-	} else {
-		q->ms += gap < 4 * TICK_MS ? gap : 4 * TICK_MS;
-	}
-	return sb->timeout_ms && q->ms > sb->timeout_ms && kc_ram_epoch(sb->ram) &&
+	if (heard < q->since_us)
+		heard = q->since_us;
+	return now > heard ? now - heard : 0;
+}
+
+static bool may_be_missed(struct standby *sb)
+{
+	bool armed;
+
+	pthread_mutex_lock(&sb->lock);
+	armed = sb->armed;
+	pthread_mutex_unlock(&sb->lock);
+	return armed && sb->timeout_ms && kc_ram_epoch(sb->ram) &&
 	       !(kc_ram_flags(sb->ram) & KC_RAM_ENDED);
 }
 
-/* After taking over: as long as QEMU lives. Its status. */
-static int attend(struct standby *sb, pid_t pid, int signals)
+/* Until something may have to be done that nothing wakes us for */
+static int plan_ms(struct standby *sb, struct silence *q, uint64_t not_before_us)
 {
-	struct pollfd p = { .fd = signals, .events = POLLIN };
+	uint64_t us = MAX_SLEEP_US, silent, now = kc_now_us();
+
+	if (sb->timeout_ms) {
+		silent = silent_us(sb, q);
+		/* It may fall silent at any moment, and be at work until then. */
+		us = sb->timeout_ms * 1000ull;
+		us = silent >= us ? us : us - silent;
+	}
+	if (us > MAX_SLEEP_US)
+		us = MAX_SLEEP_US;
+	if (sb->guest_died && not_before_us > now && us > not_before_us - now)
+		us = not_before_us - now;
+	q->plan_us = us;
+	return (us + 999) / 1000;
+}
+
+/*
+ * After taking over: as long as QEMU lives, and whoever was the primary is told.  QEMU's status.
+ */
+static int attend(struct standby *sb, pid_t pid, int listener, int signals)
+{
+	struct pollfd p[2] = {
+		{ .fd = listener, .events = POLLIN }, { .fd = signals, .events = POLLIN },
+	};
 	struct signalfd_siginfo si;
 	int status;
 
@@ -86,8 +145,14 @@ static int attend(struct standby *sb, pid_t pid, int signals)
 			       WIFSIGNALED(status) ? WTERMSIG(status) : WEXITSTATUS(status));
 			return WIFEXITED(status) && !WEXITSTATUS(status) ? 0 : 1;
 		}
-		if (poll(&p, 1, 1000) > 0 && read(signals, &si, sizeof(si)) == sizeof(si) &&
-		    si.ssi_signo != SIGCHLD) {
+		/* QEMU's end is a signal, too. */
+		if (poll(p, 2, -1) <= 0)
+			continue;
+		if (p[0].revents)
+			kc_session_take(sb, listener);
+		while (read(signals, &si, sizeof(si)) == sizeof(si)) {
+			if (si.ssi_signo == SIGCHLD || si.ssi_signo == SIGCONT)
+				continue;
 			kc_log(KC_LOG_INFO, "leaving QEMU (process %d) alone", pid);
 			return 0;
 		}
@@ -96,27 +161,33 @@ static int attend(struct standby *sb, pid_t pid, int signals)
 
 static int serve(struct standby *sb, int listener, int signals)
 {
-	struct pollfd p[2] = {
+	struct pollfd p[3] = {
 		{ .fd = listener, .events = POLLIN }, { .fd = signals, .events = POLLIN },
+		{ .fd = sb->wake, .events = POLLIN },
 	};
-	struct silence q = { .last_us = kc_now_us() };
-	uint64_t not_before_us = 0;
+	struct silence q = { .looked_us = kc_now_us(), .since_us = kc_now_us() };
+	uint64_t not_before_us = 0, silent;
+	struct signalfd_siginfo si;
 	char reason[80];
 	struct kc_err err;
+	eventfd_t count;
 	const char *why;
 	pid_t pid;
 	int rc;
 
 	for (;;) {
-		if (poll(p, 2, TICK_MS) < 0 && errno != EINTR)
+		if (poll(p, 3, plan_ms(sb, &q, not_before_us)) < 0 && errno != EINTR)
 			return 1;
+		notice_stop(&q);
+		if (p[2].revents)
+			eventfd_read(sb->wake, &count);
 		if (p[0].revents)
 			kc_session_take(sb, listener);
-		if (p[1].revents) {
-			struct signalfd_siginfo si;
-
-			if (read(signals, &si, sizeof(si)) == sizeof(si) &&
-			    si.ssi_signo != SIGCHLD) {
+		kc_session_tell(sb);
+		while (read(signals, &si, sizeof(si)) == sizeof(si)) {
+			if (si.ssi_signo == SIGCONT) {
+				q.since_us = kc_now_us();
+			} else if (si.ssi_signo != SIGCHLD) {
 				kc_log(KC_LOG_INFO, "stopped; last complete epoch %" PRIu64,
 				       kc_ram_epoch(sb->ram));
 				kc_session_stop_all(sb, STOPPING);
@@ -124,13 +195,14 @@ static int serve(struct standby *sb, int listener, int signals)
 			}
 		}
 		pthread_mutex_lock(&sb->lock);
-		why = sb->promote;
+		why = sb->switches ? "the primary hands it over" : sb->promote;
 		if (!why && sb->guest_died && kc_now_us() >= not_before_us)
 			why = "the primary's guest died";
 		pthread_mutex_unlock(&sb->lock);
-		if (is_silent(sb, &q) && !why) {
-			snprintf(reason, sizeof(reason), "the primary has been silent for %u ms",
-				 q.ms);
+		silent = silent_us(sb, &q);
+		if (!why && may_be_missed(sb) && silent >= sb->timeout_ms * 1000ull) {
+			snprintf(reason, sizeof(reason),
+				 "the primary has been silent for %" PRIu64 " ms", silent / 1000);
 			why = reason;
 		}
 		if (!why)
@@ -138,11 +210,13 @@ static int serve(struct standby *sb, int listener, int signals)
 		rc = kc_take_over(sb, why, &pid, &err);
 		if (!rc) {
 			kc_session_stop_all(sb, TAKEN_OVER);
-			close(listener);
 			if (pid)
-				return attend(sb, pid, signals);
-			kc_print_checkpoint(sb);
-			return 0;
+				rc = attend(sb, pid, listener, signals);
+			else
+				kc_print_checkpoint(sb);
+			close(listener);
+			kc_session_stop_all(sb, STOPPING);
+			return rc;
 		}
 		kc_log(KC_LOG_ERROR, "could not fail over: %s", err.text);
 		if (kc_ram_flags(sb->ram) & KC_RAM_TAKEN_OVER) {
@@ -153,8 +227,12 @@ static int serve(struct standby *sb, int listener, int signals)
 		kc_status_phase(sb->status, "failing over failed");
 		pthread_mutex_lock(&sb->lock);
 		sb->mode = SERVING;
+		sb->switches = false;
+		sb->why_not = err;
+		pthread_cond_broadcast(&sb->changed);
 		pthread_mutex_unlock(&sb->lock);
-		q = (struct silence){ .last_us = kc_now_us(), .heard_us = q.heard_us };
+		q = (struct silence){ .looked_us = kc_now_us(), .since_us = kc_now_us(),
+				      .cpu_us = cpu_us() };
 		not_before_us = kc_now_us() + RETRY_MS * 1000ull;
 	}
 }
@@ -172,6 +250,10 @@ static void usage(FILE *f)
 		"  --durable             force each epoch to the disk of --ram-dir\n"
 		"  --timeout TIME        fail over if the primary is silent for so long (default 5s,\n"
 		"                        0: only when told to)\n"
+		"  --failover-after-restart AGE\n"
+		"                        a restarted standby fails over to an epoch that is not\n"
+		"                        older, also if no primary was heard since the restart\n"
+		"                        (default 0: never)\n"
 		"  --fence COMMAND       must have succeeded before QEMU is started: it makes sure\n"
 		"                        that the primary is dead\n"
 		"  --no-fence            something else makes sure of that\n"
@@ -180,6 +262,7 @@ static void usage(FILE *f)
 		"                        a shell, but no shell; or as arguments after \"--\"\n"
 		"  --bare-exec           add nothing to it: it loads {state} by itself\n"
 		"  --capability NAME     migration capability to set before the state is loaded\n"
+		"  --no-trial            do not try to load the guest's state before it is needed\n"
 		"  --load-timeout TIME   for QEMU to have loaded the state (default 30s)\n"
 		"  --control PATH        unix socket for status and promote\n"
 		"  --psk-file FILE, --psk-identity NAME, --insecure, --io-timeout TIME\n"
@@ -191,6 +274,29 @@ static void usage(FILE *f)
 		"Without a command, prints these and ends.\n");
 }
 
+/* What is needed when it is too late to mend it is looked at now: -1, or the exit status. */
+static int check(const struct standby *sb)
+{
+	struct kc_launch l = { .argv = sb->exec };
+	struct kc_err err;
+
+	if (sb->fence && kc_can_run(sb->fence[0], &err)) {
+		kc_log(KC_LOG_ERROR, "--fence: %s", err.text);
+		return 2;
+	}
+	if (!sb->exec)
+		return -1;
+	if (kc_launch_check(&l, &err) || kc_can_run(sb->exec[0], &err)) {
+		kc_log(KC_LOG_ERROR, "%s", err.text);
+		return 2;
+	}
+	if (!sb->bare && !kc_launch_has_ram(&l)) {
+		kc_log(KC_LOG_ERROR, "QEMU's command has no {ramN} or {ram:NAME} in it: the guest would go on without its memory; give it -object memory-backend-file,id=ram0,size={size0},share=on,mem-path={ram0}");
+		return 2;
+	}
+	return -1;
+}
+
 static int parse(struct standby *sb, int argc, char **argv)
 {
 	static const struct option options[] = {
@@ -198,12 +304,14 @@ static int parse(struct standby *sb, int argc, char **argv)
 		{ "ram-dir", 1, NULL, 'r' },
 		{ "durable", 0, NULL, 'd' },
 		{ "timeout", 1, NULL, 't' },
+		{ "failover-after-restart", 1, NULL, 'a' },
 		{ "fence", 1, NULL, 'f' },
 		{ "no-fence", 0, NULL, 'F' },
 		{ "fence-timeout", 1, NULL, 'T' },
 		{ "exec", 1, NULL, 'e' },
 		{ "bare-exec", 0, NULL, 'b' },
 		{ "capability", 1, NULL, 'C' },
+		{ "no-trial", 0, NULL, 'N' },
 		{ "load-timeout", 1, NULL, 'L' },
 		{ "control", 1, NULL, 'c' },
 		{ "json", 0, NULL, 'j' },
@@ -216,7 +324,6 @@ static int parse(struct standby *sb, int argc, char **argv)
 	};
 	const char *fence = NULL, *exec = NULL;
 	unsigned int nr_caps = 0;
-	struct kc_launch l = { 0 };
 	struct kc_err err;
 	int o, i, index, rc;
 
@@ -235,6 +342,9 @@ static int parse(struct standby *sb, int argc, char **argv)
 			break;
 		case 't':
 			ok = !kc_parse_ms(optarg, &sb->timeout_ms);
+			break;
+		case 'a':
+			ok = !kc_parse_ms(optarg, &sb->restart_age_ms);
 			break;
 		case 'f':
 			fence = optarg;
@@ -255,6 +365,9 @@ static int parse(struct standby *sb, int argc, char **argv)
 			ok = nr_caps < 7;
 			if (ok)
 				sb->capabilities[nr_caps++] = optarg;
+			break;
+		case 'N':
+			sb->no_trial = true;
 			break;
 		case 'L':
 			ok = !kc_parse_ms(optarg, &sb->load_timeout_ms) && sb->load_timeout_ms;
@@ -314,12 +427,29 @@ static int parse(struct standby *sb, int argc, char **argv)
 		for (i = optind; sb->exec && i < argc; i++)
 			sb->exec[i - optind] = strdup(argv[i]);
 	}
-	l.argv = sb->exec;
-	if (sb->exec && kc_launch_check(&l, &err)) {
-		kc_log(KC_LOG_ERROR, "%s", err.text);
-		return 2;
-	}
-	return -1;
+	return check(sb);
+}
+
+/* An epoch of an earlier run is there: may silence of who made it be taken for death? */
+static void look_at_stored(struct standby *sb)
+{
+	uint64_t age = kc_ram_age_ms(sb->ram);
+
+	if (!kc_ram_epoch(sb->ram) || (kc_ram_flags(sb->ram) & KC_RAM_ENDED))
+		return;
+	sb->armed = sb->restart_age_ms && age <= sb->restart_age_ms;
+	if (sb->armed && sb->timeout_ms)
+		kc_log(KC_LOG_INFO,
+		       "epoch %" PRIu64 " is %" PRIu64 " s old: failing over to it if no primary comes",
+		       kc_ram_epoch(sb->ram), age / 1000);
+	else if (age == UINT64_MAX)
+		kc_log(KC_LOG_WARN,
+		       "epoch %" PRIu64 " is of a time that is yet to come: this host's clock was set back; it is not failed over to before a primary was heard, unless told to",
+		       kc_ram_epoch(sb->ram));
+	else
+		kc_log(KC_LOG_INFO,
+		       "epoch %" PRIu64 " is %" PRIu64 " s old: it is not failed over to before a primary was heard, unless told to",
+		       kc_ram_epoch(sb->ram), age / 1000);
 }
 
 int cmd_standby(int argc, char **argv)
@@ -354,11 +484,13 @@ int cmd_standby(int argc, char **argv)
 	if (!sigaction(SIGHUP, NULL, &sa) && sa.sa_handler != SIG_IGN)
 		sigaddset(&set, SIGHUP);
 	sigaddset(&set, SIGCHLD);
+	sigaddset(&set, SIGCONT);
 	pthread_sigmask(SIG_BLOCK, &set, NULL);
-	signals = signalfd(-1, &set, SFD_CLOEXEC);
+	signals = signalfd(-1, &set, SFD_CLOEXEC | SFD_NONBLOCK);
+	sb.wake = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 
 	sb.status = kc_status_new("standby", "");
-	if (signals < 0 || !sb.status || kc_ram_open(sb.ram_dir, sb.durable, &sb.ram, &err)) {
+	if (signals < 0 || sb.wake < 0 || !sb.status || kc_ram_open(sb.ram_dir, sb.durable, &sb.ram, &err)) {
 		kc_log(KC_LOG_ERROR, "%s", err.text[0] ? err.text : "out of memory");
 		goto out;
 	}
@@ -368,12 +500,15 @@ int cmd_standby(int argc, char **argv)
 		       sb.ram_dir, sb.ram_dir);
 		goto out;
 	}
-	sb.heard_us = kc_now_us();
+	kc_ready_init(&sb);
+	sb.heard_us = sb.told_us = kc_now_us();
 	listener = kc_io_listen(sb.listen, &sb.opts, &err);
 	if (listener < 0) {
 		kc_log(KC_LOG_ERROR, "%s", err.text);
 		goto out;
 	}
+	/* Who says nothing does not even get here. */
+	setsockopt(listener, IPPROTO_TCP, TCP_DEFER_ACCEPT, &(int){ 1 }, sizeof(int));
 	kc_status_phase(sb.status, "waiting for the primary");
 	if (g)
 		kc_status_guest(sb.status, g->name);
@@ -390,9 +525,11 @@ int cmd_standby(int argc, char **argv)
 			goto out;
 		}
 	}
+	look_at_stored(&sb);
 	kc_log(KC_LOG_INFO, "listening on %s%s; last complete epoch %" PRIu64, sb.listen,
 	       sb.opts.insecure ? " without encryption" : "", kc_ram_epoch(sb.ram));
 	rc = serve(&sb, listener, signals);
+	kc_ready_stop(&sb);
 	kc_ctl_stop(ctl);
 	/* A connection that does not end keeps what it uses; the process ends now anyway. */
 	if (sb.nr_sessions)

@@ -88,6 +88,8 @@ static uint64_t hist_quantile(const struct hist *h, double q)
 struct kc_status {
 	pthread_mutex_t lock;
 	char role[16], guest[KC_NAME_SIZE], phase[64];
+	char peer[300];
+	char trouble[sizeof(((struct kc_err *)0)->text)];
 	uint64_t started_us, done, total, resyncs;
 	struct hist pause[KC_PAUSE_PARTS + 1];
 	/* Of sinks that were closed, and of the one that is open. */
@@ -129,6 +131,20 @@ void kc_status_phase(struct kc_status *st, const char *phase)
 {
 	pthread_mutex_lock(&st->lock);
 	snprintf(st->phase, sizeof(st->phase), "%s", phase);
+	pthread_mutex_unlock(&st->lock);
+}
+
+void kc_status_peer(struct kc_status *st, const char *text)
+{
+	pthread_mutex_lock(&st->lock);
+	snprintf(st->peer, sizeof(st->peer), "%s", text ? text : "");
+	pthread_mutex_unlock(&st->lock);
+}
+
+void kc_status_trouble(struct kc_status *st, const char *text)
+{
+	pthread_mutex_lock(&st->lock);
+	snprintf(st->trouble, sizeof(st->trouble), "%s", text ? text : "");
 	pthread_mutex_unlock(&st->lock);
 }
 
@@ -230,6 +246,10 @@ static void print_text(FILE *f, const struct kc_status *st, const struct report 
 
 	fprintf(f, "%s %s%s%s, up %.0f s\n", st->role, st->phase, st->guest[0] ? ": guest " : "",
 		st->guest, r->uptime);
+	if (st->peer[0])
+		fprintf(f, "peer      %s\n", st->peer);
+	if (st->trouble[0])
+		fprintf(f, "trouble   %s\n", st->trouble);
 	if (st->total)
 		fprintf(f, "progress  %" PRIu64 " of %" PRIu64 " pages, %.1f %%\n", st->done,
 			st->total, 100.0 * st->done / st->total);
@@ -272,6 +292,9 @@ static void print_json(FILE *f, const struct kc_status *st, const struct report 
 	json_object_object_add(o, "role", json_object_new_string(st->role));
 	json_object_object_add(o, "guest", json_object_new_string(st->guest));
 	json_object_object_add(o, "phase", json_object_new_string(st->phase));
+	json_object_object_add(o, "peer", st->peer[0] ? json_object_new_string(st->peer) : NULL);
+	json_object_object_add(o, "trouble",
+			       st->trouble[0] ? json_object_new_string(st->trouble) : NULL);
 	json_object_object_add(o, "uptime_s", json_object_new_double(r->uptime));
 	add_u64(o, "progress_pages", st->done);
 	add_u64(o, "total_pages", st->total);
@@ -342,6 +365,8 @@ static void print_prometheus(FILE *f, const struct kc_status *st, const struct r
 		  r->s.io_us / 1e6 },
 		{ "ack_seconds", "gauge", "Time from commit to acknowledgement of the last epoch.",
 		  r->s.ack_us / 1e6 },
+		{ "trouble", "gauge", "1 while something keeps epochs from being kept.",
+		  st->trouble[0] != 0 },
 		{ "uptime_seconds", "gauge", "Age of the daemon.", r->uptime },
 	};
 	static const double quantiles[] = { 0.5, 0.99 };

@@ -31,6 +31,12 @@ void kc_status_guest(struct kc_status *st, const char *guest);
 /** kc_status_phase() - a word or two for people: "full copy", "running", "link lost", ... */
 void kc_status_phase(struct kc_status *st, const char *phase);
 
+/** kc_status_peer() - who protects whom: "to" or "from" whom; NULL for nobody. */
+void kc_status_peer(struct kc_status *st, const char *text);
+
+/** kc_status_trouble() - why there is no protection now, in a sentence; NULL: there is. */
+void kc_status_trouble(struct kc_status *st, const char *text);
+
 /** kc_status_progress() - of a long phase, in pages; @total 0 when there is none. */
 void kc_status_progress(struct kc_status *st, uint64_t done, uint64_t total);
 

@@ -15,7 +15,7 @@
 #include "store_internal.h"
 
 /* Of HELLO and BEGIN: what kc_put_hello() makes is smaller than this. */
-#define HEAD_MAX (KC_MAX_BLOCKS * (KC_NAME_SIZE + 16) + 1024)
+#define HEAD_MAX (KC_MAX_BLOCKS * (KC_NAME_SIZE + 16) + KC_HARDWARE_SIZE + 1024)
 
 void kc_store_file_name(char name[40], uint64_t nr)
 {

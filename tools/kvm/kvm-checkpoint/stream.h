@@ -21,13 +21,14 @@
  *			the epoch before, or zero if this is no increment
  *	COMMIT		the epoch is whole: number of records and pages, checksum of them
  *	ABORT		forget it
- *	HEARTBEAT	any time
+ *	HEARTBEAT	any time: when it was sent, by the sender's clock.  The receiver's answer has
+ *			the same number, and 0 if it is no answer
  *	NOTE		any time, optional: why there are no epochs for now, in words; empty when
  *			there are again
  *	END		there will be no more
  *
- * Receiver to sender: WELCOME or ERROR after HELLO; then DIGESTS, ACK, HEARTBEAT, ERROR (and then
- * it closes).
+ * Receiver to sender: WELCOME or ERROR after HELLO; then DIGESTS, ACK, HEARTBEAT, END when it has
+ * done what END asks for, ERROR (and then it closes).
  *
  * The checksum of an epoch is the XXH3-128 of all bytes, headers included, that the sender sent
  * from BEGIN (inclusive) to COMMIT (exclusive), so also of records that the receiver does not know.
@@ -45,7 +46,7 @@
 
 #include "sink.h"
 
-#define KC_VERSION	1
+#define KC_VERSION	2
 #define KC_REC_HDR	8u
 #define KC_REC_MAX	(64u << 10)
 #define KC_REC_OPTIONAL	1u
@@ -59,7 +60,7 @@ enum kc_rec_type {
 /* Why a receiver refuses or gives up; a receiver may send others. */
 enum kc_error_code {
 	KC_ERR_OTHER, KC_ERR_VERSION, KC_ERR_GUEST, KC_ERR_BUSY, KC_ERR_TAKEN_OVER, KC_ERR_STREAM,
-	KC_ERR_SPACE,
+	KC_ERR_SPACE, KC_ERR_CONFIG,
 };
 
 /* A record as found in a buffer. */
@@ -79,9 +80,10 @@ struct kc_hello {
 
 struct kc_welcome {
 	uint16_t version;
-	bool has_ram;
+	bool has_ram, same_sender;	/* the last epoch came from the same instance */
 	uint32_t timeout_ms;
 	uint64_t last_epoch;
+	uint8_t receiver[16];
 };
 
 struct kc_begin {
@@ -149,6 +151,7 @@ size_t kc_put_zero(uint8_t *out, const struct kc_zero *z);
 size_t kc_put_state(uint8_t *out, const struct kc_state *s);
 size_t kc_put_commit(uint8_t *out, const struct kc_commit *c);
 size_t kc_put_nr(uint8_t *out, uint16_t type, uint64_t nr, uint64_t us);
+size_t kc_put_heartbeat(uint8_t *out, uint64_t us);
 size_t kc_put_end(uint8_t *out, uint32_t reason);
 size_t kc_put_digest_req(uint8_t *out, uint16_t type, const struct kc_digest_req *r);
 
@@ -164,6 +167,7 @@ int kc_get_zero(const struct kc_rec *rec, struct kc_zero *z, struct kc_err *err)
 int kc_get_state(const struct kc_rec *rec, struct kc_state *s, struct kc_err *err);
 int kc_get_commit(const struct kc_rec *rec, struct kc_commit *c, struct kc_err *err);
 int kc_get_nr(const struct kc_rec *rec, uint64_t *nr, uint64_t *us, struct kc_err *err);
+int kc_get_heartbeat(const struct kc_rec *rec, uint64_t *us, struct kc_err *err);
 int kc_get_end(const struct kc_rec *rec, uint32_t *reason, struct kc_err *err);
 int kc_get_digest_req(const struct kc_rec *rec, struct kc_digest_req *r, struct kc_err *err);
 

@@ -8,6 +8,7 @@
 #include <stdlib.h>
 #include <unistd.h>
 
+#include "process.h"
 #include "standby.h"
 
 static int taken_over(void *ctx, struct kc_err *err)
@@ -17,42 +18,80 @@ static int taken_over(void *ctx, struct kc_err *err)
 	return kc_ram_set_flags(sb->ram, kc_ram_flags(sb->ram) | KC_RAM_TAKEN_OVER, err);
 }
 
-/* As kc_launch() */
-static int start_guest(struct standby *sb, pid_t *pid, struct kc_err *err)
+void kc_free_launch(struct kc_launch *l)
 {
-	const struct kc_guest *g = kc_ram_guest(sb->ram);
-	struct kc_launch l = {
+	kc_free_argv(l->ram);
+	free((char *)l->state);
+}
+
+int kc_make_launch(struct standby *sb, const struct kc_guest *g, struct kc_launch *l,
+		   struct kc_err *err)
+{
+	uint32_t i;
+
+	*l = (struct kc_launch){
 		.argv = sb->exec, .bare = sb->bare, .capabilities = sb->capabilities, .guest = g,
 		.state = kc_ram_state_path(sb->ram), .epoch = kc_ram_epoch(sb->ram),
 		.stopped = kc_ram_flags(sb->ram) & KC_RAM_STOPPED,
 		.timeout_ms = sb->load_timeout_ms, .committed = taken_over, .ctx = sb,
+		.ram = calloc(g->nr_blocks + 1, sizeof(char *)),
 	};
-	int qmp, rc = 0;
-	uint32_t i;
-
-	l.ram = calloc(g->nr_blocks + 1, sizeof(*l.ram));
-	for (i = 0; l.ram && i < g->nr_blocks; i++) {
-		l.ram[i] = kc_ram_block_path(sb->ram, i);
-		if (!l.ram[i])
-			rc = -ENOMEM;
+	for (i = 0; l->ram && i < g->nr_blocks; i++) {
+		l->ram[i] = kc_ram_block_path(sb->ram, i);
+		if (!l->ram[i])
+			break;
 	}
-	if (!l.ram || !l.state || rc)
-		rc = kc_fail(err, ENOMEM, "out of memory");
-	else
-		rc = kc_launch(&l, pid, &qmp, err);
+	if (l->ram && l->state && i == g->nr_blocks)
+		return 0;
+	kc_free_launch(l);
+	return kc_fail(err, ENOMEM, "out of memory");
+}
+
+int kc_check_command(struct standby *sb, const struct kc_guest *guest, struct kc_err *err)
+{
+	struct kc_launch l;
+	int rc;
+
+	if (!sb->exec || sb->bare)
+		return 0;
+	rc = kc_make_launch(sb, guest, &l, err);
+	if (rc)
+		return rc;
+	rc = kc_launch_check(&l, err);
+	if (!rc)
+		rc = kc_launch_check_blocks(&l, err);
+	kc_free_launch(&l);
+	return rc ? -EOPNOTSUPP : 0;
+}
+
+/* As kc_launch(), into the QEMU that waits for that if there is one */
+static int start_guest(struct standby *sb, pid_t *pid, struct kc_err *err)
+{
+	struct kc_launch l;
+	int rc;
+
+	rc = kc_make_launch(sb, kc_ram_guest(sb->ram), &l, err);
+	if (rc)
+		return rc;
+	if (!sb->bare && !kc_qemu_lives(&sb->warm))
+		kc_log(KC_LOG_INFO, "no QEMU has been started ahead");
+	rc = kc_launch(&l, &sb->warm, err);
 	/* A command that could not be started has not touched the RAM. */
 	if (rc < 0 && sb->bare && (kc_ram_flags(sb->ram) & KC_RAM_TAKEN_OVER))
 		kc_ram_set_flags(sb->ram, kc_ram_flags(sb->ram) & ~KC_RAM_TAKEN_OVER, NULL);
-	if (rc >= 0 && qmp >= 0)
-		close(qmp);
-	kc_free_argv(l.ram);
-	free((char *)l.state);
+	kc_free_launch(&l);
+	if (rc < 0)
+		return rc;
+	kc_ready_forget(sb);
+	*pid = sb->warm.pid;
+	qmp_close(&sb->warm.qmp);
+	sb->warm.pid = 0;
 	return rc;
 }
 
 int kc_take_over(struct standby *sb, const char *reason, pid_t *pid, struct kc_err *err)
 {
-	uint64_t t = kc_now_us();
+	uint64_t t = kc_now_us(), fenced;
 	int rc = 0;
 
 	*pid = 0;
@@ -73,19 +112,21 @@ int kc_take_over(struct standby *sb, const char *reason, pid_t *pid, struct kc_e
 		return rc;
 	kc_log(KC_LOG_WARN, "failing over to epoch %" PRIu64 ": %s", kc_ram_epoch(sb->ram), reason);
 	kc_status_phase(sb->status, "failing over");
-	if (sb->fence) {
+	if (sb->fence && !sb->switches) {
 		rc = kc_run_fence(sb->fence, sb->fence_timeout_ms, err);
 		if (rc)
 			return rc;
 		kc_log(KC_LOG_INFO, "the fence says that the primary is dead");
 	}
+	fenced = kc_now_us();
 	rc = sb->exec ? start_guest(sb, pid, err) : taken_over(sb, err);
 	if (rc < 0)
 		return rc;
 	if (rc)
 		kc_log(KC_LOG_ERROR, "%s: see QEMU's other monitors what it needs", err->text);
-	kc_log(KC_LOG_WARN, "taken over at epoch %" PRIu64 " after %.3f s%s", kc_ram_epoch(sb->ram),
-	       (kc_now_us() - t) / 1e6, !sb->exec ? "" : rc ? ": the guest is here" :
+	kc_log(KC_LOG_WARN,
+	       "taken over at epoch %" PRIu64 " after %.3f s, of which %.3f s since the fence%s",
+	       kc_ram_epoch(sb->ram), (kc_now_us() - t) / 1e6, (kc_now_us() - fenced) / 1e6, !sb->exec ? "" : rc ? ": the guest is here" :
 	       kc_ram_flags(sb->ram) & KC_RAM_STOPPED ?
 	       ": the guest is here, and stopped as it was when the epoch was taken" :
 	       ": the guest runs here");

@@ -31,6 +31,8 @@ static int code_errno(uint32_t code)
 		return EBADMSG;
 	case KC_ERR_SPACE:
 		return ENOSPC;
+	case KC_ERR_CONFIG:
+		return EOPNOTSUPP;
 	default:
 		return EREMOTEIO;
 	}
@@ -59,6 +61,13 @@ static int next(struct kc_sink *s, unsigned int timeout_ms, struct kc_rec *rec, 
 			kc_sink_acked(s, nr);
 			break;
 		case KC_HEARTBEAT:
+			rc = kc_get_heartbeat(rec, &us, err);
+			if (!rc && us > s->beat_us)
+				rc = kc_fail(err, EPROTO, "a heartbeat is answered that was not sent");
+			if (rc)
+				return rc;
+			if (us > s->confirmed_us)
+				s->confirmed_us = us;
 			break;
 		case KC_ERROR:
 			kc_get_error(rec, &code, text, sizeof(text));
@@ -85,6 +94,7 @@ static int why(struct kc_sink *s, int rc, struct kc_err *err)
 	case -ESHUTDOWN:
 	case -EBADMSG:
 	case -ENOSPC:
+	case -EOPNOTSUPP:
 	case -EREMOTEIO:
 		return kc_fail(err, -said_rc, "%s", said.text);
 	}
@@ -165,15 +175,46 @@ static int tcp_digests(struct kc_sink *s, uint32_t block, uint64_t first, uint32
 
 static bool tcp_end(struct kc_sink *s, enum kc_end end)
 {
-	uint8_t rec[KC_REC_HDR + 4];
+	uint8_t buf[KC_REC_HDR + 4];
+	struct kc_rec rec;
 	bool told;
 
-	kc_put_end(rec, end);
-	/* It closes the connection when it has read that, but may be busy with the last epoch. */
-	told = !kc_sink_emit(s, rec, sizeof(rec), NULL, 0, NULL) &&
-	       !kc_io_flush(io_of(s), NULL) && kc_io_linger(io_of(s), s->opts.io_timeout_ms);
+	kc_put_end(buf, end);
+	/* It says the same when it has seen to that, but may be busy with the last epoch. */
+	told = !kc_sink_emit(s, buf, sizeof(buf), NULL, 0, NULL) &&
+	       !kc_io_flush(io_of(s), NULL) && !next(s, s->opts.io_timeout_ms, &rec, NULL) &&
+	       rec.type == KC_END;
 	s->broken = true;
 	return told;
+}
+
+static int tcp_switch_over(struct kc_sink *s, struct kc_err *err)
+{
+	uint8_t buf[KC_REC_HDR + 4];
+	struct kc_rec rec;
+	int rc;
+
+	kc_put_end(buf, KC_END_SWITCH_OVER);
+	rc = kc_sink_emit(s, buf, sizeof(buf), NULL, 0, err);
+	if (!rc)
+		rc = tcp_flush(s, err);
+	/* QEMU takes its time there; heartbeats say that somebody waits for it. */
+	if (!rc)
+		rc = next(s, s->opts.io_timeout_ms + 4 * s->heartbeat_ms, &rec, err);
+	switch (rc) {
+	case 0:
+		return rec.type == KC_END ? 0 :
+		       kc_fail(err, EPROTO, "the standby sent a record of type %u for no reason",
+			       rec.type);
+	case -EREMOTEIO:
+	case -EBUSY:
+	case -ENOSPC:
+	case -EOPNOTSUPP:
+		return -ECANCELED;
+	case -ESHUTDOWN:
+		return 0;
+	}
+	return rc == -ECANCELED ? -ECONNABORTED : rc;
 }
 
 static void tcp_close(struct kc_sink *s)
@@ -189,6 +230,7 @@ static const struct kc_sink_ops tcp_ops = {
 	.poll = tcp_poll,
 	.digests = tcp_digests,
 	.end = tcp_end,
+	.switch_over = tcp_switch_over,
 	.close = tcp_close,
 	.aborts_by_record = true,
 };
@@ -212,6 +254,7 @@ int kc_tcp_open(struct kc_sink *s, const char *hostport, struct kc_err *err)
 	struct kc_welcome w;
 	struct kc_io *io;
 	struct kc_rec rec;
+	uint64_t sent_us;
 	uint8_t *hello;
 	size_t len;
 	int rc;
@@ -226,6 +269,7 @@ int kc_tcp_open(struct kc_sink *s, const char *hostport, struct kc_err *err)
 	hello = malloc(KC_REC_HDR + KC_REC_MAX);
 	if (!hello)
 		return kc_fail(err, ENOMEM, "out of memory");
+	sent_us = kc_now_us();
 	len = kc_put_hello(hello, &s->guest, instance());
 	rc = kc_io_write(io, hello, len, err);
 	free(hello);
@@ -244,7 +288,10 @@ int kc_tcp_open(struct kc_sink *s, const char *hostport, struct kc_err *err)
 	s->last_epoch = w.last_epoch;
 	s->has_ram = w.has_ram;
 	s->takeover_ms = w.timeout_ms;
+	s->same_sender = w.same_sender;
+	memcpy(s->receiver, w.receiver, sizeof(s->receiver));
 	s->heartbeat_ms = w.timeout_ms ? (w.timeout_ms + 3) / 4 : 1000;
-	s->wrote_us = s->data_us = kc_now_us();
+	s->wrote_us = s->data_us = s->beat_us = kc_now_us();
+	s->confirmed_us = sent_us;
 	return 0;
 }

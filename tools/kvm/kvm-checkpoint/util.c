@@ -54,6 +54,14 @@ uint64_t kc_now_us(void)
 	return (uint64_t)ts.tv_sec * 1000000 + ts.tv_nsec / 1000;
 }
 
+uint64_t kc_wall_ms(void)
+{
+	struct timespec ts;
+
+	clock_gettime(CLOCK_REALTIME, &ts);
+	return (uint64_t)ts.tv_sec * 1000 + ts.tv_nsec / 1000000;
+}
+
 bool kc_can_write(int fd)
 {
 	struct pollfd p = { .fd = fd, .events = POLLOUT };

@@ -37,6 +37,9 @@ uint64_t kc_now_us(void);
 /** kc_boot_us() - CLOCK_BOOTTIME in microseconds: it goes on while the host is suspended. */
 uint64_t kc_boot_us(void);
 
+/** kc_wall_ms() - CLOCK_REALTIME in milliseconds, for what outlives the process. */
+uint64_t kc_wall_ms(void);
+
 enum kc_log_level { KC_LOG_ERROR, KC_LOG_WARN, KC_LOG_INFO, KC_LOG_DEBUG };
 
 /* Messages above this level are not shown; KC_LOG_INFO by default. */

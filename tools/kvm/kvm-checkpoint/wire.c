@@ -70,14 +70,17 @@ size_t kc_put_hello(uint8_t *out, const struct kc_guest *guest, const uint8_t in
 	uint32_t i;
 
 	/* KC_MAX_BLOCKS names of KC_NAME_SIZE fit. */
-	_Static_assert(KC_MAX_BLOCKS * (KC_NAME_SIZE + 10) + 512 < KC_REC_MAX, "");
+	_Static_assert(KC_MAX_BLOCKS * (KC_NAME_SIZE + 10) + KC_HARDWARE_SIZE + 512 < KC_REC_MAX,
+		       "");
 	p = put_bytes(p, magic, sizeof(magic));
 	p = put16(p, KC_VERSION);
 	p = put16(p, KC_VERSION);
 	p = put32(p, 0);
 	p = put_bytes(p, instance, 16);
 	p = put_bytes(p, guest->uuid, sizeof(guest->uuid));
+	p = put_bytes(p, guest->process, sizeof(guest->process));
 	p = put_bytes(p, guest->fingerprint, sizeof(guest->fingerprint));
+	p = put_string(p, guest->hardware);
 	p = put32(p, guest->page_size);
 	p = put32(p, guest->nr_blocks);
 	p = put_string(p, guest->name);
@@ -93,9 +96,10 @@ size_t kc_put_welcome(uint8_t *out, const struct kc_welcome *w)
 	uint8_t *p = out + KC_REC_HDR;
 
 	p = put16(p, w->version);
-	p = put16(p, w->has_ram);
+	p = put16(p, w->has_ram | w->same_sender << 1);
 	p = put32(p, w->timeout_ms);
 	p = put64(p, w->last_epoch);
+	p = put_bytes(p, w->receiver, sizeof(w->receiver));
 	return finish(out, KC_WELCOME, p);
 }
 
@@ -161,6 +165,11 @@ size_t kc_put_commit(uint8_t *out, const struct kc_commit *c)
 size_t kc_put_nr(uint8_t *out, uint16_t type, uint64_t nr, uint64_t us)
 {
 	return finish(out, type, put64(put64(out + KC_REC_HDR, nr), us));
+}
+
+size_t kc_put_heartbeat(uint8_t *out, uint64_t us)
+{
+	return finish(out, KC_HEARTBEAT, put64(out + KC_REC_HDR, us));
 }
 
 size_t kc_put_end(uint8_t *out, uint32_t reason)
@@ -242,8 +251,8 @@ static uint64_t get64(struct in *in)
 	return le64toh(v);
 }
 
-/* A string without NUL or control characters: it will be shown to people. */
-static void get_string(struct in *in, char *to, size_t size)
+/* A string without NUL or control characters, perhaps of lines: it will be shown to people. */
+static void get_text(struct in *in, char *to, size_t size, bool lines)
 {
 	uint16_t n = get16(in);
 	const uint8_t *p = get_bytes(in, n);
@@ -257,11 +266,16 @@ static void get_string(struct in *in, char *to, size_t size)
 		return;
 	}
 	for (i = 0; i < n; i++) {
-		if (p[i] < 0x20 || p[i] == 0x7f)
+		if ((p[i] < 0x20 && !(lines && p[i] == '\n')) || p[i] == 0x7f)
 			in->bad = true;
 	}
 	memcpy(to, p, n);
 	to[n] = '\0';
+}
+
+static void get_string(struct in *in, char *to, size_t size)
+{
+	get_text(in, to, size, false);
 }
 
 static void get_reserved(struct in *in, size_t n)
@@ -322,7 +336,9 @@ int kc_get_hello(const struct kc_rec *rec, struct kc_hello *h, struct kc_err *er
 	get_reserved(&in, 4);
 	get_copy(&in, h->instance, sizeof(h->instance));
 	get_copy(&in, g->uuid, sizeof(g->uuid));
+	get_copy(&in, g->process, sizeof(g->process));
 	get_copy(&in, g->fingerprint, sizeof(g->fingerprint));
+	get_text(&in, g->hardware, sizeof(g->hardware), true);
 	g->page_size = get32(&in);
 	g->nr_blocks = get32(&in);
 	get_string(&in, g->name, sizeof(g->name));
@@ -351,15 +367,17 @@ int kc_get_welcome(const struct kc_rec *rec, struct kc_welcome *w, struct kc_err
 	w->version = get16(&in);
 	flags = get16(&in);
 	w->has_ram = flags & 1;
+	w->same_sender = flags & 2;
 	w->timeout_ms = get32(&in);
 	w->last_epoch = get64(&in);
-	if (flags & ~1)
+	get_copy(&in, w->receiver, sizeof(w->receiver));
+	if (flags & ~3)
 		in.bad = true;
 	return done(&in, "welcome", err);
 }
 
 /* What is left is text for people */
-static void get_text(struct in *in, char *text, size_t size)
+static void get_words(struct in *in, char *text, size_t size)
 {
 	size_t i, n = in->left < size ? in->left : size - 1;
 
@@ -373,7 +391,7 @@ int kc_get_error(const struct kc_rec *rec, uint32_t *code, char *text, size_t si
 	struct in in = in_rec(rec);
 
 	*code = get32(&in);
-	get_text(&in, text, size);
+	get_words(&in, text, size);
 	return 0;
 }
 
@@ -381,7 +399,7 @@ void kc_get_note(const struct kc_rec *rec, char *text, size_t size)
 {
 	struct in in = in_rec(rec);
 
-	get_text(&in, text, size);
+	get_words(&in, text, size);
 }
 
 int kc_get_begin(const struct kc_rec *rec, struct kc_begin *b, struct kc_err *err)
@@ -465,6 +483,14 @@ int kc_get_nr(const struct kc_rec *rec, uint64_t *nr, uint64_t *us, struct kc_er
 	return done(&in, rec->type == KC_ACK ? "acknowledgement" : "abort", err);
 }
 
+int kc_get_heartbeat(const struct kc_rec *rec, uint64_t *us, struct kc_err *err)
+{
+	struct in in = in_rec(rec);
+
+	*us = get64(&in);
+	return done(&in, "heartbeat", err);
+}
+
 int kc_get_end(const struct kc_rec *rec, uint32_t *reason, struct kc_err *err)
 {
 	struct in in = in_rec(rec);
@@ -537,6 +563,54 @@ void kc_guest_free(struct kc_guest *g)
 	g->nr_blocks = 0;
 }
 
+/* The first line of @of that @in has not, into @line. */
+static bool missing_line(const char *of, const char *in, char line[100])
+{
+	const char *p, *q;
+	size_t n;
+
+	for (p = of; *p; p += n + (p[n] == '\n')) {
+		n = strcspn(p, "\n");
+		for (q = in; *q; q += strcspn(q, "\n"), q += *q == '\n') {
+			if (!strncmp(p, q, n) && (q[n] == '\n' || !q[n]))
+				break;
+		}
+		if (!*q && n) {
+			snprintf(line, 100, "%.*s", (int)n, p);
+			return true;
+		}
+	}
+	return false;
+}
+
+static int same_hardware(const struct kc_guest *a, const struct kc_guest *b, const char *uuid,
+			 struct kc_err *err)
+{
+	char x[100] = "", y[100] = "";
+
+	if (!memcmp(a->fingerprint, b->fingerprint, sizeof(a->fingerprint)))
+		return 0;
+	missing_line(a->hardware, b->hardware, x);
+	missing_line(b->hardware, a->hardware, y);
+	if (!x[0] && !y[0])
+		return kc_fail(err, EEXIST,
+			       "it holds guest %s (%s) with another machine type or other devices",
+			       uuid, a->name);
+	return kc_fail(err, EEXIST,
+		       "it holds guest %s (%s) with another machine type or other devices: %s%s%s%s%s",
+		       uuid, a->name, x[0] ? "with " : "", x, x[0] && y[0] ? ", " : "",
+		       y[0] ? "without " : "", y);
+}
+
+/* Without UUID and name all guests of a kind look alike, but for the process. */
+static bool is_anonymous(const struct kc_guest *g)
+{
+	static const uint8_t zero[16];
+
+	return !g->name[0] && !memcmp(g->uuid, zero, sizeof(zero)) &&
+	       memcmp(g->process, zero, sizeof(zero));
+}
+
 int kc_guest_same(const struct kc_guest *a, const struct kc_guest *b, struct kc_err *err)
 {
 	char ua[37], ub[37];
@@ -544,9 +618,13 @@ int kc_guest_same(const struct kc_guest *a, const struct kc_guest *b, struct kc_
 
 	kc_uuid_text(a->uuid, ua);
 	kc_uuid_text(b->uuid, ub);
-	if (memcmp(a->uuid, b->uuid, sizeof(a->uuid)))
-		return kc_fail(err, EEXIST, "it holds guest %s (%s), not %s (%s)", ua, a->name, ub,
-			       b->name);
+	if (memcmp(a->uuid, b->uuid, sizeof(a->uuid)) || strcmp(a->name, b->name))
+		return kc_fail(err, EEXIST, "it holds guest %s (%.100s), not %s (%.100s)", ua,
+			       a->name, ub, b->name);
+	if (is_anonymous(a) && is_anonymous(b) &&
+	    memcmp(a->process, b->process, sizeof(a->process)))
+		return kc_fail(err, EEXIST,
+			       "it holds a guest of another QEMU process, and neither has a UUID or a name to tell whether they are the same: start QEMU with -uuid or -name");
 	if (a->nr_blocks != b->nr_blocks)
 		return kc_fail(err, EEXIST, "it holds guest %s with %u blocks of RAM, not %u", ua,
 			       a->nr_blocks, b->nr_blocks);
@@ -559,10 +637,7 @@ int kc_guest_same(const struct kc_guest *a, const struct kc_guest *b, struct kc_
 				       ua, (unsigned long long)x->npages * 4, x->name,
 				       (unsigned long long)y->npages * 4, y->name);
 	}
-	if (memcmp(a->fingerprint, b->fingerprint, sizeof(a->fingerprint)))
-		return kc_fail(err, EEXIST,
-			       "it holds guest %s with another machine type or other devices", ua);
-	return 0;
+	return same_hardware(a, b, ua, err);
 }
 
 uint64_t kc_guest_pages(const struct kc_guest *g)

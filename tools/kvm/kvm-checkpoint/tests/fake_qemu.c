@@ -21,6 +21,9 @@ struct qemu qemu = {
 		{ .name = "/objects/ram1", .npages = 77, .shared = true },
 	},
 	.disks = "[]",
+	.devices = "[]",
+	.uuid = "550e8400-e29b-41d4-a716-446655440000",
+	.name = "sham",
 };
 
 const char silent[] = "silent", dead[] = "dead";
@@ -411,6 +414,27 @@ static void do_lease(struct qemu *q, struct json_object *args, const char *name)
 		answer(q, "{}");
 }
 
+/* The owner's; nothing that an epoch does resumes it then */
+static void do_qmp_stop(struct qemu *q)
+{
+	q->running = false;
+	q->stopped = false;
+	answer(q, "{}");
+}
+
+static void end_it(struct qemu *q)
+{
+	answer(q, "{}");
+	q->dies_after = true;
+}
+
+static void do_qmp_cont(struct qemu *q)
+{
+	q->running = true;
+	send_event(q, "RESUME");
+	answer(q, "{}");
+}
+
 static void do_getfd(struct qemu *q, const char *name)
 {
 	int *fd = strstr(name, "socket") ? &q->got_socket : &q->got_buffer;
@@ -420,6 +444,15 @@ static void do_getfd(struct qemu *q, const char *name)
 	*fd = q->sent_fd;
 	q->sent_fd = -1;
 	answer(q, "{}");
+}
+
+static void do_qom_list(struct qemu *q, const char *path)
+{
+	if (!strcmp(path, "/machine/peripheral"))
+		answer(q, "%s", q->devices);
+	else
+		answer(q, "[{\"name\": \"type\", \"type\": \"string\"}%s]",
+		       q->peripheral ? q->peripheral : "");
 }
 
 static void obey(struct qemu *q, const char *command, struct json_object *args)
@@ -445,20 +478,27 @@ static void obey(struct qemu *q, const char *command, struct json_object *args)
 			    json_object_get_string(o) : "");
 	else if (!strcmp(command, "qmp_capabilities"))
 		answer(q, "{}");
+	else if (!strcmp(command, "stop"))
+		do_qmp_stop(q);
+	else if (!strcmp(command, "cont"))
+		do_qmp_cont(q);
+	else if (!strcmp(command, "quit"))
+		end_it(q);
+	else if (!strcmp(command, "query-status"))
+		answer(q, "{\"running\": %s}", q->running ? "true" : "false");
 	else if (!strcmp(command, "query-block"))
 		answer(q, "%s", q->disks);
 	else if (!strcmp(command, "query-uuid"))
-		answer(q, "{\"UUID\": \"550e8400-e29b-41d4-a716-446655440000\"}");
+		answer(q, "{\"UUID\": \"%s\"}", q->uuid);
 	else if (!strcmp(command, "query-name"))
-		answer(q, "{\"name\": \"sham\"}");
+		answer(q, "{\"name\": \"%s\"}", q->name);
 	else if (!strcmp(command, "query-version"))
 		answer(q, "{\"qemu\": {\"micro\": 1, \"minor\": 2, \"major\": 7}, \"package\": \"\"}");
-	else if (!strcmp(command, "qom-list"))
-		answer(q, "[{\"name\": \"type\", \"type\": \"string\"}%s]",
-		       q->peripheral && json_object_object_get_ex(args, "path", &o) &&
-		       strstr(json_object_get_string(o), "anon") ? q->peripheral : "");
 	else if (!strcmp(command, "qom-get"))
 		answer(q, "\"pc-i440fx-7.2-machine\"");
+	else if (!strcmp(command, "qom-list"))
+		do_qom_list(q, json_object_object_get_ex(args, "path", &o) ?
+			       json_object_get_string(o) : "");
 	else if (!strcmp(command, "query-cpus-fast"))
 		answer(q, "[{\"cpu-index\": 0}, {\"cpu-index\": 1}]");
 	else

@@ -55,7 +55,9 @@ extern struct qemu {
 	bool attached, running, stopped, mute;
 	uint64_t generation;
 	const char *disks;		/* what query-block returns */
-	const char *peripheral;		/* what more qom-list returns, or NULL */
+	const char *peripheral;		/* more in /machine/peripheral-anon, or NULL */
+	const char *devices;		/* in /machine/peripheral */
+	const char *uuid, *name;
 	const char *layout, *new_layout;	/* what attach and layout say, but for the truth */
 	enum tear tear;			/* what happens to the next epoch */
 	const char *waits_for;		/* why it cannot be resumed, or NULL */

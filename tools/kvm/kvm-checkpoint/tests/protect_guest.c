@@ -268,6 +268,7 @@ void test_devices(void)
 	qemu.peripheral = DEVICE("net0", "virtio-net-pci") DEVICE("data", "vhost-user-blk-pci");
 	must_fail(protect(CHECKED, path_of("store"), "--epochs", "1"),
 		  "device data is a vhost-user-blk-pci: what it stores is not replicated");
+	remove_tree(path_of("store"));
 	CHECK(protect(CHECKED, path_of("store"), "--epochs", "1", "--disk", "external") == 0,
 	      "--disk external does not help");
 
@@ -276,6 +277,7 @@ void test_devices(void)
 		  "device own is a frobnicator-pci, which may have a state that is not in an epoch");
 	must_fail(protect(CHECKED, path_of("store"), "--epochs", "1", "--trust-device", "frob"),
 		  "say --trust-device frobnicator-pci");
+	remove_tree(path_of("store"));
 	CHECK(protect(CHECKED, path_of("store"), "--epochs", "1", "--trust-device", "none",
 		      "--trust-device", "frob*") == 0, "--trust-device does not help");
 	CHECK(qemu.attaches == 2, "it attached first");

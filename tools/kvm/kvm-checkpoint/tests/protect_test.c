@@ -531,44 +531,6 @@ static void test_disks(void)
 	      "--disk external does not help");
 }
 
-/* --- A standby that is full ----------------------------------------------- */
-
-static const char *writes_everything(struct qemu *q, const char *command)
-{
-	uint64_t page, i;
-
-	if (strcmp(command, COLLECT) || q->running || q->collects != 4)
-		return NULL;
-	for (page = 0; page < q->blocks[0].npages; page++) {
-		for (i = 0; i < KC_PAGE_SIZE; i += 8) {
-			uint64_t v = rnd(&rng_state);
-
-			memcpy(q->blocks[0].ram + page * KC_PAGE_SIZE + i, &v, 8);
-		}
-		q->blocks[0].dirty[page] = true;
-	}
-	return NULL;
-}
-
-static void test_full_standby(void)
-{
-	char fence[PATH_MAX + 50];
-
-	snprintf(fence, sizeof(fence), "#!/bin/sh\n>%s/fenced\n", dir);
-	qemu.hook = writes_everything;
-	start_qemu(&qemu);
-	start_standby_fsize(path_of("ram"), qemu.blocks[0].npages * KC_PAGE_SIZE, "--fence",
-			    script("fence", fence), "--timeout", "6s", "--insecure", NULL);
-	must_fail(protect(CHECKED, spec(), "--interval", "1ms"), "cannot write redo.tmp");
-	CHECK(log_has("; the guest runs on, without protection"), "it does not say what that means");
-	wait_log("ends the protection: detached");
-	poll(NULL, 0, 7000);
-	CHECK(!exists(path_of("fenced")) && !log_has("failing over"),
-	      "the host of a guest that runs is fenced");
-	stop_standby(SIGTERM);
-	CHECK(snap_of_standby(path_of("ram")) == 2, "the last epoch is lost");
-}
-
 /* --- Garbage -------------------------------------------------------------- */
 
 #define LAID_OUT(size, blocks, slots) \
@@ -747,6 +709,23 @@ static const struct test tests[] = {
 	{ "protect_refused", test_refused },
 	{ "protect_disks", test_disks },
 	{ "protect_full_standby", test_full_standby },
+	{ "protect_full_standby_dies", test_full_standby_dies },
+	{ "protect_no_memory", test_no_memory },
+	{ "protect_other_standby", test_other_standby },
+	{ "protect_full_store", test_full_store },
+	{ "protect_identity", test_identity },
+	{ "protect_blip", test_blip },
+	{ "protect_blip_set_back", test_blip_set_back },
+	{ "protect_blip_other_sender", test_blip_other_sender },
+	{ "protect_switchover", test_switchover },
+	{ "protect_switchover_stopped", test_switchover_stopped },
+	{ "protect_switchover_fails", test_switchover_fails },
+	{ "protect_switchover_late", test_switchover_late },
+	{ "protect_switchover_unknown", test_switchover_unknown },
+	{ "protect_switchover_directory", test_switchover_directory },
+	{ "protect_taken_over", test_taken_over },
+	{ "protect_taken_over_at_end", test_taken_over_at_end },
+	{ "protect_taken_over_resists", test_taken_over_resists },
 	{ "protect_garbage", test_garbage },
 	{ "protect_garbage_runs", test_garbage_runs },
 	{ "protect_long_line", test_long_line },

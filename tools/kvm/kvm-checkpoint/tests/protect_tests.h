@@ -21,6 +21,30 @@ void test_other_key(void);
 void test_unread_stdout(void);
 void test_unread_stderr(void);
 
+/* protect_trouble.c */
+void test_full_standby(void);
+void test_full_standby_dies(void);
+void test_no_memory(void);
+void test_other_standby(void);
+void test_full_store(void);
+void test_identity(void);
+void test_taken_over(void);
+void test_taken_over_at_end(void);
+void test_taken_over_resists(void);
+
+/* protect_blip.c */
+void test_blip(void);
+void test_blip_set_back(void);
+void test_blip_other_sender(void);
+
+/* protect_switch.c */
+void test_switchover(void);
+void test_switchover_stopped(void);
+void test_switchover_fails(void);
+void test_switchover_late(void);
+void test_switchover_unknown(void);
+void test_switchover_directory(void);
+
 /* protect_guest.c */
 void test_frozen(void);
 void test_run_states(void);

@@ -79,6 +79,22 @@ void must_fail(int status, const char *text)
 
 /* --- What was kept -------------------------------------------------------- */
 
+void be_qemu_for(unsigned int ms)
+{
+	uint64_t end = kc_now_us() + ms * 1000ull;
+
+	while (kc_now_us() < end)
+		step(&qemu, 1);
+}
+
+const char *fence(void)
+{
+	char text[PATH_MAX + 50];
+
+	snprintf(text, sizeof(text), "#!/bin/sh\n>%s/fenced\n", dir);
+	return script("fence", text);
+}
+
 /* The files hold a guest as it was when it was whole; which of these */
 unsigned int which_snap(const char *where, const char *state, bool stopped)
 {

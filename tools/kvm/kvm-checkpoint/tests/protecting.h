@@ -29,6 +29,11 @@ int serve(void);
 void protect_epochs(const char *to, const char *epochs);
 void must_fail(int status, const char *text);
 
+/* Be QEMU for so long */
+void be_qemu_for(unsigned int ms);
+/* A command that leaves the file "fenced" behind */
+const char *fence(void);
+
 /* The files hold a guest as it was when it was whole; which of these */
 unsigned int which_snap(const char *where, const char *state, bool stopped);
 unsigned int snap_of_standby(const char *ram_dir);

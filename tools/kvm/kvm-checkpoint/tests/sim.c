@@ -3,6 +3,7 @@
  * A guest without KVM, and primaries that hand over its epochs.
  */
 #include <errno.h>
+#include <fcntl.h>
 #include <poll.h>
 #include <signal.h>
 #include <stdio.h>
@@ -11,6 +12,7 @@
 #include <sys/mman.h>
 #include <sys/prctl.h>
 #include <unistd.h>
+#include <xxhash.h>
 
 #include "sim.h"
 
@@ -173,6 +175,16 @@ void compare_standby(struct sim *g, const char *ram_dir)
 
 	snprintf(name, sizeof(name), "state-%" PRIu64, g->epoch);
 	compare(g, ram_dir, name);
+}
+
+void write_meta(const char *path, uint8_t *buf, size_t len)
+{
+	uint64_t xxh = XXH3_64bits(buf, len - sizeof(xxh));
+	int fd = open(path, O_WRONLY | O_TRUNC | O_CLOEXEC);
+
+	memcpy(buf + len - sizeof(xxh), &xxh, sizeof(xxh));
+	CHECK(fd >= 0 && write(fd, buf, len) == (ssize_t)len, "cannot write %s", path);
+	close(fd);
 }
 
 /* --- Sinks ---------------------------------------------------------------- */

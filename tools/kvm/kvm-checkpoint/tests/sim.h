@@ -39,6 +39,9 @@ void compare(struct sim *g, const char *where, const char *state_name);
 void compare_standby(struct sim *g, const char *ram_dir);
 void restore_and_compare(const char *store, uint64_t epoch, struct sim *g);
 
+/* What a standby keeps as "meta", changed by a test: a checksum is at its end. */
+void write_meta(const char *path, uint8_t *buf, size_t len);
+
 /* --- Sinks ---------------------------------------------------------------- */
 
 /* A key that the standby does not know, and how sinks are opened. */

@@ -93,7 +93,7 @@ static void test_records(void)
 			n[k] = kc_put_hello(buf, &guest, id);
 			break;
 		case 1:
-			n[k] = kc_put_welcome(buf, &(struct kc_welcome){ 1, true, 5, 6 });
+			n[k] = kc_put_welcome(buf, &(struct kc_welcome){ 1, true, true, 5, 6, { 7 } });
 			break;
 		case 2:
 			n[k] = kc_put_begin(buf, &(struct kc_begin){ 7, 6, 0 });
@@ -640,13 +640,40 @@ static void refuse_others(const char *to)
 	g.nr_blocks = 2;
 	g.fingerprint[0]++;
 	must_refuse(to, &opts, &g, EEXIST, "machine type");
+	/* Which of them, if that is known. */
+	strcpy(g.hardware, "QEMU 7.2\ndevice virtio-net-pci net1\n");
+	must_refuse(to, &opts, &g, EEXIST, "other devices: without QEMU 7.2");
 	g = guest;
-	strcpy(g.name, "another name is no matter");
+	strcpy(g.name, "web-frontend");
+	must_refuse(to, &opts, &g, EEXIST, "(test guest), not 01020300");
+	/* The same guest, started again. */
+	g = guest;
+	g.process[0]++;
 	s = kc_sink_open(to, &opts, &g, &err);
-	CHECK(s && kc_sink_last_epoch(s) == 1, "a new name is refused: %s", err.text);
+	CHECK(s && kc_sink_last_epoch(s) == 1, "the same guest is refused: %s", err.text);
 	kc_sink_close(s);
 	g.page_size = 65536;
 	must_refuse(to, &opts, &g, EINVAL, "pages of 65536 bytes");
+}
+
+/* Guests without UUID and name look all alike, but for which QEMU runs them. */
+static void refuse_anonymous(const char *to)
+{
+	struct kc_guest g = guest;
+	struct kc_sink *s;
+
+	memset(g.uuid, 0, sizeof(g.uuid));
+	g.name[0] = '\0';
+	g.process[0] = 1;
+	s = kc_sink_open(to, &opts, &g, &err);
+	CHECK(s, "%s", err.text);
+	OK(kc_epoch_begin(s, 1, KC_EPOCH_FULL, &err));
+	kc_sink_close(s);
+	s = kc_sink_open(to, &opts, &g, &err);
+	CHECK(s, "the same one is refused: %s", err.text);
+	kc_sink_close(s);
+	g.process[0] = 2;
+	must_refuse(to, &opts, &g, EEXIST, "start QEMU with -uuid or -name");
 }
 
 /* Bytes to a standby without TLS, and the text of its answer. */
@@ -683,6 +710,9 @@ static void test_wrong_guest(void)
 	refuse_others(spec());
 	stop_standby(SIGTERM);
 	refuse_others(path_of("store"));
+	start_standby(path_of("ram2"), "--no-fence", "--timeout", "0");
+	refuse_anonymous(spec());
+	stop_standby(SIGTERM);
 
 	/* Of another version, and no kvm-checkpoint at all. */
 	start_standby(path_of("ram"), "--no-fence", "--timeout", "0", "--insecure");
@@ -786,9 +816,21 @@ static const struct test tests[] = {
 	{ "failover", test_failover },
 	{ "failover_reasons", test_failover_reasons },
 	{ "failover_again", test_failover_again },
+	{ "restarted", test_restarted },
+	{ "restarted_age", test_restarted_age },
+	{ "flood", test_flood },
+	{ "standby_stopped", test_standby_stopped },
+	{ "configuration", test_configuration },
+	{ "taken_over", test_taken_over },
+	{ "kinds", test_kinds },
+	{ "trial", test_trial },
+	{ "trial_killed", test_trial_killed },
+	{ "trial_promoted", test_trial_promoted },
+	{ "warm_dies", test_warm_dies },
 	{ "full_ram_dir", test_full_ram_dir },
 	{ "qemu", test_qemu },
 	{ "qemu_stopped", test_qemu_stopped },
+	{ "qemu_differs", test_qemu_differs },
 	{ "io_error", test_io_error },
 	{ "silent_qemu", test_silent_qemu },
 	{ "reboot", test_reboot },

@@ -30,12 +30,30 @@ void test_reboot(void);
 void test_foreign_directory(void);
 void test_qemu(void);
 void test_qemu_stopped(void);
+void test_qemu_differs(void);
 void test_io_error(void);
 void test_silent_qemu(void);
+
+/* stream_ready.c */
+void test_kinds(void);
+void test_trial(void);
+void test_trial_killed(void);
+void test_trial_promoted(void);
+void test_warm_dies(void);
+
+/* stream_be_qemu.c */
 int be_qemu(int argc, char **argv);
 
 /* stream_status.c */
 void test_status(void);
 void test_full_queue(void);
+
+/* stream_standby.c */
+void test_restarted(void);
+void test_restarted_age(void);
+void test_flood(void);
+void test_standby_stopped(void);
+void test_configuration(void);
+void test_taken_over(void);
 
 #endif

@@ -1,0 +1,52 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/*
+ * Starting programs and ending them.
+ */
+#ifndef KC_PROCESS_H
+#define KC_PROCESS_H
+
+#include <sys/types.h>
+
+#include "util.h"
+
+enum place {
+	WITH_US,
+	OWN_GROUP,	/* what it starts can be killed with it */
+	OWN_SESSION,	/* and no terminal's Ctrl-C or end reaches it */
+};
+
+
+/**
+ * kc_start() - start a program
+ * @argv: its arguments, found along PATH.
+ * @keep: a file descriptor that stays open in it, or -1.
+ * @errors: becomes its stderr, or -1 for ours.
+ * @place: where signals for us do not reach it.
+ * @pid: of it.
+ * @err: why not.
+ *
+ * Return: 0 when it runs, or a negative errno.
+ */
+int kc_start(char **argv, int keep, int errors, enum place place, pid_t *pid,
+	     struct kc_err *err);
+
+/* With what it has started in its group; returns when it is gone. */
+void kc_kill_child(pid_t pid);
+
+/**
+ * kc_run_fence() - run a command and wait until it is done
+ * @argv: its output goes to ours.
+ * @timeout_ms: then it is killed, with what it started.
+ *
+ * Return: 0 only if it exited with status 0.
+ */
+int kc_run_fence(char **argv, unsigned int timeout_ms, struct kc_err *err);
+
+/**
+ * kc_process_id() - tell a process from all others that there are or were, on any host
+ * @pid: of it.
+ * @id: filled in, with zeros if that is not known.
+ */
+void kc_process_id(pid_t pid, uint8_t id[16]);
+
+#endif

@@ -1,0 +1,95 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/*
+ * What the files of the RAM that a standby holds share.
+ */
+#ifndef KC_RAM_INTERNAL_H
+#define KC_RAM_INTERNAL_H
+
+#include "ram.h"
+
+#define WBUF_PAGES 64u
+#define SLOT_NONE 0u
+#define SLOT_ZERO UINT32_MAX
+
+/* In redo after the pages; of this host's own byte order, as it never leaves it. */
+struct entry {
+	uint64_t page;
+	uint32_t block;
+	uint32_t slot;		/* number of the page in redo, from 1, or SLOT_ZERO */
+};
+
+struct trailer {
+	char magic[8];
+	uint64_t epoch, time_ms, flags, nr_slots, nr_entries;
+	uint64_t xxh;		/* of the entries and of what is above */
+};
+
+struct meta {
+	char magic[8];
+	uint32_t flags, durable, hello_len, reserved;
+	uint64_t epoch, time_ms;
+	uint8_t id[16], sender[16];
+	char boot_id[40];
+	/* Then a HELLO record, then the XXH3-64 of all of it. */
+};
+
+struct kc_ram {
+	char *path;
+	int dir, lock;
+	bool durable;
+	bool on_disk;		/* the RAM files are, as meta says they are */
+	bool has_guest, torn;
+	struct kc_guest guest;
+	/* Read by any thread. */
+	_Atomic uint64_t epoch;
+	_Atomic unsigned int flags;
+	uint64_t time_ms;	/* when it was complete, by the clock on the wall */
+	uint8_t id[16], sender[16];
+	uint8_t *map[KC_MAX_BLOCKS];
+	struct kc_devices state;
+
+	const struct kc_ram_trial *trial;
+
+	/* The epoch that is being received. */
+	bool direct;
+	int redo;
+	uint32_t *slot[KC_MAX_BLOCKS];
+	struct entry *entries;
+	size_t nr_entries, room;
+	uint32_t nr_slots, flushed;
+	uint8_t *wbuf;
+};
+
+/* --- ram_meta.c: small files, and meta ------------------------------------ */
+
+/* What errno says of it. */
+int kc_ram_fail(struct kc_err *err, const struct kc_ram *ram, const char *what);
+int kc_ram_write_full(int fd, const void *buf, size_t len);
+int kc_ram_write_file(struct kc_ram *ram, const char *name, const void *a, size_t a_len,
+		      const void *b, size_t b_len, struct kc_err *err);
+/* Whole file into malloc()ed memory. */
+int kc_ram_read_file(struct kc_ram *ram, const char *name, uint8_t **buf, size_t *len);
+int kc_ram_sync_dir(struct kc_ram *ram, struct kc_err *err);
+void kc_ram_state_name(char name[32], uint64_t epoch);
+
+/* It counts once it is called "meta". */
+int kc_ram_write_meta_tmp(struct kc_ram *ram, uint64_t epoch, uint64_t time_ms,
+			  unsigned int flags, bool on_disk, struct kc_err *err);
+int kc_ram_rename_meta(struct kc_ram *ram, struct kc_err *err);
+/* At once, and nothing else is new. */
+int kc_ram_replace_meta(struct kc_ram *ram, uint64_t epoch, unsigned int flags, bool on_disk,
+			struct kc_err *err);
+int kc_ram_read_meta(struct kc_ram *ram, struct kc_err *err);
+
+/* --- ram_epoch.c: an epoch that arrives ----------------------------------- */
+
+/* Forget the epoch that is being received. */
+void kc_ram_drop(struct kc_ram *ram);
+int kc_ram_flush(struct kc_ram *ram, struct kc_err *err);
+/* A complete epoch that may not have reached the RAM files. */
+int kc_ram_redo_again(struct kc_ram *ram, struct kc_err *err);
+/* The way back from an epoch that was not tried: to the one before, or to none. */
+int kc_ram_go_back(struct kc_ram *ram, struct kc_err *err);
+int kc_ram_read_state(struct kc_ram *ram, struct kc_err *err);
+
+#endif

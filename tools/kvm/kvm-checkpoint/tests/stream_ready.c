@@ -1,0 +1,325 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * A standby knows that its QEMU can load what it holds, and keeps what it could load until it knows
+ * that of what came after.
+ */
+#include <errno.h>
+#include <poll.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/prctl.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include "ram.h"
+#include "sim.h"
+#include "status.h"
+#include "stream_tests.h"
+#include "vmstate.h"
+
+/* --- Kinds of states ------------------------------------------------------ */
+
+/* A stream with this description and run state; its length */
+static size_t make_state(uint8_t *p, const char *run_state, const char *description)
+{
+	uint8_t *start = p, *desc;
+	uint32_t n = strlen(description);
+
+	memcpy(p, "QEVM\0\0\0\3\4\0\0\0\7\013globalstate\0\0\0\0\0\0\0\1\0\0\0\100", 37);
+	memset(p + 37, 0, 100);
+	memcpy(p + 37, run_state, strlen(run_state));
+	p += 137;
+	desc = p;
+	desc[0] = 0;
+	desc[1] = 6;
+	desc[2] = n >> 24;
+	desc[3] = n >> 16;
+	desc[4] = n >> 8;
+	desc[5] = n;
+	memcpy(desc + 6, description, n);
+	return desc + 6 + n - start;
+}
+
+#define DEVICE(name, instance, fields) \
+	"{\"name\": \"" name "\", \"instance_id\": " instance ", \"fields\": " fields "}"
+#define DEVICES(list) "{\"page_size\": 4096, \"devices\": [" list "]}"
+
+static const char two[] = DEVICES(DEVICE("timer", "0", "[]") ", " DEVICE("cpu", "0", "[]"));
+
+void test_kinds(void)
+{
+	static const char * const others[] = {
+		DEVICES(DEVICE("timer", "0", "[]")),
+		DEVICES(DEVICE("timer", "0", "[]") ", " DEVICE("cpu", "1", "[]")),
+		DEVICES(DEVICE("timer", "0", "[]") ", " DEVICE("serial", "0", "[]")),
+		"{\"devices\": 7}", "{\"devices\": [7, null]}", "{", "",
+	};
+	const char *same = DEVICES(DEVICE("timer", "0", "[{\"size\": 4}]") ", "
+				   DEVICE("cpu", "0", "[{\"size\": 8}]"));
+	struct kc_vmstate_memo memo = { 0 };
+	uint8_t state[2000], junk[2000];
+	uint64_t kind;
+	size_t len, i;
+
+	len = make_state(state, "running", two);
+	kind = kc_vmstate_kind(state, len, &memo);
+	CHECK(kind == kc_vmstate_kind(state, len, NULL), "the memo makes a difference");
+	len = make_state(state, "running", same);
+	CHECK(kind == kc_vmstate_kind(state, len, &memo), "fields make a difference");
+	len = make_state(state, "save-vm", two);
+	CHECK(kind != kc_vmstate_kind(state, len, &memo), "the run state makes none");
+	for (i = 0; i < sizeof(others) / sizeof(others[0]); i++) {
+		len = make_state(state, "running", others[i]);
+		CHECK(kind != kc_vmstate_kind(state, len, &memo), "%s makes none", others[i]);
+	}
+	/* Whatever it is, it is looked at without harm. */
+	for (i = 0; i < 20000; i++) {
+		len = make_state(state, "running", two);
+		memcpy(junk, state, len);
+		junk[8 + below(len - 8)] ^= 1u << below(8);
+		kc_vmstate_kind(junk, below(8) ? len : below(len), &memo);
+	}
+}
+
+/* --- A standby with a QEMU ------------------------------------------------ */
+
+static char self[PATH_MAX], pid_file[PATH_MAX - 10];
+
+static void start_ready_standby(void)
+{
+	/* QEMU is to be found again when the standby is gone. */
+	CHECK(!prctl(PR_SET_CHILD_SUBREAPER, 1), "cannot adopt");
+	memset(self, 0, sizeof(self));
+	CHECK(readlink("/proc/self/exe", self, sizeof(self) - 1) > 0, "where is this program?");
+	snprintf(pid_file, sizeof(pid_file), "%s/qemu", dir);
+	start_standby(path_of("ram"), "--no-fence", "--timeout", "0", "--", self, "--be-qemu",
+		      "running", pid_file, "share=on,mem-path={ram0}", "{ram1}");
+}
+
+static unsigned int times(const char *line)
+{
+	unsigned int n = 0;
+	uint8_t *buf;
+	size_t len;
+	char *p;
+
+	if (!exists(path_of("qemu.log")))
+		return 0;
+	read_all(path_of("qemu.log"), &buf, &len);
+	buf[len] = '\0';
+	for (p = (char *)buf; (p = strstr(p, line)); p++)
+		n++;
+	free(buf);
+	return n;
+}
+
+static void wait_times(const char *line, unsigned int n)
+{
+	uint64_t end = kc_now_us() + 20000000;
+
+	for (; times(line) < n; poll(NULL, 0, 5))
+		CHECK(kc_now_us() < end, "there were %u times \"%s\"", times(line), line);
+}
+
+/* The next epoch, with a state of this kind; how that ends */
+static int send_kind(struct sim *g, struct kc_sink *s, unsigned int flags, const char *run_state)
+{
+	int rc;
+
+	sim_step(g);
+	g->state_len = make_state(g->state, run_state, two);
+	rc = sim_send(g, s, flags);
+	return rc ? rc : kc_sink_wait(s, g->epoch, 20000, &err);
+}
+
+/* The standby holds this one, to the byte. */
+static void compare_kind(uint64_t epoch, const char *run_state)
+{
+	struct sim g;
+
+	sim_init(&g);
+	sim_goto(&g, epoch);
+	g.state_len = make_state(g.state, run_state, two);
+	compare_standby(&g, path_of("ram"));
+	sim_free(&g);
+}
+
+static void must_not_load(int rc, const char *text)
+{
+	CHECK(rc == -EREMOTEIO && strstr(err.text, text), "%d: %s", rc, err.text);
+}
+
+static pid_t qemu_pid(void)
+{
+	uint8_t *buf;
+	size_t len;
+	pid_t pid;
+
+	read_all(pid_file, &buf, &len);
+	buf[len] = '\0';
+	pid = atoi((char *)buf);
+	free(buf);
+	return pid;
+}
+
+/* QEMU is there, and not with the standby; and now it is not. */
+static void must_have_qemu(void)
+{
+	pid_t pid = qemu_pid();
+
+	CHECK(!kill(pid, SIGKILL), "QEMU ends with the standby");
+	waitpid(pid, NULL, 0);
+}
+
+void test_trial(void)
+{
+	struct kc_sink *s;
+	struct sim g;
+	char *answer;
+
+	start_ready_standby();
+	sim_init(&g);
+	s = must_open(spec());
+	/* One that cannot be loaded is none. */
+	write_text(path_of("qemu.refuse"), 0600, "starting\nUnknown savevm section 'serial' 1\n");
+	must_not_load(send_kind(&g, s, KC_EPOCH_FULL, "running"),
+		      "cannot load epoch 1: qemu: starting; qemu: Unknown savevm section");
+	kc_sink_close(s);
+	CHECK(kc_ctl_request(path_of("ctl"), "promote", &answer, &err) == -EREMOTEIO,
+	      "it would take over");
+	unlink(path_of("qemu.refuse"));
+	s = must_open(spec());
+	CHECK(!kc_sink_last_epoch(s), "it says that it has epoch %" PRIu64, kc_sink_last_epoch(s));
+	OK(send_kind(&g, s, KC_EPOCH_FULL, "running"));
+	OK(send_kind(&g, s, 0, "running"));
+	compare_kind(3, "running");
+	wait_times("start shared", 1);
+	CHECK(times("load private") == 1 && times("start private") == 2, "it tries them all");
+	/* Another kind. */
+	OK(send_kind(&g, s, 0, "paused"));
+	CHECK(times("load private") == 2, "it does not try another kind");
+	OK(send_kind(&g, s, 0, "running"));
+	CHECK(times("load private") == 2, "it tries the same kind again");
+	/* And one that cannot be loaded: what was before stays. */
+	write_text(path_of("qemu.refuse"), 0600, "Unexpected run state\n");
+	must_not_load(send_kind(&g, s, 0, "save-vm"),
+		      "cannot load epoch 6: qemu: Unexpected run state");
+	kc_sink_close(s);
+	wait_log("lost the primary");
+	compare_kind(5, "running");
+	s = must_open(spec());
+	CHECK(kc_sink_last_epoch(s) == 5, "it says that it has epoch %" PRIu64,
+	      kc_sink_last_epoch(s));
+	unlink(path_of("qemu.refuse"));
+	OK(send_kind(&g, s, KC_EPOCH_RESYNC, "save-vm"));
+	compare_kind(7, "save-vm");
+	wait_times("start shared", 3);
+	/* QEMU that waits takes over, and no other one. */
+	kc_sink_end(s, KC_END_GUEST_DIED);
+	kc_sink_close(s);
+	wait_log("taken over at epoch 7");
+	CHECK(times("load shared") == 1 && times("start shared") == 3 && times("start private") == 5,
+	      "another QEMU was started");
+	CHECK(!log_has("no QEMU has been started ahead"), "none was ready");
+	stop_standby(SIGTERM);
+	must_have_qemu();
+	sim_free(&g);
+}
+
+/* The standby is killed while it does not know. */
+void test_trial_killed(void)
+{
+	struct kc_sink *s;
+	struct sim g;
+	unsigned int i;
+
+	start_ready_standby();
+	sim_init(&g);
+	s = must_open(spec());
+	for (i = 0; i < 3; i++)
+		OK(send_kind(&g, s, i ? 0 : KC_EPOCH_FULL, "running"));
+	write_text(path_of("qemu.slow"), 0600, "");
+	sim_step(&g);
+	g.state_len = make_state(g.state, "save-vm", two);
+	OK(sim_send(&g, s, 0));
+	wait_times("take private", 2);
+	stop_standby(SIGKILL);
+	kc_sink_close(s);
+	/* The others were ended by it. */
+	CHECK(ram_epoch(path_of("ram")) == 3, "the last epoch is %" PRIu64,
+	      ram_epoch(path_of("ram")));
+	compare_kind(3, "running");
+	start_ready_standby();
+	CHECK(log_has("that waited for the guest"), "the old QEMU is there still");
+	unlink(path_of("qemu.slow"));
+	s = must_open(spec());
+	OK(send_kind(&g, s, KC_EPOCH_RESYNC, "running"));
+	compare_kind(5, "running");
+	kc_sink_close(s);
+	wait_times("start shared", 2);
+	stop_standby(SIGTERM);
+	sim_free(&g);
+}
+
+/* It is needed while it does not know: then as of what it knows. */
+void test_trial_promoted(void)
+{
+	struct kc_sink *s;
+	struct sim g;
+
+	start_ready_standby();
+	sim_init(&g);
+	s = must_open(spec());
+	OK(send_kind(&g, s, KC_EPOCH_FULL, "running"));
+	write_text(path_of("qemu.slow"), 0600, "");
+	sim_step(&g);
+	g.state_len = make_state(g.state, "save-vm", two);
+	OK(sim_send(&g, s, 0));
+	wait_times("take private", 2);
+	unlink(path_of("qemu.slow"));
+	write_text(path_of("qemu.refuse"), 0600, "too late\n");
+	CHECK(!run("status", path_of("ctl"), "promote", NULL), "promote failed");
+	unlink(path_of("qemu.refuse"));
+	kc_sink_close(s);
+	wait_log("taken over at epoch 1");
+	compare_kind(1, "running");
+	stop_standby(SIGTERM);
+	must_have_qemu();
+	sim_free(&g);
+}
+
+/* QEMU that waits does not have to be there for ever. */
+void test_warm_dies(void)
+{
+	struct kc_sink *s;
+	struct sim g;
+	uint8_t *buf;
+	size_t len;
+	pid_t pid;
+
+	start_ready_standby();
+	sim_init(&g);
+	s = must_open(spec());
+	OK(send_kind(&g, s, KC_EPOCH_FULL, "running"));
+	wait_times("start shared", 1);
+	CHECK(wait_for(path_of("ram/qemu"), 10000), "it is not remembered");
+	do {
+		read_all(path_of("ram/qemu"), &buf, &len);
+		buf[len] = '\0';
+		pid = atoi((char *)buf);
+		free(buf);
+	} while (!pid);
+	kill(pid, SIGKILL);
+	while (times("start shared") < 2) {
+		OK(send_kind(&g, s, 0, "running"));
+		poll(NULL, 0, 20);
+		CHECK(g.epoch < 1000, "no other QEMU is started");
+	}
+	CHECK(log_has("QEMU that waited for the guest has ended"), "it does not say so");
+	kc_sink_close(s);
+	stop_standby(SIGTERM);
+	CHECK(!exists(path_of("ram/qemu")), "it is remembered for ever");
+	sim_free(&g);
+}
