@@ -40,7 +40,8 @@ static char *sorted(struct json_object *list)
 }
 
 /* The first lines of one text that are not in the other: their names */
-static void name_others(const char *text, const char *other, const char *what, char *out, size_t size)
+static void name_others(const char *text, const char *other, const char *what, char *out,
+			size_t size)
 {
 	unsigned int n = 0;
 	char line[300];

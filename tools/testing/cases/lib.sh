@@ -62,7 +62,7 @@ qmp() { name=$1; shift; tool qmp "/tmp/$name.mon" "$@"; }
 hmp() { qmp "$1" "{'execute': 'human-monitor-command', 'arguments': {'command-line': '$2'}}"; }
 state_is() { qmp "$1" query-status | grep -q "\"status\": \"$2\""; }
 
-# standby NAME FROM [OPTION]...: for the guest FROM, which is NAME when it has been taken over
+# standby NAME PORT [OPTION]...: the guest is called NAME when it has been taken over
 standby() {
 	name=$1 port=$2; shift 2
 	# shellcheck disable=SC2046,SC2086
@@ -85,7 +85,7 @@ protected() { wait_for "${2:-120}" grep -q '"event":"synced"' "/tmp/$1.json" || 
 protects() { kill -0 "$(cat "/tmp/$1.protect")" 2>/dev/null; }
 acked() { grep '"event":"acked"' "/tmp/$1.json" | tail -n 1 | sed 's/.*"epoch"://; s/}.*//'; }
 
-# more_epochs NAME: wait until two more are acknowledged
+# newer NAME EPOCH; more_epochs NAME: wait until two more are acknowledged
 newer() { [ "$(acked "$1")" -gt "$2" ]; }
 more_epochs() { e=$(acked "$1"); wait_for 30 newer "$1" $((e + 1)) || bad "there are no more epochs after $e"; }
 

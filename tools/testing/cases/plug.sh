@@ -18,6 +18,7 @@ sleep 5
 grep 'failing over' /tmp/s.standby.log && bad "the standby takes over from a guest that lives"
 state_is a running || bad "the guest does not run on"
 # With a standby that has it, too
+# shellcheck disable=SC2034 # common does
 SMP=2,maxcpus=2
 standby t 7002 --timeout 0
 rm /tmp/a.json

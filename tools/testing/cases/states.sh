@@ -3,13 +3,14 @@
 # WHAT: The run states that can be reached here: the last epoch that the standby has can be loaded and goes on.
 . /bin/lib.sh
 port=7000
-# case_of NAME STATE COMMAND: the guest gets into the state by a command, of which there are no epochs
+# stays_in STATE COMMAND: a protected guest gets into the state by a command
 stays_in() {
 	state=$1; shift
 	port=$((port + 1))
 	name=g$port
 	say "--- $state: $*"
-	boot $name -gdb "unix:/tmp/$name.gdb,server=on,wait=off" $QARGS
+	# shellcheck disable=SC2086
+	boot $name $QARGS
 	up $name
 	standby s$port $port --timeout 3s
 	protect $name tcp:127.0.0.1:$port
@@ -42,8 +43,7 @@ stays() {
 sleeps() { hmp $name "o /w 0x604 0x2400"; }
 is_off() { hmp $name "o /w 0x604 0x2000"; }
 stops() { qmp $name stop; }
-is_reset() { qmp $name stop system_reset; }
-is_debugged() { tool gdb "/tmp/$name.gdb" & }
+is_reset() { qmp $name stop "{'execute': 'set-action', 'arguments': {'reboot': 'reset'}}" system_reset; }
 
 stays_in suspended sleeps; no_epochs; dies; goes_on
 stays_in paused stops; sleep 3; dies; stays

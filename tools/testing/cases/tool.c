@@ -6,7 +6,6 @@
  *	  tool guest SOCKET LINE	says LINE to the guest and prints its answer
  *	  tool clock SOCKET		the guest's answer to "time", after the time here
  *	  tool same FILE FILE		compares page by page
- *	  tool gdb SOCKET		attaches as a debugger, makes one step and leaves
  *	  tool disk FILE		makes the guest's disk
  *
  * A command is a name, or a whole object.  An answer of the guest begins with the first word of what
@@ -145,36 +144,6 @@ static int same(const char *a, const char *b)
 	return bad || st[0].st_size != st[1].st_size;
 }
 
-/* A packet of the remote protocol; its answer is not of interest, and comes with a "+" */
-static void packet(int fd, const char *text)
-{
-	char sum[8];
-	unsigned int n = 0;
-	const char *p;
-
-	for (p = text; *p; p++)
-		n += (unsigned char)*p;
-	snprintf(sum, sizeof(sum), "#%02x", n & 255);
-	say(fd, "$");
-	say(fd, text);
-	say(fd, sum);
-}
-
-static int gdb(const char *path)
-{
-	int fd = connect_to(path);
-
-	packet(fd, "?");
-	usleep(500000);
-	say(fd, "+");
-	packet(fd, "s");
-	sleep(3);
-	say(fd, "+");
-	packet(fd, "D");
-	usleep(500000);
-	return 0;
-}
-
 int main(int argc, char **argv)
 {
 	const char *what = argc > 1 ? argv[1] : "";
@@ -187,10 +156,8 @@ int main(int argc, char **argv)
 		return clock_of_guest(argv[2]);
 	if (!strcmp(what, "same") && argc == 4)
 		return same(argv[2], argv[3]);
-	if (!strcmp(what, "gdb") && argc == 3)
-		return gdb(argv[2]);
 	if (!strcmp(what, "disk") && argc == 3)
 		return !make_disk(argv[2]);
-	fprintf(stderr, "usage: tool qmp|guest|clock|same|gdb|disk ...\n");
+	fprintf(stderr, "usage: tool qmp|guest|clock|same|disk ...\n");
 	return 2;
 }
