@@ -51,6 +51,11 @@ bool checkpoint_lease_is_over(void)
     return until && boottime_ns() >= until;
 }
 
+bool checkpoint_has_lease(void)
+{
+    return qatomic_read__nocheck(&lease.until_ns);
+}
+
 static void *lease_thread(void *opaque)
 {
     uint64_t times;

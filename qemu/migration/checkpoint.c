@@ -374,6 +374,7 @@ void qmp_x_checkpoint_lease(uint64_t until_us, Error **errp)
 
 CheckpointStopped *qmp_x_checkpoint_stop(bool has_limit_ms, uint32_t limit_ms,
                                          bool has_lease_us, uint64_t lease_us,
+                                         bool has_first, bool first,
                                          Error **errp)
 {
     g_autoptr(StatusInfo) status = NULL;
@@ -382,7 +383,8 @@ CheckpointStopped *qmp_x_checkpoint_stop(bool has_limit_ms, uint32_t limit_ms,
     if (!need_client(errp)) {
         return NULL;
     }
-    if (has_lease_us && !checkpoint_lease_until(lease_us, errp)) {
+    if (has_lease_us && !(first && checkpoint_has_lease()) &&
+        !checkpoint_lease_until(lease_us, errp)) {
         return NULL;
     }
     stopped = g_new0(CheckpointStopped, 1);

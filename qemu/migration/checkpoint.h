@@ -69,6 +69,9 @@ bool checkpoint_write(int fd, const void *data, size_t size, uint64_t *offset,
  */
 bool checkpoint_lease_until(uint64_t until_us, Error **errp);
 
+/* Is there one, be it over? */
+bool checkpoint_has_lease(void);
+
 /* checkpoint.c: a lease was renewed, or is over */
 void checkpoint_lease_changed(void *opaque);
 

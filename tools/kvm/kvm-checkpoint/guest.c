@@ -370,6 +370,8 @@ static int send_stop(struct guest *g, struct kc_err *err)
 	json_object_object_add(args, "limit-ms", json_object_new_int64(g->opts.pause_limit_ms));
 	if (g->lease_us != GUEST_NO_LEASE)
 		json_object_object_add(args, "lease-us", json_object_new_uint64(g->lease_us));
+	if (g->lease_us != GUEST_NO_LEASE && g->lease_first)
+		json_object_object_add(args, "lease-first", json_object_new_boolean(true));
 	return qmp_send(&g->qmp, "x-checkpoint-stop", args, -1, err);
 }
 

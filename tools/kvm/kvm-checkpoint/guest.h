@@ -95,6 +95,7 @@ struct guest {
 	unsigned int nr_logs;
 	char dirty_log[32];		/* "dirty-slot-ring", "dirty-ring" or "bitmap" */
 	uint64_t lease_us;		/* see guest_lease() */
+	bool lease_first;
 	char *devices;			/* what their state consists of, sorted, a line for each part */
 	uint64_t generation;
 	int sock, buffer;		/* shared with QEMU */
@@ -173,10 +174,12 @@ int guest_take(struct guest *g, struct guest_epoch *e, struct kc_err *err);
  * guest_lease() - let the guest run until then, from the next guest_take() on
  * @g: the guest.
  * @until_us: of kc_boot_us(): QEMU stops it then, whatever becomes of us; 0: for ever.
+ * @first: only if it has none.
  */
-static inline void guest_lease(struct guest *g, uint64_t until_us)
+static inline void guest_lease(struct guest *g, uint64_t until_us, bool first)
 {
 	g->lease_us = until_us;
+	g->lease_first = first;
 }
 
 /** guest_end_lease() - it runs for ever; by a connection of its own, so after guest_close() */

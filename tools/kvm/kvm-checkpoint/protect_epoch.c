@@ -269,6 +269,12 @@ enum where kc_epoch_first(struct protect *p, int *rc, struct kc_err *err)
 		}
 	}
 
+	/*
+	 * That it has arrived may never be known here, and then it is taken over from.  If there is
+	 * a lease already it ends when it has to.
+	 */
+	if (p->lease_ms)
+		guest_lease(&p->guest, kc_boot_us() + p->lease_ms * 1000ull, true);
 	while ((where = take_epoch(p, rc, err)) == NOT_NOW) {
 		*rc = kc_link_poll(p, err);
 		if (*rc)

@@ -38,7 +38,7 @@ int kc_link_poll(struct protect *p, struct kc_err *err)
 		 * it takes over.
 		 */
 		guest_lease(&p->guest, p->lease_ms ? kc_sink_heard_us(p->sink) +
-						     p->lease_ms * 1000ull : 0);
+						     p->lease_ms * 1000ull : 0, false);
 	}
 	if (p->first.nr && p->acked >= p->first.nr) {
 		kc_show_protected(p, &p->first);

@@ -408,6 +408,8 @@ static void do_lease(struct qemu *q, struct json_object *args, const char *name)
 {
 	struct json_object *o;
 
+	if (q->lease_us && json_object_object_get_ex(args, "lease-first", &o))
+		return;
 	if (json_object_object_get_ex(args, name, &o))
 		q->lease_us = json_object_get_uint64(o);
 	if (!strcmp(name, "until-us"))
