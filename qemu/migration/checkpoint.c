@@ -193,10 +193,12 @@ void checkpoint_lease_changed(void *opaque)
             /* vCPUs may have noticed before this did */
             resume_all_vcpus();
         }
-    } else if (runstate_is_running()) {
-        vm_stop(RUN_STATE_PAUSED);
-        hold.stopped_ns = hold.since_ns = get_clock();
-        hold.owed = true;
+    } else if (!hold.leased && (hold.owed || runstate_is_running())) {
+        if (runstate_is_running()) {
+            vm_stop(RUN_STATE_PAUSED);
+            hold.stopped_ns = hold.since_ns = get_clock();
+            hold.owed = true;
+        }
         hold.leased = true;
         warn_report("checkpoint: the lease is over, the guest stands still");
         qapi_event_send_checkpoint_lease_over();
