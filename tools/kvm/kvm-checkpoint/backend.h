@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
 /*
- * What a kind of sink (tcp.c, store_sink.c) has to provide to sink.c, which packs epochs into records.
+ * What a kind of sink (tcp.c, store_sink.c) has to provide to sink.c, which packs epochs into
+ * records.
  */
 #ifndef KC_BACKEND_H
 #define KC_BACKEND_H
@@ -15,6 +16,8 @@ struct kc_sink_ops {
 	/* An epoch file or nothing; BEGIN is written after it. */
 	int (*begin)(struct kc_sink *s, struct kc_err *err);
 	int (*write)(struct kc_sink *s, const void *buf, size_t len, struct kc_err *err);
+	/* Hand on what was written; NULL if there is nobody who waits for it. */
+	int (*flush)(struct kc_sink *s, struct kc_err *err);
 	/* COMMIT was written. */
 	int (*commit)(struct kc_sink *s, struct kc_err *err);
 	/* ABORT was written if aborts_by_record. */
@@ -52,7 +55,8 @@ struct kc_sink {
 	uint64_t records, epoch_pages;
 	XXH3_state_t *sum;
 	struct kc_zero zeros;		/* a run that may grow */
-	uint64_t wrote_us, data_us;	/* anything; anything but heartbeats */
+	uint64_t data_us;		/* when anything but heartbeats was sent last */
+	uint64_t paid_ns;		/* when the bandwidth allows for more */
 	/* The device state of the last epoch committed, and of the open one. */
 	uint8_t *state[2];
 	uint32_t state_len[2];
@@ -60,6 +64,13 @@ struct kc_sink {
 	uint64_t commit_us[64];		/* when an epoch was committed, by its number */
 	uint64_t commit_boot_us[64];	/* and when that began, by another clock */
 	uint64_t acked_boot_us;
+	/*
+	 * Digests that a standby was asked for ahead; whether they are here, and of pages that were
+	 * sent since.
+	 */
+	struct kc_digest_req ahead;	/* n is 0: none */
+	uint8_t *ahead_digests;
+	bool ahead_here, ahead_stale;
 	uint64_t beat_us;		/* when the last heartbeat was sent */
 	uint64_t confirmed_us;
 

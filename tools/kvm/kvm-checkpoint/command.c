@@ -191,7 +191,7 @@ static void replace(char *s, const char *what, const char *by)
 
 char *kc_make_private(const char *arg)
 {
-	/* What is locked or allocated ahead would be a copy of all of it; spelled as QEMU takes it. */
+	/* What is locked or allocated ahead would be a copy of it all; spelled as QEMU takes it */
 	static const char * const from[][2] = {
 		{ "share=on", "share=off" }, { "share=yes", "share=off" },
 		{ "share=true", "share=off" }, { "share=y", "share=off" },

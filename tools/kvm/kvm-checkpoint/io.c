@@ -2,7 +2,6 @@
 /*
  * Transport of records: TCP with TLS and a pre-shared key, plain TCP on loopback, files, memory.
  */
-#include <arpa/inet.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <netdb.h>
@@ -14,11 +13,11 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
-#include <sys/stat.h>
 #include <unistd.h>
 
 #include <gnutls/gnutls.h>
 
+#include "peer.h"
 #include "stream.h"
 
 #define READ_SIZE (256u << 10)
@@ -46,75 +45,17 @@ struct kc_io {
 
 /* --- Keys ----------------------------------------------------------------- */
 
-struct psk {
-	char identity[128];
-	char hex[260];
-};
-
-/* The line of @identity, or the first one. */
-static int read_psk(const struct kc_sink_opts *o, const char *identity, struct psk *psk,
-		    struct kc_err *err)
-{
-	char line[512];
-	struct stat st;
-	FILE *f;
-	int rc;
-
-	f = fopen(o->psk_file, "re");
-	if (!f || fstat(fileno(f), &st)) {
-		rc = kc_fail(err, errno, "cannot read %s: %s", o->psk_file, strerror(errno));
-		if (f)
-			fclose(f);
-		return rc;
-	}
-	if (st.st_mode & 077) {
-		fclose(f);
-		return kc_fail(err, EACCES, "%s can be read by others: chmod 600 %s", o->psk_file,
-			       o->psk_file);
-	}
-	rc = -ENOENT;
-	while (rc && fgets(line, sizeof(line), f)) {
-		char *colon;
-
-		line[strcspn(line, "\r\n")] = '\0';
-		if (!line[0] || line[0] == '#')
-			continue;
-		colon = strchr(line, ':');
-		if (!colon || colon == line || colon - line >= (int)sizeof(psk->identity) ||
-		    strlen(colon + 1) < 32 || strlen(colon + 1) >= sizeof(psk->hex) ||
-		    strlen(colon + 1) % 2 ||
-		    strspn(colon + 1, "0123456789abcdefABCDEF") != strlen(colon + 1)) {
-			rc = kc_fail(err, EINVAL,
-				     "%s has a line that is not IDENTITY:HEX with a key of at least 16 bytes; make one with: psktool -u kvm-checkpoint -p FILE",
-				     o->psk_file);
-			break;
-		}
-		*colon = '\0';
-		if (identity && strcmp(identity, line))
-			continue;
-		strcpy(psk->identity, line);
-		strcpy(psk->hex, colon + 1);
-		rc = 0;
-	}
-	fclose(f);
-	explicit_bzero(line, sizeof(line));
-	if (rc == -ENOENT)
-		kc_fail(err, ENOENT, "%s has no key%s%s", o->psk_file, identity ? " of " : "",
-			identity ? identity : "");
-	return rc;
-}
-
 static int server_key(gnutls_session_t tls, const char *identity, gnutls_datum_t *key)
 {
 	const struct kc_sink_opts *o = gnutls_session_get_ptr(tls);
 	gnutls_datum_t hex;
-	struct psk psk;
+	struct kc_psk psk;
 	int rc;
 
 	/* The file is read each time, so that keys can be changed. */
 	if (o->psk_identity && strcmp(identity, o->psk_identity))
 		return -1;
-	if (read_psk(o, identity, &psk, NULL))
+	if (kc_read_psk(o, identity, &psk, NULL))
 		return -1;
 	hex.data = (unsigned char *)psk.hex;
 	hex.size = strlen(psk.hex);
@@ -233,56 +174,6 @@ int kc_io_fd(const struct kc_io *io)
 	return io->fd;
 }
 
-/* "HOST:PORT" into addresses. */
-static int resolve(const char *hostport, bool passive, struct addrinfo **ai, struct kc_err *err)
-{
-	struct addrinfo hints = {
-		.ai_socktype = SOCK_STREAM,
-		.ai_flags = passive ? AI_PASSIVE : 0,
-	};
-	const char *colon = strrchr(hostport, ':');
-	char host[256] = "";
-	size_t n;
-	int rc;
-
-	n = colon ? colon - hostport : 0;
-	if (!colon || !colon[1] || n >= sizeof(host) || (!n && !passive))
-		return kc_fail(err, EINVAL, "%s is not HOST:PORT", hostport);
-	if (hostport[0] == '[' && n > 2 && hostport[n - 1] == ']')
-		memcpy(host, hostport + 1, n - 2);
-	else if (memchr(hostport, ':', n))
-		return kc_fail(err, EINVAL,
-			       "%s is not HOST:PORT (write IPv6 addresses in brackets)", hostport);
-	else
-		memcpy(host, hostport, n);
-	rc = getaddrinfo(n ? host : NULL, colon + 1, &hints, ai);
-	if (rc)
-		return kc_fail(err, rc == EAI_AGAIN ? ETIMEDOUT : EDESTADDRREQ, "%s: %s", hostport,
-			       gai_strerror(rc));
-	return 0;
-}
-
-static bool is_loopback(const struct sockaddr *sa)
-{
-	if (sa->sa_family == AF_INET)
-		return ntohl(((const struct sockaddr_in *)sa)->sin_addr.s_addr) >> 24 == 127;
-	if (sa->sa_family == AF_INET6)
-		return IN6_IS_ADDR_LOOPBACK(&((const struct sockaddr_in6 *)sa)->sin6_addr);
-	return false;
-}
-
-static int check_security(const struct sockaddr *sa, const struct kc_sink_opts *o,
-			  struct kc_err *err)
-{
-	if (!o->insecure && !o->psk_file)
-		return kc_fail(err, EINVAL,
-			       "no key: make one with \"psktool -u kvm-checkpoint -p FILE\" and give both sides --psk-file FILE");
-	if (o->insecure && !is_loopback(sa))
-		return kc_fail(err, EINVAL,
-			       "--insecure is only for loopback addresses: anybody could read and change the guest's memory");
-	return 0;
-}
-
 static void tune(int fd, unsigned int timeout_ms)
 {
 	int one = 1;
@@ -334,7 +225,7 @@ static int start_tls(struct kc_io *io, bool client, const struct kc_sink_opts *o
 		     struct kc_err *err)
 {
 	gnutls_datum_t key;
-	struct psk psk;
+	struct kc_psk psk;
 	int rc;
 
 	rc = gnutls_init(&io->tls, (client ? GNUTLS_CLIENT : GNUTLS_SERVER) | GNUTLS_NONBLOCK |
@@ -342,7 +233,7 @@ static int start_tls(struct kc_io *io, bool client, const struct kc_sink_opts *o
 	if (!rc)
 		rc = gnutls_priority_set_direct(io->tls, PRIORITY, NULL);
 	if (!rc && client) {
-		rc = read_psk(o, o->psk_identity, &psk, err);
+		rc = kc_read_psk(o, o->psk_identity, &psk, err);
 		if (rc)
 			return rc;
 		key.data = (unsigned char *)psk.hex;
@@ -424,11 +315,11 @@ int kc_io_connect(const char *hostport, const struct kc_sink_opts *o, struct kc_
 	struct addrinfo *ai, *a;
 	int rc, fd = -1;
 
-	rc = resolve(hostport, false, &ai, err);
+	rc = kc_resolve(hostport, false, &ai, err);
 	if (rc)
 		return rc;
 	for (a = ai; a && fd < 0; a = a->ai_next) {
-		rc = check_security(a->ai_addr, o, err);
+		rc = kc_check_security(a->ai_addr, o, err);
 		if (rc)
 			break;
 		fd = connect_one(a, end);
@@ -449,17 +340,17 @@ int kc_io_listen(const char *hostport, const struct kc_sink_opts *o, struct kc_e
 	struct addrinfo *ai;
 	int fd, rc, one = 1;
 
-	rc = resolve(hostport, true, &ai, err);
+	rc = kc_resolve(hostport, true, &ai, err);
 	if (rc) {
 		errno = -rc;
 		return -1;
 	}
-	rc = check_security(ai->ai_addr, o, err);
+	rc = kc_check_security(ai->ai_addr, o, err);
 	if (!rc && !o->insecure) {
-		struct psk psk;
+		struct kc_psk psk;
 
 		/* Say now what is wrong with the keys, not when somebody comes. */
-		rc = read_psk(o, o->psk_identity, &psk, err);
+		rc = kc_read_psk(o, o->psk_identity, &psk, err);
 		explicit_bzero(&psk, sizeof(psk));
 	}
 	if (rc) {

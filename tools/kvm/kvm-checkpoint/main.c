@@ -30,10 +30,34 @@ static int fail(const struct kc_err *err)
 	return 1;
 }
 
-static int bad_usage(const char *command)
+/* @why: NULL if that has been said. */
+static int bad_usage(const char *command, const char *why)
 {
-	fprintf(stderr, "try: kvm-checkpoint %s --help\n", command);
+	if (why)
+		fprintf(stderr, "kvm-checkpoint: %s: %s\n", command, why);
+	fprintf(stderr, "Try: kvm-checkpoint %s --help\n", command);
 	return 2;
+}
+
+/* What is left on the command line of one that takes a directory, or why not. */
+static const char *not_one_directory(int argc, char **argv)
+{
+	static char why[256];
+
+	if (argc - optind == 1)
+		return NULL;
+	if (argc == optind)
+		return "DIR is missing: which directory?";
+	snprintf(why, sizeof(why), "there is an argument too many: %.200s", argv[optind + 1]);
+	return why;
+}
+
+static int bad_argument(const char *command, const char *option, const char *arg)
+{
+	char why[256];
+
+	snprintf(why, sizeof(why), "--%s does not take %.200s", option, arg);
+	return bad_usage(command, why);
 }
 
 static bool parse_epoch(const char *s, uint64_t *nr)
@@ -137,6 +161,7 @@ int cmd_list(int argc, char **argv)
 	static const struct option options[] = {
 		{ "json", 0, NULL, 'j' }, { "help", 0, NULL, 'h' }, { NULL, 0, NULL, 0 }
 	};
+	const char *why;
 	struct kc_store st;
 	struct kc_err err;
 	bool json = false;
@@ -151,11 +176,12 @@ int cmd_list(int argc, char **argv)
 			printf("usage: kvm-checkpoint list [--json] DIR\n\nLists the epochs in a directory. It does not read all of them: see verify.\n");
 			return 0;
 		default:
-			return bad_usage("list");
+			return bad_usage("list", NULL);
 		}
 	}
-	if (argc - optind != 1)
-		return bad_usage("list");
+	why = not_one_directory(argc, argv);
+	if (why)
+		return bad_usage("list", why);
 	if (kc_store_read(argv[optind], &st, &err))
 		return fail(&err);
 	if (json)
@@ -168,76 +194,39 @@ int cmd_list(int argc, char **argv)
 
 /* --- verify --------------------------------------------------------------- */
 
-/*
- * Each file once: a chain that only goes on from one that was seen is not read again from its
- * start.  The exit status, or -ESTALE.
- */
-static int verify(const struct kc_store *st, struct kc_err *err)
-{
-	uint64_t last = 0;
-	size_t *chain, i, sound, bad = 0;
-	ssize_t n;
-	int rc;
-	/* What the last verified chain held. */
-	bool *seen = calloc(st->nr_files + 1, sizeof(*seen));
-
-	if (!seen)
-		return 1;
-	for (i = st->nr_files; i-- > 0;) {
-		if (seen[i])
-			continue;
-		n = kc_store_chain(st, st->files[i].nr, &chain, err);
-		sound = 0;
-		rc = n < 0 ? n : kc_store_replay(st, chain, n, NULL, NULL, NULL, &sound, err);
-		if (rc == -ESTALE) {
-			if (n >= 0)
-				free(chain);
-			free(seen);
-			return rc;
-		}
-		if (rc) {
-			kc_log(KC_LOG_ERROR, "epoch %" PRIu64 " is lost: %s", st->files[i].nr,
-			       err->text);
-			bad++;
-		}
-		for (; n > 0 && sound > 0; sound--) {
-			seen[chain[sound - 1]] = true;
-			if (st->files[chain[sound - 1]].nr > last)
-				last = st->files[chain[sound - 1]].nr;
-		}
-		if (n >= 0)
-			free(chain);
-	}
-	free(seen);
-	printf("%zu epochs, %zu of them lost; last sound epoch %" PRIu64 "\n", st->nr_files, bad, last);
-	return bad || !last;
-}
-
 int cmd_verify(int argc, char **argv)
 {
 	static const struct option options[] = {
 		{ "help", 0, NULL, 'h' }, { NULL, 0, NULL, 0 }
 	};
 	unsigned int looks = 0;
+	const char *why;
 	struct kc_store st;
 	struct kc_err err;
+	uint64_t last;
+	size_t n, lost;
 	int o, rc;
 
 	while ((o = getopt_long(argc, argv, "h", options, NULL)) != -1) {
 		if (o != 'h')
-			return bad_usage("verify");
+			return bad_usage("verify", NULL);
 		printf("usage: kvm-checkpoint verify DIR\n\nReads all epochs of a directory and checks each page and checksum.\n");
 		return 0;
 	}
-	if (argc - optind != 1)
-		return bad_usage("verify");
+	why = not_one_directory(argc, argv);
+	if (why)
+		return bad_usage("verify", why);
 	do {
 		if (kc_store_read(argv[optind], &st, &err))
 			return fail(&err);
-		rc = verify(&st, &err);
+		rc = kc_store_verify(&st, &last, &lost, &err);
+		n = st.nr_files;
 		kc_store_free(&st);
 	} while (look_again(rc, &looks, &err));
-	return rc < 0 ? fail(&err) : rc;
+	if (rc)
+		return fail(&err);
+	printf("%zu epochs, %zu of them lost; last sound epoch %" PRIu64 "\n", n, lost, last);
+	return lost || !last;
 }
 
 /* --- restore -------------------------------------------------------------- */
@@ -308,8 +297,7 @@ int cmd_restore(int argc, char **argv)
 		case 'e':
 			if (parse_epoch(optarg, &want))
 				break;
-			kc_log(KC_LOG_ERROR, "--epoch does not take %s", optarg);
-			return 2;
+			return bad_argument("restore", "epoch", optarg);
 		case 'r':
 			out = optarg;
 			break;
@@ -318,23 +306,22 @@ int cmd_restore(int argc, char **argv)
 			break;
 		case 'C':
 			if (nr_caps == 7)
-				return bad_usage("restore");
+				return bad_usage("restore", "--capability: these are too many");
 			caps[nr_caps++] = optarg;
 			break;
 		case 'L':
 			if (!kc_parse_ms(optarg, &l.timeout_ms) && l.timeout_ms)
 				break;
-			kc_log(KC_LOG_ERROR, "--load-timeout does not take %s", optarg);
-			return 2;
+			return bad_argument("restore", "load-timeout", optarg);
 		case 'h':
 			restore_usage(stdout);
 			return 0;
 		default:
-			return bad_usage("restore");
+			return bad_usage("restore", NULL);
 		}
 	}
 	if (optind >= argc)
-		return bad_usage("restore");
+		return bad_usage("restore", "DIR is missing: which directory?");
 	l.argv = argv + optind + 1;
 	if (l.argv[0] && !strcmp(l.argv[0], "--"))
 		l.argv++;
@@ -387,11 +374,37 @@ int cmd_restore(int argc, char **argv)
 static void status_usage(FILE *f)
 {
 	fprintf(f,
-		"usage: kvm-checkpoint status [--json|--prometheus] SOCKET\n"
+		"usage: kvm-checkpoint status [--json] SOCKET\n"
+		"       kvm-checkpoint status --prometheus SOCKET...\n"
 		"       kvm-checkpoint status SOCKET COMMAND\n"
 		"\n"
 		"Asks a daemon at its --control socket for its status, or gives it a command: promote\n"
-		"(to a standby: fail over now) or what protect --help names.\n");
+		"(to a standby: fail over now) or what protect --help names.  What Prometheus reads may be\n"
+		"that of several daemons.\n");
+}
+
+/* Those who do not answer are left out, and make it fail. */
+static int status_prometheus(char **sockets, size_t n)
+{
+	char **texts = calloc(n, sizeof(*texts));
+	struct kc_err err;
+	size_t i, got = 0;
+
+	if (!texts) {
+		kc_log(KC_LOG_ERROR, "out of memory");
+		return 1;
+	}
+	for (i = 0; i < n; i++) {
+		if (kc_ctl_request(sockets[i], "status prometheus", &texts[got], &err))
+			fail(&err);
+		else
+			got++;
+	}
+	kc_prometheus_merge(texts, got, stdout);
+	for (i = 0; i < got; i++)
+		free(texts[i]);
+	free(texts);
+	return got < n;
 }
 
 int cmd_status(int argc, char **argv)
@@ -400,10 +413,10 @@ int cmd_status(int argc, char **argv)
 		{ "json", 0, NULL, 'j' }, { "prometheus", 0, NULL, 'p' }, { "help", 0, NULL, 'h' },
 		{ NULL, 0, NULL, 0 }
 	};
-	const char *line = "status";
+	const char *line = NULL;
 	struct kc_err err;
+	int o, n;
 	char *text;
-	int o;
 
 	while ((o = getopt_long(argc, argv, "h", options, NULL)) != -1) {
 		switch (o) {
@@ -417,14 +430,18 @@ int cmd_status(int argc, char **argv)
 			status_usage(stdout);
 			return 0;
 		default:
-			return bad_usage("status");
+			return bad_usage("status", NULL);
 		}
 	}
-	if (argc - optind == 2 && !strcmp(line, "status") && argv[optind + 1][0])
+	n = argc - optind;
+	if (n && line && !strcmp(line, "status prometheus"))
+		return status_prometheus(argv + optind, n);
+	if (n == 2 && !line && argv[optind + 1][0])
 		line = argv[optind + 1];
-	else if (argc - optind != 1)
-		return bad_usage("status");
-	if (kc_ctl_request(argv[optind], line, &text, &err))
+	else if (n != 1)
+		return bad_usage("status", n ? "one SOCKET, and a command only without --json" :
+				 "SOCKET is missing: what was the daemon's --control?");
+	if (kc_ctl_request(argv[optind], line ? line : "status", &text, &err))
 		return fail(&err);
 	fputs(text, stdout);
 	free(text);
@@ -489,10 +506,14 @@ int main(int argc, char **argv)
 		setrlimit(RLIMIT_NOFILE, &rl);
 	}
 	for (i = 0; i < sizeof(commands) / sizeof(commands[0]); i++) {
-		if (!strcmp(argv[1], commands[i].name))
-			return commands[i].run(argc - 1, argv + 1);
+		if (strcmp(argv[1], commands[i].name))
+			continue;
+		/* getopt_long() begins its messages with this. */
+		if (asprintf(&argv[1], "kvm-checkpoint: %s", commands[i].name) < 0)
+			return 1;
+		return commands[i].run(argc - 1, argv + 1);
 	}
 	kc_log(KC_LOG_ERROR, "there is no command %s", argv[1]);
-	fprintf(stderr, "try: kvm-checkpoint --help\n");
+	fprintf(stderr, "Try: kvm-checkpoint --help\n");
 	return 2;
 }

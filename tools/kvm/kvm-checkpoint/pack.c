@@ -3,13 +3,10 @@
  * Encoding and decoding of pages.
  */
 #include <errno.h>
-#include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 
-#include <gnutls/crypto.h>
-#include <gnutls/gnutls.h>
 #include <lz4.h>
 #include <zstd.h>
 
@@ -20,37 +17,6 @@ bool kc_is_zero_page(const void *data)
 	const char *p = data;
 
 	return !p[0] && !p[KC_PAGE_SIZE - 1] && !memcmp(p, p + 1, KC_PAGE_SIZE - 1);
-}
-
-static uint8_t zero_digest[KC_DIGEST_SIZE];
-static pthread_once_t zero_once = PTHREAD_ONCE_INIT;
-
-static void digest(const void *data, uint8_t *out)
-{
-	uint8_t sha[32];
-
-	/* Cannot fail for an algorithm that is there; if it is not, pages must not look equal. */
-	if (gnutls_hash_fast(GNUTLS_DIG_SHA256, data, KC_PAGE_SIZE, sha))
-		abort();
-	memcpy(out, sha, KC_DIGEST_SIZE);
-}
-
-static void make_zero_digest(void)
-{
-	static const uint8_t zeros[KC_PAGE_SIZE];
-
-	digest(zeros, zero_digest);
-}
-
-void kc_page_digest(const void *data, uint8_t *out)
-{
-	/* Of most guests, most of what is compared. */
-	if (kc_is_zero_page(data)) {
-		pthread_once(&zero_once, make_zero_digest);
-		memcpy(out, zero_digest, KC_DIGEST_SIZE);
-	} else {
-		digest(data, out);
-	}
 }
 
 /* --- The sender's side ---------------------------------------------------- */

@@ -130,7 +130,7 @@ void kc_process_id(pid_t pid, uint8_t id[16])
 	if (read(fd, stat, sizeof(stat) - 1) < 0)
 		stat[0] = '\0';
 	close(fd);
-	/* Its name may have blanks and parentheses; what counts is when it was started, field 22. */
+	/* Its name may have blanks and parentheses; what counts is when it was started: field 22 */
 	p = strrchr(stat, ')');
 	for (i = 2; p && i < 22; i++)
 		p = strchr(p + 1, ' ');

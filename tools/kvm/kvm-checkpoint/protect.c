@@ -10,6 +10,7 @@
  */
 #include <errno.h>
 #include <getopt.h>
+#include <poll.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -63,6 +64,7 @@ static void on_signal(int sig)
 	kc_stop_requested = true;
 	if (kc_may_exit)
 		_exit(0);
+	kc_wake();
 }
 
 static char *on_command(void *ctx, const char *line, bool *ok)
@@ -81,6 +83,29 @@ static char *on_command(void *ctx, const char *line, bool *ok)
 	*ok = false;
 	return strdup(strcmp(line, "switchover") ? "no such command; there are: detach, switchover" :
 		      "only a standby can go on with a guest, and this one goes to a directory");
+}
+
+int kc_sleep_ms(const struct protect *p, uint64_t until_us)
+{
+	uint64_t now = kc_now_us(), due = p->sink ? kc_sink_due_us(p->sink) : UINT64_MAX;
+
+	if (due > until_us)
+		due = until_us;
+	if (due > now + MAX_SLEEP_MS * 1000)
+		due = now + MAX_SLEEP_MS * 1000;
+	return due > now ? (due - now + 999) / 1000 : 0;
+}
+
+void kc_sleep(struct protect *p, uint64_t until_us)
+{
+	struct pollfd fds[] = {
+		{ .fd = kc_wake_fd(), .events = POLLIN },
+		{ .fd = p->guest.qmp.fd, .events = POLLIN },
+		{ .fd = p->sink ? kc_sink_fd(p->sink) : -1, .events = POLLIN },
+	};
+
+	poll(fds, 3, kc_sleep_ms(p, until_us));
+	kc_wake_clear();
 }
 
 /* Until something fails or ends it */
@@ -229,9 +254,12 @@ static int protect(struct protect *p)
 	}
 }
 
+/* @text: NULL if getopt_long() has said it. */
 static int usage_error(const char *text)
 {
-	fprintf(stderr, "kvm-checkpoint protect: %s\nTry: kvm-checkpoint protect --help\n", text);
+	if (text)
+		fprintf(stderr, "kvm-checkpoint: protect: %s\n", text);
+	fputs("Try: kvm-checkpoint protect --help\n", stderr);
 	return 2;
 }
 
@@ -271,6 +299,7 @@ int cmd_protect(int argc, char **argv)
 		{ "psk-file", required_argument, NULL, SINK_OPTION },
 		{ "psk-identity", required_argument, NULL, SINK_OPTION },
 		{ "insecure", no_argument, NULL, SINK_OPTION },
+		{ "bandwidth", required_argument, NULL, SINK_OPTION },
 		{ "keep", required_argument, NULL, SINK_OPTION },
 		{ NULL, 0, NULL, 0 }
 	};
@@ -352,7 +381,7 @@ int cmd_protect(int argc, char **argv)
 				return usage_error(err.text);
 			break;
 		default:
-			return usage_error("see above");
+			return usage_error(NULL);
 		}
 	}
 	if (optind < argc)
@@ -365,8 +394,14 @@ int cmd_protect(int argc, char **argv)
 		return usage_error("--lease has to be four times --interval at least");
 	if (!p.to)
 		return usage_error("--to is missing: tcp:HOST:PORT of a standby, or a directory");
+	if (kc_sink_check(p.to, &p.opts, &err))
+		return usage_error(err.text);
 
 	kc_core_without_memory();
+	if (kc_wake_fd() < 0) {
+		kc_log(KC_LOG_ERROR, "cannot make an eventfd: %s", strerror(errno));
+		return 1;
+	}
 	p.tty = isatty(1) && !p.json;
 	kc_log_may_lose = true;
 	sigaction(SIGTERM, &sa, NULL);

@@ -13,11 +13,13 @@
 #include "guest.h"
 #include "sink.h"
 #include "status.h"
+#include "wake.h"
 
 /* Pages that are copied of the running guest, or sent, at a time */
 #define BATCH		256
 
-#define TICK_MS		50
+/* However little there is to do, it is looked after so often */
+#define MAX_SLEEP_MS	1000
 
 /* The first epoch of a sink, until it is acknowledged */
 struct first {
@@ -83,6 +85,14 @@ extern atomic_bool kc_stop_requested, kc_switch_requested;
  */
 extern volatile sig_atomic_t kc_may_exit;
 
+/*
+ * How long poll() may wait for what is due then; the sink's heartbeats come before.  kc_wake_fd()
+ * has to be among what it waits for.
+ */
+int kc_sleep_ms(const struct protect *p, uint64_t until_us);
+/* Waits until then, or until something comes from QEMU or the sink, or somebody wants something */
+void kc_sleep(struct protect *p, uint64_t until_us);
+
 /* --- protect_show.c: what is shown ---------------------------------------- */
 
 __attribute__((format(printf, 2, 3)))
@@ -110,8 +120,8 @@ void kc_no_epochs(struct protect *p, const char *why);
 /* What has happened meanwhile, to whom */
 enum where kc_link_look(struct protect *p, int *rc, struct kc_err *err);
 /*
- * The sink failed, and is closed by this.  Is it to be opened again, as protection goes on?  If not,
- * that is the user's to know.
+ * The sink failed, and is closed by this.  Is it to be opened again, as protection goes on?  If
+ * not, that is the user's to know.
  */
 bool kc_link_failed(struct protect *p, int error, const struct kc_err *err);
 /* As long as that takes, and a while longer if the last failure was not that of the link */
@@ -123,8 +133,8 @@ bool kc_link_end(struct protect *p, enum kc_end why);
 /* --- protect_over.c: the guest goes on elsewhere -------------------------- */
 
 /*
- * The standby has taken over: stops the guest here, whatever it takes, unless told to end.  The exit
- * status.
+ * The standby has taken over: stops the guest here, whatever it takes, unless told to end.  The
+ * exit status.
  */
 int kc_guest_is_elsewhere(struct protect *p, const char *why);
 

@@ -13,6 +13,9 @@
 #define FEW_PAGES	2048
 #define MAX_PASSES	5
 
+/* How soon after it was found that there can be no epoch it is tried again */
+#define AGAIN_US	50000
+
 /* How often in a row somebody may interfere with an epoch */
 #define MAX_TRIES	50
 
@@ -23,18 +26,19 @@ enum where kc_epoch_wait(struct protect *p, uint64_t until_us, int *rc, struct k
 {
 	struct guest *g = &p->guest;
 	bool watch = p->max_dirty && g->nr_logs;
-	struct pollfd fds[2 + g->nr_logs];
+	struct pollfd fds[3 + g->nr_logs];
 	enum where where;
 	unsigned int i;
 
 	for (;;) {
 		uint64_t now = kc_now_us();
-		bool ready = p->acked + 1 >= p->nr, full = false;
-		int ms;
+		bool ready, full = false;
 
+		kc_wake_clear();
 		where = kc_link_look(p, rc, err);
 		if (where != OK)
 			return where;
+		ready = p->acked + 1 >= p->nr;
 		full = watch && g->dirty.pages >= p->max_dirty;
 		if (p->acked >= p->nr && kc_switch_requested)
 			return SWITCH;
@@ -43,15 +47,15 @@ enum where kc_epoch_wait(struct protect *p, uint64_t until_us, int *rc, struct k
 
 		fds[0] = (struct pollfd){ .fd = g->qmp.fd, .events = POLLIN };
 		fds[1] = (struct pollfd){ .fd = kc_sink_fd(p->sink), .events = POLLIN };
+		fds[2] = (struct pollfd){ .fd = kc_wake_fd(), .events = POLLIN };
 		for (i = 0; i < g->nr_logs; i++)
-			fds[2 + i] = (struct pollfd){ .fd = g->logs[i].fd, .events = POLLIN };
-		ms = now < until_us ? (until_us - now + 999) / 1000 : TICK_MS;
-		if (ms > TICK_MS)
-			ms = TICK_MS;
-		if (poll(fds, watch && !full ? 2 + g->nr_logs : 2, ms) <= 0)
+			fds[3 + i] = (struct pollfd){ .fd = g->logs[i].fd, .events = POLLIN };
+		/* When it is due, it waits for an acknowledgement. */
+		if (poll(fds, watch && !full ? 3 + g->nr_logs : 3,
+			 kc_sleep_ms(p, now < until_us ? until_us : UINT64_MAX)) <= 0)
 			continue;
 		for (i = 0; watch && !full && i < g->nr_logs; i++) {
-			if (!(fds[2 + i].revents & POLLIN))
+			if (!(fds[3 + i].revents & POLLIN))
 				continue;
 			*rc = guest_harvest(g, err);
 			if (*rc)
@@ -166,13 +170,77 @@ enum where kc_epoch_next(struct protect *p, int *rc, struct kc_err *err)
  * The first epoch: all pages, or all that differ
  */
 
+/*
+ * Which of these pages the receiver lacks.  What is written meanwhile may be found to be the same
+ * or not: it gets dirty, too.
+ */
+static int compare_chunk(struct protect *p, unsigned int b, uint64_t first, uint32_t n,
+			 struct guest_holes *holes, bool *differs, struct kc_err *err)
+{
+	static uint8_t theirs[KC_DIGESTS_CHUNK * KC_DIGEST_SIZE];
+	static uint8_t ours[KC_DIGESTS_CHUNK * KC_DIGEST_SIZE];
+	static const uint8_t *pages[KC_DIGESTS_CHUNK];
+	const struct guest_block *block = &p->guest.blocks[b];
+	static const uint8_t zeros[KC_PAGE_SIZE];
+	uint32_t i;
+	int rc;
+
+	rc = kc_sink_digests(p->sink, b, first, n, theirs, err);
+	if (rc)
+		return rc;
+	for (i = 0; i < n; i++)
+		pages[i] = guest_is_hole(holes, block->fd, first + i) ? zeros :
+			   block->map + (first + i) * KC_PAGE_SIZE;
+	kc_page_digests(pages, n, ours);
+	for (i = 0; i < n; i++)
+		differs[i] = memcmp(ours + i * KC_DIGEST_SIZE, theirs + i * KC_DIGEST_SIZE,
+				    KC_DIGEST_SIZE);
+	return 0;
+}
+
+static enum where copy_block(struct protect *p, unsigned int b, bool compare, uint64_t done,
+			     uint64_t total, uint64_t *sent, int *rc, struct kc_err *err)
+{
+	static uint8_t page[KC_PAGE_SIZE];
+	static bool differs[KC_DIGESTS_CHUNK];
+	const struct guest_block *block = &p->guest.blocks[b];
+	struct guest_holes holes = { 0, 0 }, compared = { 0, 0 };
+	uint64_t npages = p->guest.block_ids[b].npages, i;
+	enum where where;
+
+	for (i = 0; i < npages; i++) {
+		if (!(i % BATCH)) {
+			kc_show_progress(p, compare ? "resync" : "full copy", done + i, total);
+			where = kc_link_look(p, rc, err);
+			if (where != OK)
+				return where;
+		}
+		if (compare && !(i % KC_DIGESTS_CHUNK)) {
+			uint64_t n = npages - i < KC_DIGESTS_CHUNK ? npages - i : KC_DIGESTS_CHUNK;
+
+			*rc = compare_chunk(p, b, i, n, &compared, differs, err);
+			if (*rc)
+				return SINK;
+		}
+		if (compare && !differs[i % KC_DIGESTS_CHUNK])
+			continue;
+		if (guest_is_hole(&holes, block->fd, i))
+			memset(page, 0, sizeof(page));
+		else
+			memcpy(page, block->map + i * KC_PAGE_SIZE, KC_PAGE_SIZE);
+		*rc = kc_epoch_page(p->sink, b, i, page, err);
+		if (*rc)
+			return SINK;
+		++*sent;
+	}
+	return OK;
+}
+
 static enum where copy_all(struct protect *p, bool compare, uint64_t *sent, int *rc,
 			   struct kc_err *err)
 {
-	static uint8_t digests[KC_DIGESTS_CHUNK * KC_DIGEST_SIZE], digest[KC_DIGEST_SIZE];
-	static uint8_t page[KC_PAGE_SIZE];
 	const char *what = compare ? "resync" : "full copy";
-	uint64_t done = 0, total = 0, i;
+	uint64_t done = 0, total = 0;
 	enum where where;
 	unsigned int b;
 
@@ -180,42 +248,11 @@ static enum where copy_all(struct protect *p, bool compare, uint64_t *sent, int 
 		total += p->guest.block_ids[b].npages;
 	kc_status_phase(p->status, what);
 	p->started_us = kc_now_us();
-
 	for (b = 0; b < p->guest.id.nr_blocks; b++) {
-		uint64_t npages = p->guest.block_ids[b].npages;
-		const struct guest_block *block = &p->guest.blocks[b];
-		struct guest_holes holes = { 0, 0 };
-
-		for (i = 0; i < npages; i++, done++) {
-			if (compare && !(i % KC_DIGESTS_CHUNK)) {
-				uint64_t left = npages - i;
-				uint32_t n = left < KC_DIGESTS_CHUNK ? left : KC_DIGESTS_CHUNK;
-
-				*rc = kc_sink_digests(p->sink, b, i, n, digests, err);
-				if (*rc)
-					return SINK;
-			}
-			if (!(i % BATCH)) {
-				kc_show_progress(p, what, done, total);
-				where = kc_link_look(p, rc, err);
-				if (where != OK)
-					return where;
-			}
-			if (guest_is_hole(&holes, block->fd, i))
-				memset(page, 0, sizeof(page));
-			else
-				memcpy(page, block->map + i * KC_PAGE_SIZE, KC_PAGE_SIZE);
-			if (compare) {
-				kc_page_digest(page, digest);
-				if (!memcmp(digest, digests + i % KC_DIGESTS_CHUNK * KC_DIGEST_SIZE,
-					    KC_DIGEST_SIZE))
-					continue;
-			}
-			*rc = kc_epoch_page(p->sink, b, i, page, err);
-			if (*rc)
-				return SINK;
-			++*sent;
-		}
+		where = copy_block(p, b, compare, done, total, sent, rc, err);
+		if (where != OK)
+			return where;
+		done += p->guest.block_ids[b].npages;
 	}
 	kc_show_progress(p, what, total, total);
 	return OK;
@@ -281,7 +318,7 @@ enum where kc_epoch_first(struct protect *p, int *rc, struct kc_err *err)
 			return SINK;
 		if (kc_stop_requested)
 			return STOPPED;
-		usleep(TICK_MS * 1000);
+		usleep(AGAIN_US);
 	}
 	if (where != OK)
 		return where;

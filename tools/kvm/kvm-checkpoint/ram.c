@@ -119,33 +119,48 @@ int kc_ram_create(struct kc_ram *ram, const struct kc_guest *guest, void (*progr
 	return kc_ram_sync_dir(ram, err);
 }
 
+/* A page of the open epoch that is in redo.tmp, malloc()ed; NULL if it cannot be read */
+static uint8_t *read_redo(const struct kc_ram *ram, uint32_t slot)
+{
+	uint8_t *page = malloc(KC_PAGE_SIZE);
+
+	if (page && pread(ram->redo, page, KC_PAGE_SIZE, (off_t)(slot - 1) * KC_PAGE_SIZE) !=
+		    (ssize_t)KC_PAGE_SIZE) {
+		free(page);
+		page = NULL;
+	}
+	return page;
+}
+
 int kc_ram_digests(struct kc_ram *ram, uint32_t block, uint64_t first, uint32_t n, uint8_t *out,
 		   struct kc_err *err)
 {
-	uint8_t page[KC_PAGE_SIZE];
-	const uint8_t *p;
-	uint32_t slot;
+	static const uint8_t zeros[KC_PAGE_SIZE];
+	const uint8_t *pages[KC_DIGESTS_CHUNK];
+	uint8_t *copies[KC_DIGESTS_CHUNK];
+	uint32_t i, slot, nr_copies = 0;
 	int rc;
 
 	if (block >= ram->guest.nr_blocks || first > ram->guest.blocks[block].npages ||
-	    n > ram->guest.blocks[block].npages - first)
+	    n > ram->guest.blocks[block].npages - first || n > KC_DIGESTS_CHUNK)
 		return kc_fail(err, EPROTO,
 			       "the stream is corrupt: digests of pages that are not there");
 	rc = ram->redo >= 0 ? kc_ram_flush(ram, err) : 0;
-	for (; n && !rc; n--, first++, out += KC_DIGEST_SIZE) {
-		slot = ram->slot[block][first];
-		p = ram->map[block] + first * KC_PAGE_SIZE;
-		if (slot == SLOT_ZERO) {
-			memset(page, 0, sizeof(page));
-			p = page;
-		} else if (slot != SLOT_NONE) {
-			if (pread(ram->redo, page, sizeof(page),
-				  (off_t)(slot - 1) * KC_PAGE_SIZE) != (ssize_t)sizeof(page))
-				return kc_ram_fail(err, ram, "read redo.tmp");
-			p = page;
-		}
-		kc_page_digest(p, out);
+	for (i = 0; i < n && !rc; i++) {
+		slot = ram->slot[block][first + i];
+		pages[i] = slot == SLOT_ZERO ? zeros : ram->map[block] + (first + i) * KC_PAGE_SIZE;
+		if (slot == SLOT_ZERO || slot == SLOT_NONE)
+			continue;
+		pages[i] = copies[nr_copies] = read_redo(ram, slot);
+		if (pages[i])
+			nr_copies++;
+		else
+			rc = kc_ram_fail(err, ram, "read redo.tmp");
 	}
+	if (!rc)
+		kc_page_digests(pages, n, out);
+	while (nr_copies)
+		free(copies[--nr_copies]);
 	return rc;
 }
 

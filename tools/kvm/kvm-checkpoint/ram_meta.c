@@ -48,8 +48,8 @@ int kc_ram_write_file(struct kc_ram *ram, const char *name, const void *a, size_
 
 	if (fd < 0)
 		return kc_ram_fail(err, ram, "make a file");
-	if (kc_ram_write_full(fd, a, a_len) || kc_ram_write_full(fd, b, b_len) || ftruncate(fd, a_len + b_len) ||
-	    (ram->durable && fdatasync(fd))) {
+	if (kc_ram_write_full(fd, a, a_len) || kc_ram_write_full(fd, b, b_len) ||
+	    ftruncate(fd, a_len + b_len) || (ram->durable && fdatasync(fd))) {
 		rc = kc_ram_fail(err, ram, "write a file");
 		close(fd);
 		unlinkat(ram->dir, name, 0);

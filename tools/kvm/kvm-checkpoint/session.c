@@ -4,7 +4,6 @@
  */
 #include <errno.h>
 #include <inttypes.h>
-#include <linux/tcp.h>
 #include <netdb.h>
 #include <netinet/in.h>
 #include <stdio.h>
@@ -14,18 +13,7 @@
 #include <unistd.h>
 
 #include "standby.h"
-
-/*
- * Who has no key can only open connections.  If there are too many, those that have said least are
- * ended: a primary speaks first, and at once.
- */
-#define MAX_SESSIONS 64u
-/* With those that are ending */
-#define MAX_THREADS (4 * MAX_SESSIONS)
-
-/* So many refusals are told in so long a time */
-#define MAX_TOLD 5u
-#define TELL_US 10000000ull
+#include "wake.h"
 
 static uint32_t errno_code(int error)
 {
@@ -96,34 +84,6 @@ int kc_standby_wait(struct standby *sb, unsigned int ms)
 		ts.tv_nsec -= 1000000000;
 	}
 	return -pthread_cond_timedwait(&sb->changed, &sb->lock, &ts);
-}
-
-/* Somebody could fill the log. */
-static void tell_refusal(struct standby *sb, const char *whom, const char *why)
-{
-	bool tell;
-
-	pthread_mutex_lock(&sb->lock);
-	tell = sb->nr_told++ < MAX_TOLD;
-	pthread_mutex_unlock(&sb->lock);
-	if (tell)
-		kc_log(KC_LOG_WARN, "refused %s: %s", whom, why);
-}
-
-void kc_session_tell(struct standby *sb)
-{
-	uint64_t now = kc_now_us();
-	unsigned int more = 0;
-
-	pthread_mutex_lock(&sb->lock);
-	if (now - sb->told_us >= TELL_US) {
-		more = sb->nr_told > MAX_TOLD ? sb->nr_told - MAX_TOLD : 0;
-		sb->nr_told = 0;
-		sb->told_us = now;
-	}
-	pthread_mutex_unlock(&sb->lock);
-	if (more)
-		kc_log(KC_LOG_WARN, "refused %u connections more", more);
 }
 
 /*
@@ -357,7 +317,7 @@ static int ended(struct session *s, const struct kc_rec *rec, struct kc_err *err
 			kc_log(KC_LOG_ERROR, "there is no complete epoch of it to go on from");
 		else if (sb->mode == SERVING)
 			sb->guest_died = true;
-		kc_standby_wake(sb);
+		kc_wake();
 		pthread_mutex_unlock(&sb->lock);
 		return 0;
 	}
@@ -452,7 +412,7 @@ static int switch_over(struct session *s, struct kc_err *err)
 		return kc_fail(err, EBUSY, "there is no epoch to go on from, or it is done already");
 	sb->mode = FAILING_OVER;
 	sb->switches = true;
-	kc_standby_wake(sb);
+	kc_wake();
 	while (sb->mode == FAILING_OVER) {
 		kc_standby_wait(sb, heartbeat_ms(sb));
 		pthread_mutex_unlock(&sb->lock);
@@ -463,7 +423,7 @@ static int switch_over(struct session *s, struct kc_err *err)
 	       kc_fail(err, EREMOTEIO, "it cannot go on with the guest: %s", sb->why_not.text);
 }
 
-static void *session(void *arg)
+void *kc_session_run(void *arg)
 {
 	struct session *s = arg, **p;
 	struct standby *sb = s->sb;
@@ -477,7 +437,7 @@ static void *session(void *arg)
 
 	rc = kc_io_accept(s->fd, &sb->opts, &io, &err);
 	if (rc) {
-		tell_refusal(sb, "a connection", err.text);
+		kc_session_refused(sb, "a connection", err.text);
 		goto out;
 	}
 	s->io = io;
@@ -502,7 +462,7 @@ static void *session(void *arg)
 		}
 		kc_guest_free(&hello.guest);
 		if (rc)
-			tell_refusal(sb, "a primary", err.text);
+			kc_session_refused(sb, "a primary", err.text);
 		else
 			rc = receive(s, rx, &err);
 		if (rc && active && rc != -EEXIST && rc != -ENODATA)
@@ -511,7 +471,7 @@ static void *session(void *arg)
 			kc_log(KC_LOG_WARN, "lost the primary: %s; last complete epoch %" PRIu64, err.text,
 			       kc_ram_epoch(sb->ram));
 	} else {
-		tell_refusal(sb, "a connection", err.text);
+		kc_session_refused(sb, "a connection", err.text);
 	}
 	/* First let others have the RAM: to say goodbye may take a while. */
 	kc_rx_free(rx);
@@ -546,78 +506,6 @@ out:
 	pthread_mutex_unlock(&sb->lock);
 	free(s);
 	return NULL;
-}
-
-static bool has_spoken(const struct session *s)
-{
-	struct tcp_info info = { .tcpi_bytes_received = 0 };
-	socklen_t len = sizeof(info);
-
-	return getsockopt(s->fd, IPPROTO_TCP, TCP_INFO, &info, &len) || info.tcpi_bytes_received;
-}
-
-/* With the lock: room for another one.  False if there is none. */
-static bool make_room(struct standby *sb)
-{
-	struct session *s, *victim = NULL;
-	unsigned int nr = 0;
-	bool spoken = true;
-
-	for (s = sb->sessions; s; s = s->next) {
-		nr += !s->kicked;
-		if (s->is_primary || s->kicked)
-			continue;
-		/* The oldest one is the last one. */
-		if (spoken || !has_spoken(s)) {
-			spoken = spoken && has_spoken(s);
-			victim = s;
-		}
-	}
-	if (nr < MAX_SESSIONS)
-		return sb->nr_sessions < MAX_THREADS;
-	if (!victim)
-		return false;
-	kc_session_kick(victim);
-	return sb->nr_sessions < MAX_THREADS;
-}
-
-static void take(struct standby *sb, int fd)
-{
-	struct session *s = calloc(1, sizeof(*s));
-
-	pthread_mutex_lock(&sb->lock);
-	if (!s || !make_room(sb)) {
-		pthread_mutex_unlock(&sb->lock);
-		tell_refusal(sb, "a connection", "there are too many");
-		free(s);
-		close(fd);
-		return;
-	}
-	*s = (struct session){ .sb = sb, .fd = fd, .next = sb->sessions };
-	if (pthread_create(&s->thread, NULL, session, s)) {
-		free(s);
-		close(fd);
-	} else {
-		pthread_detach(s->thread);
-		sb->sessions = s;
-		sb->nr_sessions++;
-	}
-	pthread_mutex_unlock(&sb->lock);
-}
-
-void kc_session_take(struct standby *sb, int listener)
-{
-	unsigned int n;
-	int fd;
-
-	/* Not for ever: there is more to do than that. */
-	for (n = 0; n < 16; n++) {
-		fd = accept4(listener, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);
-		if (fd < 0)
-			break;
-		take(sb, fd);
-	}
-	kc_session_tell(sb);
 }
 
 void kc_session_stop_all(struct standby *sb, enum mode mode)

@@ -7,8 +7,16 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "backend.h"
+#include "peer.h"
+
+/* At less, a page would take so long that the receiver thinks that we are gone. */
+#define MIN_BANDWIDTH	(64u << 10)
+/* Time that was not used is made up for up to so long; and waits are not shorter. */
+#define MAX_BURST_US	100000u
+#define MIN_WAIT_US	5000u
 
 const char kc_sink_options_help[] =
 	"  --psk-file FILE       TLS key, IDENTITY:HEX as psktool makes it; only you may read it\n"
@@ -19,6 +27,8 @@ const char kc_sink_options_help[] =
 	"                        (default 64M, 0 for none; not used for a directory)\n"
 	"  --io-timeout TIME     give up a peer or disk that takes nothing for so long\n"
 	"                        (default 10s)\n"
+	"  --bandwidth SIZE      so many bytes a second at most are sent or written, at least 64k\n"
+	"                        (default: as many as possible)\n"
 	"  --keep N              a directory keeps N epochs to go back to (default 100)\n";
 
 void kc_sink_defaults(struct kc_sink_opts *opts)
@@ -72,6 +82,11 @@ int kc_sink_parse_option(struct kc_sink_opts *o, const char *name, const char *a
 			goto bad;
 		return 1;
 	}
+	if (!strcmp(name, "bandwidth")) {
+		if (kc_parse_size(arg, &o->bandwidth) || o->bandwidth < MIN_BANDWIDTH)
+			goto bad;
+		return 1;
+	}
 	if (!strcmp(name, "io-timeout")) {
 		if (kc_parse_ms(arg, &o->io_timeout_ms) || !o->io_timeout_ms)
 			goto bad;
@@ -87,6 +102,11 @@ int kc_sink_parse_option(struct kc_sink_opts *o, const char *name, const char *a
 	return 0;
 bad:
 	return kc_fail(err, EINVAL, "--%s does not take %s", name, arg);
+}
+
+int kc_sink_check(const char *spec, const struct kc_sink_opts *opts, struct kc_err *err)
+{
+	return strncmp(spec, "tcp:", 4) ? 0 : kc_check_peer(spec + 4, false, opts, err);
 }
 
 bool kc_sink_is_temporary(int error)
@@ -169,6 +189,7 @@ void kc_sink_close(struct kc_sink *s)
 	kc_guest_free(&s->guest);
 	free(s->state[0]);
 	free(s->state[1]);
+	free(s->ahead_digests);
 	pthread_mutex_destroy(&s->lock);
 	free(s);
 }
@@ -264,10 +285,34 @@ static int usable(struct kc_sink *s, bool open, struct kc_err *err)
 	return 0;
 }
 
+/*
+ * Something was handed over: wait until its time is up, if there is a limit.  What was handed over
+ * is on its way meanwhile, so the receiver hears of us as often as there are waits.
+ */
+static int pace(struct kc_sink *s, size_t len, struct kc_err *err)
+{
+	uint64_t now = kc_now_us();
+	int rc = 0;
+
+	if (!s->opts.bandwidth)
+		return 0;
+	if (s->paid_ns < (now - MAX_BURST_US) * 1000)
+		s->paid_ns = (now - MAX_BURST_US) * 1000;
+	s->paid_ns += len * 1000000000ull / s->opts.bandwidth;
+	/* A record without contents, such as a heartbeat, does not wait: the guest may. */
+	if (len <= KC_REC_HDR || s->paid_ns / 1000 < now + MIN_WAIT_US)
+		return 0;
+	if (s->ops->flush)
+		rc = s->ops->flush(s, err);
+	if (!rc)
+		usleep(s->paid_ns / 1000 - now);
+	return rc;
+}
+
 int kc_sink_emit(struct kc_sink *s, const uint8_t *rec, size_t len, const void *more,
 		 size_t more_len, struct kc_err *err)
 {
-	uint64_t t = kc_now_us();
+	uint64_t t = kc_now_us(), now;
 	int rc;
 
 	if (s->open) {
@@ -279,12 +324,12 @@ int kc_sink_emit(struct kc_sink *s, const uint8_t *rec, size_t len, const void *
 	rc = s->ops->write(s, rec, len, err);
 	if (!rc && more_len)
 		rc = s->ops->write(s, more, more_len, err);
-	s->wrote_us = kc_now_us();
+	now = kc_now_us();
 	if (len > KC_REC_HDR + 8)
-		s->data_us = s->wrote_us;
+		s->data_us = now;
 	s->stats.wire_bytes += len + more_len;
-	s->stats.io_us += s->wrote_us - t;
-	return rc;
+	s->stats.io_us += now - t;
+	return rc ? rc : pace(s, len + more_len, err);
 }
 
 static int flush_zeros(struct kc_sink *s, struct kc_err *err)
@@ -379,6 +424,8 @@ int kc_epoch_page(struct kc_sink *s, uint32_t block, uint64_t page, const void *
 		return kc_fail(err, EINVAL, "the guest has no page %llu in block %u",
 			       (unsigned long long)page, block);
 	s->stats.pages++;
+	if (block == s->ahead.block && page - s->ahead.first < s->ahead.n)
+		s->ahead_stale = true;
 	return broken(s, put_page(s, block, page, data, err));
 }
 
@@ -563,6 +610,11 @@ int kc_sink_note(struct kc_sink *s, const char *text, struct kc_err *err)
 	return broken(s, kc_sink_emit(s, rec, kc_put_note(rec, text), NULL, 0, err));
 }
 
+uint64_t kc_sink_due_us(const struct kc_sink *s)
+{
+	return s->heartbeat_ms ? s->beat_us + s->heartbeat_ms * 1000ull : UINT64_MAX;
+}
+
 int kc_sink_wait(struct kc_sink *s, uint64_t nr, unsigned int timeout_ms, struct kc_err *err)
 {
 	uint64_t end = kc_now_us() + timeout_ms * 1000ull;
@@ -570,13 +622,18 @@ int kc_sink_wait(struct kc_sink *s, uint64_t nr, unsigned int timeout_ms, struct
 	int rc;
 
 	for (;;) {
+		uint64_t now, due;
+
 		rc = kc_sink_poll(s, NULL, err);
 		if (rc || s->last_epoch >= nr)
 			return rc;
-		if (kc_now_us() >= end)
+		now = kc_now_us();
+		if (now >= end)
 			return kc_fail(err, ETIMEDOUT,
 				       "epoch %llu was not acknowledged within %u ms",
 				       (unsigned long long)nr, timeout_ms);
-		poll(&p, 1, 20);
+		due = kc_sink_due_us(s);
+		due = due < end ? due : end;
+		poll(&p, 1, due > now ? (due - now + 999) / 1000 : 0);
 	}
 }

@@ -10,14 +10,16 @@
  *	kc_epoch_state(sink, state, len, stopped, &err)
  *	kc_epoch_commit(sink, &err)
  *
- * and between epochs, at least every 100 ms, kc_sink_poll() for acknowledgements and heartbeats.
+ * and between epochs, by kc_sink_due_us() at the latest, kc_sink_poll() for acknowledgements and
+ * heartbeats.
  *
  * Threading: none inside for tcp.  Compression, encryption and sending happen in the caller's
  * thread, while the guest runs.  So when kc_epoch_commit() returns, the epoch has been handed over
  * (to the kernel's socket buffer or, for a directory, to the disk), and nothing of the caller's is
  * referred to any more.  One sink belongs to one thread, except kc_sink_stats(), for any thread.
  *
- * Time: no call blocks longer than opts.io_timeout_ms without progress.
+ * Time: no call blocks longer than opts.io_timeout_ms without progress, and those that hand
+ * something over take as long as opts.bandwidth says.
  *
  * Failure: every call that fails with a negative errno, other than -EINVAL for a wrong use, leaves
  * the sink broken: close it, open another, begin with KC_EPOCH_RESYNC or KC_EPOCH_FULL (see
@@ -88,6 +90,7 @@ enum kc_codec { KC_CODEC_NONE, KC_CODEC_LZ4, KC_CODEC_ZSTD };
  * @psk_file: keys in GnuTLS psktool's format ("identity:hex"), readable by nobody else.
  * @psk_identity: which line of it, NULL for the first.
  * @insecure: neither authenticated nor encrypted; only to a loopback address.
+ * @bandwidth: bytes a second that are sent or written at most, before encryption; 0 for no limit.
  * @keep: a directory keeps at least this many of the last epochs restorable, and merges older ones.
  */
 struct kc_sink_opts {
@@ -99,6 +102,7 @@ struct kc_sink_opts {
 	const char *psk_file;
 	const char *psk_identity;
 	bool insecure;
+	uint64_t bandwidth;
 	unsigned int keep;
 };
 
@@ -109,7 +113,7 @@ void kc_sink_defaults(struct kc_sink_opts *opts);
  * kc_sink_parse_option() - take one of the options that describe a sink
  * @opts: to change.
  * @name: long option without dashes: compress, delta-cache, io-timeout, psk-file, psk-identity,
- *	insecure, keep.
+ *	insecure, bandwidth, keep.
  * @arg: its argument, NULL for insecure.  Must stay valid.
  * @err: why not.
  *
@@ -117,6 +121,14 @@ void kc_sink_defaults(struct kc_sink_opts *opts);
  */
 int kc_sink_parse_option(struct kc_sink_opts *opts, const char *name, const char *arg,
 			 struct kc_err *err);
+
+/**
+ * kc_sink_check() - is there a mistake that can be seen without opening it?
+ * @spec: as for kc_sink_open().
+ *
+ * Return: 0, or a negative errno if the address makes no sense or the key is missing or unfit.
+ */
+int kc_sink_check(const char *spec, const struct kc_sink_opts *opts, struct kc_err *err);
 
 /* For --help of whoever uses kc_sink_parse_option(). */
 extern const char kc_sink_options_help[];
@@ -180,8 +192,8 @@ bool kc_sink_end(struct kc_sink *sink, enum kc_end end);
  * certain that it will not run there.
  *
  * Return: 0, the guest is there; -ECANCELED, it is certain that the standby will not go on with it;
- * another negative errno, and nothing is certain: kc_sink_open() will tell, by -ESHUTDOWN if it did,
- * by success if it did not.
+ * another negative errno, and nothing is certain: kc_sink_open() will tell, by -ESHUTDOWN if it
+ * did, by success if it did not.
  */
 int kc_sink_switch_over(struct kc_sink *sink, struct kc_err *err);
 
@@ -222,6 +234,9 @@ unsigned int kc_sink_start(const struct kc_sink *sink);
  * @out: @n digests of KC_DIGEST_SIZE bytes, to be compared with kc_page_digest().
  * @err: why not.
  *
+ * A standby is asked for what follows in the block as well, and looks for that while the caller
+ * compares: so ask in ascending order.
+ *
  * The same as the receiver's memory is what a page with an equal digest is: the digest is a
  * cryptographic one, because what is in a page may be chosen by an adversary in the guest.
  *
@@ -234,6 +249,9 @@ int kc_sink_digests(struct kc_sink *sink, uint32_t block, uint64_t first, uint32
 
 /** kc_page_digest() - digest of one page, KC_DIGEST_SIZE bytes to @out. Any thread. */
 void kc_page_digest(const void *data, uint8_t *out);
+
+/** kc_page_digests() - of @n pages, which may be anywhere, by several threads */
+void kc_page_digests(const uint8_t *const *pages, uint32_t n, uint8_t *out);
 
 /*
  * Flags of kc_epoch_begin().  0: an increment, pages that are not in it are as they were in the
@@ -353,6 +371,15 @@ int kc_sink_note(struct kc_sink *sink, const char *text, struct kc_err *err);
  * has answered since.  Whatever it does out of silence, it does not before its timeout after that.
  */
 uint64_t kc_sink_confirmed_us(const struct kc_sink *sink);
+
+/**
+ * kc_sink_due_us() - when kc_sink_poll() has to be called next, by kc_now_us()
+ *
+ * Sooner is never wrong, and what comes of the receiver is told by kc_sink_fd().
+ *
+ * Return: the time, or UINT64_MAX if there is none.
+ */
+uint64_t kc_sink_due_us(const struct kc_sink *sink);
 
 /**
  * kc_sink_wait() - wait until an epoch is acknowledged, with heartbeats

@@ -12,13 +12,14 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/eventfd.h>
 #include <sys/signalfd.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
 
+#include "peer.h"
 #include "standby.h"
+#include "wake.h"
 
 #define RETRY_MS 5000u
 #define MAX_SLEEP_US 1000000ull
@@ -40,7 +41,6 @@ static char *command(void *ctx, const char *line, bool *ok)
 		text = "there is no complete epoch to go on from";
 	} else {
 		sb->promote = "told to";
-		kc_standby_wake(sb);
 		text = "failing over";
 		*ok = true;
 	}
@@ -48,14 +48,9 @@ static char *command(void *ctx, const char *line, bool *ok)
 	return strdup(text);
 }
 
-void kc_standby_wake(struct standby *sb)
-{
-	eventfd_write(sb->wake, 1);
-}
-
 /*
- * How long the primary has been silent: in full, whatever else goes on here.  But when this host was
- * suspended or this process stopped, it is not the primary who was silent.
+ * How long the primary has been silent: in full, whatever else goes on here.  But when this host
+ * was suspended or this process stopped, it is not the primary who was silent.
  */
 struct silence {
 	uint64_t since_us;	/* nothing before that counts */
@@ -82,6 +77,23 @@ static void notice_stop(struct silence *q)
 	q->cpu_us = cpu;
 }
 
+/*
+ * When we are at work for the primary, such as to try to load an epoch, nobody reads what it sends.
+ * But its packets are seen.
+ */
+static uint64_t packet_us(const struct session *s, uint64_t now)
+{
+	struct tcp_info info = { .tcpi_last_data_recv = 0 };
+	socklen_t len = sizeof(info);
+	uint64_t ms;
+
+	if (getsockopt(s->fd, IPPROTO_TCP, TCP_INFO, &info, &len))
+		return now;
+	ms = info.tcpi_last_data_recv < info.tcpi_last_ack_recv ? info.tcpi_last_data_recv :
+								  info.tcpi_last_ack_recv;
+	return now - ms * 1000;
+}
+
 static uint64_t silent_us(struct standby *sb, const struct silence *q)
 {
 	uint64_t now = kc_now_us(), heard;
@@ -89,7 +101,8 @@ static uint64_t silent_us(struct standby *sb, const struct silence *q)
 	pthread_mutex_lock(&sb->lock);
 	heard = sb->heard_us;
 	if (sb->active && sb->active->io)
-		heard = sb->active->busy ? now : kc_io_heard_us(sb->active->io);
+		heard = sb->active->busy ? packet_us(sb->active, now) :
+					   kc_io_heard_us(sb->active->io);
 	pthread_mutex_unlock(&sb->lock);
 	if (heard < q->since_us)
 		heard = q->since_us;
@@ -163,14 +176,13 @@ static int serve(struct standby *sb, int listener, int signals)
 {
 	struct pollfd p[3] = {
 		{ .fd = listener, .events = POLLIN }, { .fd = signals, .events = POLLIN },
-		{ .fd = sb->wake, .events = POLLIN },
+		{ .fd = kc_wake_fd(), .events = POLLIN },
 	};
 	struct silence q = { .looked_us = kc_now_us(), .since_us = kc_now_us() };
 	uint64_t not_before_us = 0, silent;
 	struct signalfd_siginfo si;
 	char reason[80];
 	struct kc_err err;
-	eventfd_t count;
 	const char *why;
 	pid_t pid;
 	int rc;
@@ -179,8 +191,7 @@ static int serve(struct standby *sb, int listener, int signals)
 		if (poll(p, 3, plan_ms(sb, &q, not_before_us)) < 0 && errno != EINTR)
 			return 1;
 		notice_stop(&q);
-		if (p[2].revents)
-			eventfd_read(sb->wake, &count);
+		kc_wake_clear();
 		if (p[0].revents)
 			kc_session_take(sb, listener);
 		kc_session_tell(sb);
@@ -389,7 +400,7 @@ static int parse(struct standby *sb, int argc, char **argv)
 			usage(stdout);
 			return 0;
 		default:
-			fprintf(stderr, "try: kvm-checkpoint standby --help\n");
+			fprintf(stderr, "Try: kvm-checkpoint standby --help\n");
 			return 2;
 		}
 		if (!ok) {
@@ -426,6 +437,10 @@ static int parse(struct standby *sb, int argc, char **argv)
 		sb->exec = calloc(argc - optind + 1, sizeof(char *));
 		for (i = optind; sb->exec && i < argc; i++)
 			sb->exec[i - optind] = strdup(argv[i]);
+	}
+	if (kc_check_peer(sb->listen, true, &sb->opts, &err)) {
+		kc_log(KC_LOG_ERROR, "%s", err.text);
+		return 2;
 	}
 	return check(sb);
 }
@@ -487,10 +502,10 @@ int cmd_standby(int argc, char **argv)
 	sigaddset(&set, SIGCONT);
 	pthread_sigmask(SIG_BLOCK, &set, NULL);
 	signals = signalfd(-1, &set, SFD_CLOEXEC | SFD_NONBLOCK);
-	sb.wake = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 
 	sb.status = kc_status_new("standby", "");
-	if (signals < 0 || sb.wake < 0 || !sb.status || kc_ram_open(sb.ram_dir, sb.durable, &sb.ram, &err)) {
+	if (signals < 0 || kc_wake_fd() < 0 || !sb.status ||
+	    kc_ram_open(sb.ram_dir, sb.durable, &sb.ram, &err)) {
 		kc_log(KC_LOG_ERROR, "%s", err.text[0] ? err.text : "out of memory");
 		goto out;
 	}

@@ -52,8 +52,8 @@ struct standby {
 	struct kc_ram *ram;
 	/*
 	 * Whoever may touch the RAM may touch these (ready.c): QEMU that waits for the guest and
-	 * QEMU that tries to load it, if there are; the kinds of state that were loaded, and the one
-	 * that is about to be.
+	 * QEMU that tries to load it, if there are; the kinds of state that were loaded, and the
+	 * one that is about to be.
 	 */
 	struct kc_qemu warm, trial;
 	uint64_t warm_started_us, warm_not_before_us, warm_pause_us;
@@ -88,22 +88,24 @@ struct standby {
 	/* Refusals that were told, or would have been, since then. */
 	unsigned int nr_told;
 	uint64_t told_us;
-	int wake;	/* an eventfd, for the main thread */
 	uint64_t still_there_us;	/* when the active session said so last */
 };
 
-/* --- standby.c ------------------------------------------------------------ */
-
-/* The main thread is to look at what has changed. */
-void kc_standby_wake(struct standby *sb);
-
-/* --- session.c ------------------------------------------------------------ */
+/* --- door.c --------------------------------------------------------------- */
 
 /* Accept what came to the listener, and serve each in a thread of its own. */
 void kc_session_take(struct standby *sb, int listener);
 
+/* Somebody was; somebody could fill the log with that. */
+void kc_session_refused(struct standby *sb, const char *whom, const char *why);
+
 /* Now and then: how many refusals were not told. */
 void kc_session_tell(struct standby *sb);
+
+/* --- session.c ------------------------------------------------------------ */
+
+/* The thread of a session, which it frees */
+void *kc_session_run(void *arg);
 
 /* End all connections, and wait for their threads. */
 void kc_session_stop_all(struct standby *sb, enum mode mode);

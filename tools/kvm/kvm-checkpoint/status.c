@@ -1,21 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * Status of a daemon, and its control socket.
+ * Status of a daemon.
  */
-#include <errno.h>
-#include <fcntl.h>
 #include <inttypes.h>
-#include <poll.h>
 #include <pthread.h>
-#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/eventfd.h>
-#include <sys/socket.h>
-#include <sys/stat.h>
-#include <sys/un.h>
-#include <unistd.h>
 
 #include <json-c/json.h>
 
@@ -87,7 +78,7 @@ static uint64_t hist_quantile(const struct hist *h, double q)
 
 struct kc_status {
 	pthread_mutex_t lock;
-	char role[16], guest[KC_NAME_SIZE], phase[64];
+	char role[16], guest[KC_NAME_SIZE], phase[64], socket[128];
 	char peer[300];
 	char trouble[sizeof(((struct kc_err *)0)->text)];
 	uint64_t started_us, done, total, resyncs;
@@ -124,6 +115,13 @@ void kc_status_guest(struct kc_status *st, const char *guest)
 {
 	pthread_mutex_lock(&st->lock);
 	snprintf(st->guest, sizeof(st->guest), "%s", guest);
+	pthread_mutex_unlock(&st->lock);
+}
+
+void kc_status_socket(struct kc_status *st, const char *path)
+{
+	pthread_mutex_lock(&st->lock);
+	snprintf(st->socket, sizeof(st->socket), "%s", path);
 	pthread_mutex_unlock(&st->lock);
 }
 
@@ -327,9 +325,10 @@ static void print_json(FILE *f, const struct kc_status *st, const struct report 
 	json_object_put(o);
 }
 
-/* A label's value: backslash, quote and newline have to be escaped. */
-static void print_label(FILE *f, const char *s)
+/* A label; in its value backslash, quote and newline have to be escaped. */
+static void print_label(FILE *f, const char *name, const char *s)
 {
+	fprintf(f, "%s=\"", name);
 	for (; *s; s++) {
 		if (*s == '\\' || *s == '"')
 			fputc('\\', f);
@@ -338,6 +337,23 @@ static void print_label(FILE *f, const char *s)
 		else
 			fputc(*s, f);
 	}
+	fputc('"', f);
+}
+
+/* Those that tell this daemon from all others of its host. */
+static void print_labels(FILE *f, const struct kc_status *st)
+{
+	print_label(f, "role", st->role);
+	print_label(f, ",guest", st->guest);
+	print_label(f, ",socket", st->socket);
+}
+
+/* A series up to its value; @more: labels of its own, or NULL. */
+static void series(FILE *f, const struct kc_status *st, const char *name, const char *more)
+{
+	fprintf(f, "kvm_checkpoint_%s{", name);
+	print_labels(f, st);
+	fprintf(f, "%s%s} ", more ? "," : "", more ? more : "");
 }
 
 static void metric(FILE *f, const char *name, const char *type, const char *help)
@@ -371,37 +387,88 @@ static void print_prometheus(FILE *f, const struct kc_status *st, const struct r
 	};
 	static const double quantiles[] = { 0.5, 0.99 };
 	unsigned int i, j;
+	char labels[64];
 
-	metric(f, "info", "gauge", "Role, guest and phase of the daemon.");
-	fprintf(f, "kvm_checkpoint_info{role=\"%s\",guest=\"", st->role);
-	print_label(f, st->guest);
-	fprintf(f, "\",phase=\"");
-	print_label(f, st->phase);
-	fprintf(f, "\"} 1\n");
+	metric(f, "info", "gauge", "Phase of the daemon.");
+	fprintf(f, "kvm_checkpoint_info{");
+	print_labels(f, st);
+	print_label(f, ",phase", st->phase);
+	fprintf(f, "} 1\n");
 	for (i = 0; i < sizeof(simple) / sizeof(simple[0]); i++) {
 		metric(f, simple[i].name, simple[i].type, simple[i].help);
-		fprintf(f, "kvm_checkpoint_%s %.17g\n", simple[i].name, simple[i].value);
+		series(f, st, simple[i].name, NULL);
+		fprintf(f, "%.17g\n", simple[i].value);
 	}
 	if (r->lag >= 0) {
 		metric(f, "lag_seconds", "gauge", "Age of the last acknowledged epoch.");
-		fprintf(f, "kvm_checkpoint_lag_seconds %.6f\n", r->lag);
+		series(f, st, "lag_seconds", NULL);
+		fprintf(f, "%.6f\n", r->lag);
 	}
 	metric(f, "pause_seconds", "summary", "Pauses of the guest and their parts.");
 	for (i = 0; i <= KC_PAUSE_PARTS; i++) {
-		for (j = 0; j < 2; j++)
-			fprintf(f,
-				"kvm_checkpoint_pause_seconds{part=\"%s\",quantile=\"%g\"} %.6f\n",
-				part_names[i], quantiles[j],
-				hist_quantile(&st->pause[i], quantiles[j]) / 1e6);
-		fprintf(f, "kvm_checkpoint_pause_seconds_sum{part=\"%s\"} %.6f\n", part_names[i],
-			st->pause[i].sum / 1e6);
-		fprintf(f, "kvm_checkpoint_pause_seconds_count{part=\"%s\"} %" PRIu64 "\n",
-			part_names[i], st->pause[i].count);
+		for (j = 0; j < 2; j++) {
+			snprintf(labels, sizeof(labels), "part=\"%s\",quantile=\"%g\"",
+				 part_names[i], quantiles[j]);
+			series(f, st, "pause_seconds", labels);
+			fprintf(f, "%.6f\n", hist_quantile(&st->pause[i], quantiles[j]) / 1e6);
+		}
+		snprintf(labels, sizeof(labels), "part=\"%s\"", part_names[i]);
+		series(f, st, "pause_seconds_sum", labels);
+		fprintf(f, "%.6f\n", st->pause[i].sum / 1e6);
+		series(f, st, "pause_seconds_count", labels);
+		fprintf(f, "%" PRIu64 "\n", st->pause[i].count);
 	}
 	metric(f, "pause_max_seconds", "gauge", "Longest pause of the guest.");
-	for (i = 0; i <= KC_PAUSE_PARTS; i++)
-		fprintf(f, "kvm_checkpoint_pause_max_seconds{part=\"%s\"} %.6f\n", part_names[i],
-			st->pause[i].max / 1e6);
+	for (i = 0; i <= KC_PAUSE_PARTS; i++) {
+		snprintf(labels, sizeof(labels), "part=\"%s\"", part_names[i]);
+		series(f, st, "pause_max_seconds", labels);
+		fprintf(f, "%.6f\n", st->pause[i].max / 1e6);
+	}
+}
+
+#define HELP "# HELP "
+
+/* The metric after the one at which a text is. */
+static char *next_metric(char *text)
+{
+	char *next = strstr(text, "\n" HELP);
+
+	return next ? next + 1 : text + strlen(text);
+}
+
+/* Prints a metric, the first time with its HELP and TYPE, and takes it out of the text. */
+static void move_metric(char *text, const char *name, size_t len, bool first, FILE *f)
+{
+	char *next, *p;
+	size_t n;
+
+	while (*text && strncmp(text, name, len))
+		text = next_metric(text);
+	next = next_metric(text);
+	for (p = text; p < next; p += n) {
+		n = strcspn(p, "\n");
+		n += p[n] == '\n';
+		if (*p != '#' || first)
+			fwrite(p, 1, n, f);
+	}
+	memmove(text, next, strlen(next) + 1);
+}
+
+void kc_prometheus_merge(char **texts, size_t n, FILE *f)
+{
+	const size_t help = strlen(HELP);
+	char name[128];
+	size_t i, j, len;
+
+	for (i = 0; i < n; i++) {
+		while (!strncmp(texts[i], HELP, help)) {
+			len = help + strcspn(texts[i] + help, " ") + 1;
+			len = len < sizeof(name) ? len : sizeof(name);
+			memcpy(name, texts[i], len);
+			for (j = i; j < n; j++)
+				move_metric(texts[j], name, len, j == i, f);
+		}
+	}
 }
 
 char *kc_status_print(struct kc_status *st, enum kc_status_format format)
@@ -427,256 +494,4 @@ char *kc_status_print(struct kc_status *st, enum kc_status_format format)
 		return NULL;
 	}
 	return text;
-}
-
-/* --- Control socket ------------------------------------------------------- */
-
-struct kc_ctl {
-	char *path;
-	int fd, stop;
-	pthread_t thread;
-	struct kc_status *st;
-	char *(*command)(void *ctx, const char *line, bool *ok);
-	void *ctx;
-};
-
-/* One that does not read or write is not waited for long. */
-#define CTL_TIMEOUT_MS 2000
-
-static void set_timeouts(int fd, unsigned int ms)
-{
-	struct timeval tv = { .tv_sec = ms / 1000, .tv_usec = ms % 1000 * 1000 };
-
-	setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &tv, sizeof(tv));
-	setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &tv, sizeof(tv));
-}
-
-static int send_all(int fd, const char *p, size_t len)
-{
-	ssize_t n;
-
-	for (; len; p += n, len -= n) {
-		n = send(fd, p, len, MSG_NOSIGNAL);
-		if (n <= 0)
-			return -1;
-	}
-	return 0;
-}
-
-static void answer(struct kc_ctl *ctl, int fd)
-{
-	char line[256], *text = NULL;
-	size_t len = 0;
-	bool ok = true;
-	ssize_t n;
-
-	set_timeouts(fd, CTL_TIMEOUT_MS);
-	do {
-		n = recv(fd, line + len, sizeof(line) - 1 - len, 0);
-		if (n <= 0)
-			return;
-		len += n;
-		line[len] = '\0';
-	} while (!strchr(line, '\n') && len < sizeof(line) - 1);
-	line[strcspn(line, "\n")] = '\0';
-
-	if (!strcmp(line, "status")) {
-		text = kc_status_print(ctl->st, KC_STATUS_TEXT);
-	} else if (!strcmp(line, "status json")) {
-		text = kc_status_print(ctl->st, KC_STATUS_JSON);
-	} else if (!strcmp(line, "status prometheus")) {
-		text = kc_status_print(ctl->st, KC_STATUS_PROMETHEUS);
-	} else if (ctl->command) {
-		text = ctl->command(ctl->ctx, line, &ok);
-	} else {
-		ok = false;
-		text = strdup("unknown command");
-	}
-	if (!text)
-		ok = false;
-	if (send_all(fd, ok ? "ok\n" : "error\n", ok ? 3 : 6) || !text)
-		goto out;
-	if (send_all(fd, text, strlen(text)))
-		goto out;
-	if (*text && text[strlen(text) - 1] != '\n')
-		send_all(fd, "\n", 1);
-out:
-	free(text);
-}
-
-static void *serve(void *arg)
-{
-	struct kc_ctl *ctl = arg;
-	struct pollfd p[2] = {
-		{ .fd = ctl->fd, .events = POLLIN }, { .fd = ctl->stop, .events = POLLIN },
-	};
-	int fd;
-
-	for (;;) {
-		if (poll(p, 2, -1) < 0)
-			continue;
-		if (p[1].revents)
-			return NULL;
-		fd = accept4(ctl->fd, NULL, NULL, SOCK_CLOEXEC);
-		if (fd < 0) {
-			/* Out of descriptors: do not spin. */
-			poll(NULL, 0, 50);
-			continue;
-		}
-		answer(ctl, fd);
-		close(fd);
-	}
-}
-
-static int set_path(struct sockaddr_un *sa, const char *path, struct kc_err *err)
-{
-	memset(sa, 0, sizeof(*sa));
-	sa->sun_family = AF_UNIX;
-	if (strlen(path) >= sizeof(sa->sun_path))
-		return kc_fail(err, ENAMETOOLONG, "%s is too long for a socket", path);
-	strcpy(sa->sun_path, path);
-	return 0;
-}
-
-/* False with errno ECONNREFUSED if a daemon did that was killed */
-static bool somebody_listens(const struct sockaddr_un *sa)
-{
-	int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
-	int e = 0;
-
-	/* EAGAIN: somebody who is busy */
-	if (fd < 0 || (connect(fd, (const struct sockaddr *)sa, sizeof(*sa)) && errno != EAGAIN))
-		e = errno;
-	if (fd >= 0)
-		close(fd);
-	errno = e;
-	return !e;
-}
-
-struct kc_ctl *kc_ctl_start(const char *path, struct kc_status *st,
-			    char *(*command)(void *ctx, const char *line, bool *ok), void *ctx,
-			    struct kc_err *err)
-{
-	struct kc_ctl *ctl = calloc(1, sizeof(*ctl));
-	struct sockaddr_un sa;
-	struct stat sb;
-	mode_t mask;
-	int rc;
-
-	if (!ctl) {
-		kc_fail(err, ENOMEM, "out of memory");
-		return NULL;
-	}
-	*ctl = (struct kc_ctl){ .fd = -1, .stop = -1, .st = st, .command = command, .ctx = ctx };
-	rc = set_path(&sa, path, err);
-	if (rc)
-		goto fail;
-	ctl->path = strdup(path);
-	ctl->stop = eventfd(0, EFD_CLOEXEC);
-	ctl->fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
-	if (!ctl->path || ctl->stop < 0 || ctl->fd < 0) {
-		rc = kc_fail(err, errno, "cannot make a socket: %s", strerror(errno));
-		goto fail;
-	}
-	if (somebody_listens(&sa)) {
-		free(ctl->path);
-		ctl->path = NULL;
-		rc = kc_fail(err, EADDRINUSE, "%s: another daemon listens there", path);
-		goto fail;
-	}
-	/* Anything but a socket is left alone. */
-	if (errno == ECONNREFUSED && !lstat(path, &sb) && S_ISSOCK(sb.st_mode))
-		unlink(path);
-	mask = umask(0177);
-	rc = bind(ctl->fd, (struct sockaddr *)&sa, sizeof(sa)) ? -errno : 0;
-	umask(mask);
-	if (rc || listen(ctl->fd, 8)) {
-		rc = rc ? rc : -errno;
-		free(ctl->path);
-		ctl->path = NULL;
-		kc_fail(err, -rc, "cannot listen on %s: %s", path, strerror(-rc));
-		goto fail;
-	}
-	rc = -pthread_create(&ctl->thread, NULL, serve, ctl);
-	if (rc) {
-		kc_fail(err, -rc, "cannot start a thread: %s", strerror(-rc));
-		goto fail;
-	}
-	return ctl;
-fail:
-	if (ctl->path)
-		unlink(ctl->path);
-	free(ctl->path);
-	if (ctl->fd >= 0)
-		close(ctl->fd);
-	if (ctl->stop >= 0)
-		close(ctl->stop);
-	free(ctl);
-	errno = -rc;
-	return NULL;
-}
-
-void kc_ctl_stop(struct kc_ctl *ctl)
-{
-	if (!ctl)
-		return;
-	eventfd_write(ctl->stop, 1);
-	pthread_join(ctl->thread, NULL);
-	unlink(ctl->path);
-	free(ctl->path);
-	close(ctl->fd);
-	close(ctl->stop);
-	free(ctl);
-}
-
-int kc_ctl_request(const char *path, const char *line, char **out, struct kc_err *err)
-{
-	char buf[4096], *text = NULL, *first;
-	struct sockaddr_un sa;
-	size_t len;
-	ssize_t n;
-	FILE *f;
-	int fd, rc;
-
-	rc = set_path(&sa, path, err);
-	if (rc)
-		return rc;
-	fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
-	if (fd >= 0)
-		set_timeouts(fd, 2 * CTL_TIMEOUT_MS);	/* connect() has one, too */
-	if (fd < 0 || connect(fd, (struct sockaddr *)&sa, sizeof(sa))) {
-		rc = errno == EAGAIN ?
-		     kc_fail(err, ETIMEDOUT, "the daemon at %s does not answer", path) :
-		     kc_fail(err, errno, "cannot reach a daemon at %s: %s", path, strerror(errno));
-		if (fd >= 0)
-			close(fd);
-		return rc;
-	}
-	f = open_memstream(&text, &len);
-	if (!f) {
-		close(fd);
-		return kc_fail(err, ENOMEM, "out of memory");
-	}
-	if (send_all(fd, line, strlen(line)) || send_all(fd, "\n", 1))
-		n = -1;
-	else
-		while ((n = recv(fd, buf, sizeof(buf), 0)) > 0)
-			fwrite(buf, 1, n, f);
-	fclose(f);
-	close(fd);
-	first = text ? strchr(text, '\n') : NULL;
-	if (n < 0 || !first) {
-		free(text);
-		return kc_fail(err, ETIMEDOUT, "the daemon at %s does not answer", path);
-	}
-	*first++ = '\0';
-	if (strcmp(text, "ok")) {
-		first[strcspn(first, "\n")] = '\0';
-		kc_fail(err, EREMOTEIO, "%s", first);
-		free(text);
-		return -EREMOTEIO;
-	}
-	*out = strdup(first);
-	free(text);
-	return *out ? 0 : kc_fail(err, ENOMEM, "out of memory");
 }

@@ -6,6 +6,8 @@
 #ifndef KC_STATUS_H
 #define KC_STATUS_H
 
+#include <stdio.h>
+
 #include "sink.h"
 
 enum kc_pause_part {
@@ -27,6 +29,9 @@ void kc_status_free(struct kc_status *st);
 
 /** kc_status_guest() - set or change the guest's name. */
 void kc_status_guest(struct kc_status *st, const char *guest);
+
+/** kc_status_socket() - where the status is asked for; tells one daemon of a host from another. */
+void kc_status_socket(struct kc_status *st, const char *path);
 
 /** kc_status_phase() - a word or two for people: "full copy", "running", "link lost", ... */
 void kc_status_phase(struct kc_status *st, const char *phase);
@@ -61,6 +66,10 @@ void kc_status_sink(struct kc_status *st, const struct kc_sink_stats *stats);
 /** kc_status_resync() - count one resynchronization. */
 void kc_status_resync(struct kc_status *st);
 
+/*
+ * What Prometheus gets has the labels role, guest and socket at each series, so that those of all
+ * daemons of a host differ.
+ */
 enum kc_status_format { KC_STATUS_TEXT, KC_STATUS_JSON, KC_STATUS_PROMETHEUS };
 
 /** kc_status_print() - as malloc()ed text, NULL if memory is short. */
@@ -69,11 +78,12 @@ char *kc_status_print(struct kc_status *st, enum kc_status_format format);
 struct kc_ctl;
 
 /**
- * kc_ctl_start() - serve a control socket in a thread of its own
+ * kc_ctl_start() - serve a control socket in a thread of its own, all clients at once
  * @path: of the unix socket; a stale one is replaced, one in use is an error.  Made with mode 0600.
  * @st: what "status" prints.
- * @command: called in the control thread for other commands ("promote", "detach", ...), returns
- *	malloc()ed text to answer (without final newline) and sets *@ok; NULL if there are none.
+ * @command: called in the control thread, so it must not wait, for other commands ("promote",
+ *	"detach", ...), returns malloc()ed text to answer (without final newline) and sets *@ok;
+ *	NULL if there are none.
  * @ctx: for @command.
  * @err: why not.
  *
@@ -96,6 +106,16 @@ void kc_ctl_stop(struct kc_ctl *ctl);
  * Return: 0, or a negative errno (-EREMOTEIO when the daemon answered "error").
  */
 int kc_ctl_request(const char *path, const char *line, char **answer, struct kc_err *err);
+
+/**
+ * kc_prometheus_merge() - what several daemons say as one text
+ * @texts: as of "status prometheus"; they are changed.
+ * @n: how many.
+ * @f: where to.
+ *
+ * The series of a metric have to follow each other, after one HELP and one TYPE.
+ */
+void kc_prometheus_merge(char **texts, size_t n, FILE *f);
 
 /* The sub-commands, argv[0] being their name.  They return the exit status. */
 int cmd_protect(int argc, char **argv);		/* protect.c */

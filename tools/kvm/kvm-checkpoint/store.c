@@ -24,9 +24,17 @@ void kc_store_file_name(char name[40], uint64_t nr)
 
 int kc_store_open_file(const struct kc_store *st, uint64_t nr)
 {
+	struct stat sb;
 	char name[40];
 
 	kc_store_file_name(name, nr);
+	/* To open a FIFO would wait for a writer, and a device may do anything. */
+	if (fstatat(st->dir, name, &sb, AT_SYMLINK_NOFOLLOW))
+		return -1;
+	if (!S_ISREG(sb.st_mode)) {
+		errno = EINVAL;
+		return -1;
+	}
 	return openat(st->dir, name, O_RDONLY | O_CLOEXEC | O_NOFOLLOW);
 }
 
@@ -229,9 +237,12 @@ ssize_t kc_store_chain(const struct kc_store *st, uint64_t nr, size_t **out, str
 			if (f < 0 && want == nr)
 				return kc_fail(err, ENOENT, "%s has no epoch %" PRIu64, st->path,
 					       nr);
+			if (want == nr)
+				return kc_fail(err, EPROTO,
+					       "the file of epoch %" PRIu64 " is damaged", nr);
 			return kc_fail(err, EPROTO,
-				       "epoch %" PRIu64 " needs epoch %" PRIu64 ", whose file is %s", nr,
-				       want, f < 0 ? "missing" : "damaged");
+				       "epoch %" PRIu64 " needs epoch %" PRIu64 ", whose file is %s",
+				       nr, want, f < 0 ? "missing" : "damaged");
 		}
 		chain[n++] = f;
 		if (st->files[f].flags == KC_EPOCH_FULL)

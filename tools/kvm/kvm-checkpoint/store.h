@@ -76,6 +76,15 @@ int kc_store_replay(const struct kc_store *store, const size_t *chain, size_t n,
 		    const struct kc_store_ops *ops, void *ctx, struct kc_devices *state,
 		    size_t *sound, struct kc_err *err);
 
+/**
+ * kc_store_verify() - read all files, and say of each epoch that is lost why it is
+ * @last: the last sound epoch, 0 if there is none.
+ * @lost: how many are lost.
+ *
+ * Return: 0, -ESTALE as of kc_store_replay(), or another negative errno.
+ */
+int kc_store_verify(const struct kc_store *store, uint64_t *last, size_t *lost, struct kc_err *err);
+
 /* Show on stderr how far reading is; for who is on a terminal. */
 extern bool kc_store_progress;
 

@@ -1,8 +1,9 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
 /*
  * What the files of store.h share among each other: store.c looks at a directory, store_replay.c
- * reads chains, store_restore.c writes them out, store_place.c finds single pages in them,
- * store_merge.c makes one epoch of many, and store_sink.c takes new ones.
+ * reads chains, store_verify.c finds out which are sound, store_restore.c writes them out,
+ * store_place.c finds single pages in them, store_merge.c makes one epoch of many, and store_sink.c
+ * takes new ones.
  */
 #ifndef KC_STORE_INTERNAL_H
 #define KC_STORE_INTERNAL_H
@@ -16,12 +17,12 @@
 #define KC_STORE_MERGE_TMP "merge.tmp"
 
 void kc_store_file_name(char name[40], uint64_t nr);
-/* A file descriptor, or -1 and errno. */
+/* A file descriptor, or -1 and errno; EINVAL for what is not a regular file. */
 int kc_store_open_file(const struct kc_store *st, uint64_t nr);
 /* The index of an epoch's file, or -1. */
 ssize_t kc_store_find(const struct kc_store *st, uint64_t nr);
 
-/* *nr: the last epoch whose chain is sound, 0 if there is none.  0 or -ESTALE. */
+/* *nr: the last sound epoch, 0 if there is none. */
 int kc_store_last_sound(const struct kc_store *st, uint64_t *nr, struct kc_err *err);
 
 /* All up to epoch @nr into one full epoch with its name; @bytes: the size of its file. */

@@ -224,32 +224,3 @@ int kc_store_replay(const struct kc_store *st, const size_t *chain, size_t n,
 	}
 	return rc;
 }
-
-/* *nr: the last epoch whose chain is sound, 0 if there is none.  0 or -ESTALE. */
-int kc_store_last_sound(const struct kc_store *st, uint64_t *nr, struct kc_err *err)
-{
-	struct kc_err why;
-	size_t *chain, sound, i;
-	ssize_t n;
-	int rc;
-
-	*nr = 0;
-	for (i = st->nr_files; i-- > 0 && !*nr;) {
-		n = kc_store_chain(st, st->files[i].nr, &chain, &why);
-		rc = n;
-		if (n > 0) {
-			sound = 0;
-			rc = kc_store_replay(st, chain, n, NULL, NULL, NULL, &sound, &why);
-			if (!rc)
-				*nr = st->files[i].nr;
-			else if (sound)
-				*nr = st->files[chain[sound - 1]].nr;
-			free(chain);
-		}
-		if (rc == -ESTALE)
-			return kc_fail(err, ESTALE, "%s", why.text);
-		if (*nr != st->files[i].nr)
-			kc_log(KC_LOG_WARN, "%s", why.text);
-	}
-	return 0;
-}

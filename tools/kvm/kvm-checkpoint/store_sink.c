@@ -120,8 +120,8 @@ static int store_begin(struct kc_sink *s, struct kc_err *err)
 
 	discard(ss);
 	ss->bytes = 0;
-	ss->fd = openat(ss->store.dir, KC_STORE_TMP, O_RDWR | O_CREAT | O_TRUNC | O_CLOEXEC | O_NOFOLLOW,
-			0600);
+	ss->fd = openat(ss->store.dir, KC_STORE_TMP,
+			O_RDWR | O_CREAT | O_TRUNC | O_CLOEXEC | O_NOFOLLOW, 0600);
 	if (ss->fd < 0)
 		return sink_error(ss, err);
 	hello = malloc(KC_REC_HDR + KC_REC_MAX);
@@ -305,7 +305,8 @@ static int scan_open(struct store_sink *ss, struct kc_err *err)
 		if (rc)
 			break;
 		if (rec.type == KC_PAGE && !kc_get_page(&rec, &p, err) && p.block != KC_STATE_BLOCK)
-			rc = kc_place_page(&ss->place, ss->nr_chain, at, p.block, p.page, NULL, err);
+			rc = kc_place_page(&ss->place, ss->nr_chain, at, p.block, p.page, NULL,
+					   err);
 		else if (rec.type == KC_ZERO && !kc_get_zero(&rec, &z, err) &&
 			 z.block != KC_STATE_BLOCK)
 			rc = kc_place_zero(&ss->place, z.block, z.page, z.npages, err);
@@ -417,6 +418,8 @@ int kc_store_open(struct kc_sink *s, const char *path, struct kc_err *err)
 	if (mkdir(path, 0700) && errno != EEXIST)
 		return kc_fail(err, errno, "cannot make %s: %s", path, strerror(errno));
 	rc = kc_store_read(path, &ss->store, err);
+	if (!rc)
+		rc = kc_check_owner(ss->store.dir, path, err);
 	if (rc)
 		return rc;
 	ss->lock = openat(ss->store.dir, "lock", O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0600);

@@ -21,8 +21,8 @@
  *			the epoch before, or zero if this is no increment
  *	COMMIT		the epoch is whole: number of records and pages, checksum of them
  *	ABORT		forget it
- *	HEARTBEAT	any time: when it was sent, by the sender's clock.  The receiver's answer has
- *			the same number, and 0 if it is no answer
+ *	HEARTBEAT	any time: when it was sent, by the sender's clock.  The receiver's answer
+ *			has the same number, and 0 if it is no answer
  *	NOTE		any time, optional: why there are no epochs for now, in words; empty when
  *			there are again
  *	END		there will be no more

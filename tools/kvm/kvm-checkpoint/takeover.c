@@ -126,7 +126,8 @@ int kc_take_over(struct standby *sb, const char *reason, pid_t *pid, struct kc_e
 		kc_log(KC_LOG_ERROR, "%s: see QEMU's other monitors what it needs", err->text);
 	kc_log(KC_LOG_WARN,
 	       "taken over at epoch %" PRIu64 " after %.3f s, of which %.3f s since the fence%s",
-	       kc_ram_epoch(sb->ram), (kc_now_us() - t) / 1e6, (kc_now_us() - fenced) / 1e6, !sb->exec ? "" : rc ? ": the guest is here" :
+	       kc_ram_epoch(sb->ram), (kc_now_us() - t) / 1e6, (kc_now_us() - fenced) / 1e6,
+	       !sb->exec ? "" : rc ? ": the guest is here" :
 	       kc_ram_flags(sb->ram) & KC_RAM_STOPPED ?
 	       ": the guest is here, and stopped as it was when the epoch was taken" :
 	       ": the guest runs here");

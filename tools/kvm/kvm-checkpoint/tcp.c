@@ -122,6 +122,55 @@ static int tcp_flush(struct kc_sink *s, struct kc_err *err)
 	return rc ? why(s, rc, err) : 0;
 }
 
+/* The answer to what was asked ahead */
+static int take_digests(struct kc_sink *s, const struct kc_rec *rec, struct kc_err *err)
+{
+	struct kc_digest_req got, *want = &s->ahead;
+
+	if (rec->type != KC_DIGESTS)
+		return kc_fail(err, EPROTO, "the standby sent a record of type %u for no reason",
+			       rec->type);
+	if (!want->n || s->ahead_here || kc_get_digest_req(rec, &got, err) ||
+	    got.block != want->block || got.first != want->first || got.n != want->n)
+		return kc_fail(err, EPROTO,
+			       "the standby does not answer with the digests it was asked for");
+	memcpy(s->ahead_digests, got.digests, (size_t)got.n * KC_DIGEST_SIZE);
+	s->ahead_here = true;
+	return 0;
+}
+
+static int await_digests(struct kc_sink *s, struct kc_err *err)
+{
+	struct kc_rec rec;
+	int rc = 0;
+
+	while (!rc && s->ahead.n && !s->ahead_here) {
+		rc = next(s, s->opts.io_timeout_ms, &rec, err);
+		if (!rc)
+			rc = take_digests(s, &rec, err);
+	}
+	return rc;
+}
+
+static int ask_digests(struct kc_sink *s, uint32_t block, uint64_t first, uint32_t n,
+		       struct kc_err *err)
+{
+	uint8_t buf[KC_REC_HDR + 16];
+	size_t len;
+	int rc;
+
+	if (!s->ahead_digests)
+		s->ahead_digests = malloc(KC_DIGESTS_CHUNK * KC_DIGEST_SIZE);
+	if (!s->ahead_digests)
+		return kc_fail(err, ENOMEM, "out of memory");
+	s->ahead = (struct kc_digest_req){ .block = block, .first = first, .n = n };
+	s->ahead_here = false;
+	s->ahead_stale = false;
+	len = kc_put_digest_req(buf, KC_DIGEST_REQ, &s->ahead);
+	rc = kc_sink_emit(s, buf, len, NULL, 0, err);
+	return rc ? rc : tcp_flush(s, err);
+}
+
 static int tcp_poll(struct kc_sink *s, struct kc_err *err)
 {
 	uint64_t heard = kc_io_heard_us(io_of(s)), now;
@@ -131,10 +180,11 @@ static int tcp_poll(struct kc_sink *s, struct kc_err *err)
 	rc = tcp_flush(s, err);
 	if (rc)
 		return rc;
-	rc = next(s, 0, &rec, err);
-	if (!rc)
-		return kc_fail(err, EPROTO, "the standby sent a record of type %u for no reason",
-			       rec.type);
+	while (!(rc = next(s, 0, &rec, err))) {
+		rc = take_digests(s, &rec, err);
+		if (rc)
+			return rc;
+	}
 	if (rc != -EAGAIN)
 		return rc;
 	/* While data flows, a peer that takes none is noticed by that. */
@@ -151,26 +201,26 @@ static int tcp_poll(struct kc_sink *s, struct kc_err *err)
 static int tcp_digests(struct kc_sink *s, uint32_t block, uint64_t first, uint32_t n, uint8_t *out,
 		       struct kc_err *err)
 {
-	struct kc_digest_req req = { .block = block, .first = first, .n = n }, got;
-	uint8_t buf[KC_REC_HDR + 16];
-	struct kc_rec rec;
-	size_t len;
+	uint64_t left = s->guest.blocks[block].npages - first - n;
+	uint32_t next_n = left < KC_DIGESTS_CHUNK ? left : KC_DIGESTS_CHUNK;
 	int rc;
 
-	len = kc_put_digest_req(buf, KC_DIGEST_REQ, &req);
-	rc = kc_sink_emit(s, buf, len, NULL, 0, err);
-	if (!rc)
-		rc = tcp_flush(s, err);
-	if (!rc)
-		rc = next(s, s->opts.io_timeout_ms, &rec, err);
+	if (s->ahead_stale || s->ahead.block != block || s->ahead.first != first ||
+	    s->ahead.n != n) {
+		/* Another one than was thought */
+		rc = await_digests(s, err);
+		if (!rc)
+			rc = ask_digests(s, block, first, n, err);
+		if (rc)
+			return rc;
+	}
+	rc = await_digests(s, err);
 	if (rc)
 		return rc;
-	if (rec.type != KC_DIGESTS || kc_get_digest_req(&rec, &got, err) || got.block != block ||
-	    got.first != first || got.n != n)
-		return kc_fail(err, EPROTO,
-			       "the standby does not answer with the digests it was asked for");
-	memcpy(out, got.digests, (size_t)n * KC_DIGEST_SIZE);
-	return 0;
+	memcpy(out, s->ahead_digests, (size_t)n * KC_DIGEST_SIZE);
+	s->ahead.n = 0;
+	/* Both ends are at work then. */
+	return left ? ask_digests(s, block, first + n, next_n, err) : 0;
 }
 
 static bool tcp_end(struct kc_sink *s, enum kc_end end)
@@ -182,8 +232,8 @@ static bool tcp_end(struct kc_sink *s, enum kc_end end)
 	kc_put_end(buf, end);
 	/* It says the same when it has seen to that, but may be busy with the last epoch. */
 	told = !kc_sink_emit(s, buf, sizeof(buf), NULL, 0, NULL) &&
-	       !kc_io_flush(io_of(s), NULL) && !next(s, s->opts.io_timeout_ms, &rec, NULL) &&
-	       rec.type == KC_END;
+	       !kc_io_flush(io_of(s), NULL) && !await_digests(s, NULL) &&
+	       !next(s, s->opts.io_timeout_ms, &rec, NULL) && rec.type == KC_END;
 	s->broken = true;
 	return told;
 }
@@ -225,6 +275,7 @@ static void tcp_close(struct kc_sink *s)
 static const struct kc_sink_ops tcp_ops = {
 	.begin = tcp_begin,
 	.write = tcp_write,
+	.flush = tcp_flush,
 	.commit = tcp_flush,
 	.abort = tcp_flush,
 	.poll = tcp_poll,
@@ -291,7 +342,7 @@ int kc_tcp_open(struct kc_sink *s, const char *hostport, struct kc_err *err)
 	s->same_sender = w.same_sender;
 	memcpy(s->receiver, w.receiver, sizeof(s->receiver));
 	s->heartbeat_ms = w.timeout_ms ? (w.timeout_ms + 3) / 4 : 1000;
-	s->wrote_us = s->data_us = s->beat_us = kc_now_us();
+	s->data_us = s->beat_us = kc_now_us();
 	s->confirmed_us = sent_us;
 	return 0;
 }

@@ -137,6 +137,10 @@ usage_error(const char *fmt, ...)
 	exit(2);
 }
 
+#ifndef PROGRAM_VERSION
+#define PROGRAM_VERSION "1"
+#endif
+
 static void usage(void)
 {
 	fputs("Usage: kvmdirtytop [OPTION]... [INTERVAL [COUNT]]\n"
@@ -156,6 +160,7 @@ static void usage(void)
 	      "      --json       one JSON object for each interval, and no tables\n"
 	      "  -v, --verbose    say what is loaded and attached\n"
 	      "  -h, --help       this\n"
+	      "      --version    which version this is\n"
 	      "\n"
 	      "Needs CAP_BPF and CAP_PERFMON.  The manual page, kvmdirtytop(8), explains each\n"
 	      "column.\n", stdout);
@@ -923,7 +928,7 @@ static long whole(const char *what, const char *s, long max)
 
 static void parse(int argc, char **argv)
 {
-	enum { HIST = 256, JSON };
+	enum { HIST = 256, JSON, VERSION };
 	static const struct option options[] = {
 		{ "pid", required_argument, NULL, 'p' },
 		{ "sort", required_argument, NULL, 's' },
@@ -934,6 +939,7 @@ static void parse(int argc, char **argv)
 		{ "json", no_argument, NULL, JSON },
 		{ "verbose", no_argument, NULL, 'v' },
 		{ "help", no_argument, NULL, 'h' },
+		{ "version", no_argument, NULL, VERSION },
 		{ 0 }
 	};
 	int c;
@@ -971,6 +977,9 @@ static void parse(int argc, char **argv)
 			break;
 		case 'h':
 			usage();
+			exit(0);
+		case VERSION:
+			puts("kvmdirtytop " PROGRAM_VERSION);
 			exit(0);
 		default:
 			fputs("Try: kvmdirtytop --help\n", stderr);

@@ -215,6 +215,15 @@ int reap(pid_t *pid)
 	return WIFEXITED(status) ? WEXITSTATUS(status) : -WTERMSIG(status);
 }
 
+void freeze(pid_t pid)
+{
+	siginfo_t si;
+
+	kill(pid, SIGSTOP);
+	/* Left to be seen again, as it may be stopped already. */
+	CHECK(!waitid(P_PID, pid, &si, WSTOPPED | WNOWAIT), "it cannot be stopped: %s", strerror(errno));
+}
+
 void stop_standby(int sig)
 {
 	if (standby > 0)

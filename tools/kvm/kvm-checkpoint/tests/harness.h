@@ -86,6 +86,9 @@ void stop_standby(int sig);
 /* The epoch in the directory of a standby that is dead. */
 uint64_t ram_epoch(const char *path);
 
+/* SIGSTOP to a child; when this returns, none of its threads goes on any more. */
+void freeze(pid_t pid);
+
 /* Its exit status, or minus the signal. */
 int reap(pid_t *pid);
 

@@ -168,16 +168,19 @@ void test_term_lost(void)
 }
 
 /* Or nobody is there any more that could be told, which must not be taken for a good end. */
-static void end_untold(int sig, const char *said)
+static void end_untold(const char *said)
 {
 	start_qemu(&qemu);
 	start_standby(path_of("ram"), "--no-fence", "--timeout", "0", "--insecure");
 	start_protect(CHECKED, spec(), "--interval", "1ms", "--io-timeout", "2s", NULL);
 	while (qemu.conts < 3)
 		step(&qemu, 1);
-	kill(standby, sig);
-	if (said)
+	if (said) {
+		kill(standby, SIGKILL);
 		serve_until_log(said);
+	} else {
+		freeze(standby);
+	}
 	kill(qemu.client, SIGTERM);
 	must_fail(serve(), "does not know that the protection has ended");
 	kill(standby, SIGKILL);
@@ -186,13 +189,13 @@ static void end_untold(int sig, const char *said)
 
 void test_term_untold(void)
 {
-	end_untold(SIGKILL, "the guest runs on, trying again");
+	end_untold("the guest runs on, trying again");
 }
 
 /* The connection is there, but the standby hangs. */
 void test_term_unheard(void)
 {
-	end_untold(SIGSTOP, NULL);
+	end_untold(NULL);
 }
 
 /* The standby ends while QEMU does something that takes long. */
@@ -255,7 +258,8 @@ void test_other_key(void)
 	CHECK(snap_of_standby(path_of("ram")) == qemu.nr_snaps - 1, "the last epoch is missing");
 	/* But one that was never right is not. */
 	qemu.hook = NULL;
-	key_file = path_of("other.psk");
+	/* For longer than other paths. */
+	key_file = strdup(path_of("other.psk"));
 	start_standby(path_of("ram"), "--no-fence", "--timeout", "0");
 	must_fail(protect(CHECKED, spec()), "; the guest runs on, without protection");
 	CHECK(!log_has("trying again"), "it tries again");

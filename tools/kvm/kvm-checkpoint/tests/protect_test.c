@@ -743,6 +743,7 @@ static const struct test tests[] = {
 	{ "protect_shutdown_lost", test_shutdown_lost },
 	{ "protect_unread_stdout", test_unread_stdout },
 	{ "protect_unread_stderr", test_unread_stderr },
+	{ "protect_pairs", test_pairs },
 	{ "protect_frozen", test_frozen },
 	{ "protect_run_states", test_run_states },
 	{ "protect_first_run_state", test_first_run_state },

@@ -45,6 +45,9 @@ void test_switchover_late(void);
 void test_switchover_unknown(void);
 void test_switchover_directory(void);
 
+/* protect_pairs.c */
+void test_pairs(void);
+
 /* protect_guest.c */
 void test_frozen(void);
 void test_run_states(void);

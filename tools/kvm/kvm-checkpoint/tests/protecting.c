@@ -199,6 +199,6 @@ unsigned int times_in_log(const char *text)
 const char *stops_standby(struct qemu *q, const char *command)
 {
 	if (!strcmp(command, COLLECT) && q->running)
-		kill(standby, SIGSTOP);
+		freeze(standby);
 	return NULL;
 }

@@ -4,8 +4,8 @@
  *
  * Whatever it is told, it says that it did it, and that the guest's status is STATUS once it was
  * told to run it; "silent": nothing any more, then.  It cannot load a state if PID-FILE.refuse
- * exists, for the reason that is in there, and takes for ever if PID-FILE.slow does.  Each start and
- * each state loaded is a line in PID-FILE.log, with the memory that it has.
+ * exists, for the reason that is in there, and takes for ever if PID-FILE.slow does.  Each start
+ * and each state loaded is a line in PID-FILE.log, with the memory that it has.
  */
 #include <fcntl.h>
 #include <poll.h>

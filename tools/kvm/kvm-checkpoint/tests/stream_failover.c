@@ -344,7 +344,7 @@ static void qemu_takes_over(bool stopped, const char *extra)
 			       extra,
 			       NULL };
 	struct kc_sink *s;
-	uint8_t *ram, *state;
+	uint8_t *ram, *state, *theirs;
 	size_t len, state_len, i;
 	pid_t primary;
 	int fd, rc;
@@ -402,6 +402,12 @@ static void qemu_takes_over(bool stopped, const char *extra)
 	}
 	CHECK(!rc, "%d: %s", rc, err.text);
 	CHECK(log_has("epoch 1 can be loaded"), "nobody has tried");
+	/* Neither that one nor the one that waits has written to the guest's memory. */
+	CHECK(wait_for(path_of("qmp2"), 20000), "no QEMU waits");
+	poll(NULL, 0, 500);
+	read_all(path_of("ram/ram0"), &theirs, &len);
+	CHECK(len == 32 << 20 && !memcmp(ram, theirs, len), "QEMU has changed the guest's memory");
+	free(theirs);
 	kc_sink_end(s, KC_END_GUEST_DIED);
 	kc_sink_close(s);
 	wait_log(stopped ? "stopped as it was" : "the guest runs here");

@@ -87,14 +87,14 @@ void test_kinds(void)
 
 static char self[PATH_MAX], pid_file[PATH_MAX - 10];
 
-static void start_ready_standby(void)
+static void start_ready_standby(const char *timeout)
 {
 	/* QEMU is to be found again when the standby is gone. */
 	CHECK(!prctl(PR_SET_CHILD_SUBREAPER, 1), "cannot adopt");
 	memset(self, 0, sizeof(self));
 	CHECK(readlink("/proc/self/exe", self, sizeof(self) - 1) > 0, "where is this program?");
 	snprintf(pid_file, sizeof(pid_file), "%s/qemu", dir);
-	start_standby(path_of("ram"), "--no-fence", "--timeout", "0", "--", self, "--be-qemu",
+	start_standby(path_of("ram"), "--no-fence", "--timeout", timeout, "--", self, "--be-qemu",
 		      "running", pid_file, "share=on,mem-path={ram0}", "{ram1}");
 }
 
@@ -179,7 +179,7 @@ void test_trial(void)
 	struct sim g;
 	char *answer;
 
-	start_ready_standby();
+	start_ready_standby("0");
 	sim_init(&g);
 	s = must_open(spec());
 	/* One that cannot be loaded is none. */
@@ -235,7 +235,7 @@ void test_trial_killed(void)
 	struct sim g;
 	unsigned int i;
 
-	start_ready_standby();
+	start_ready_standby("0");
 	sim_init(&g);
 	s = must_open(spec());
 	for (i = 0; i < 3; i++)
@@ -251,7 +251,7 @@ void test_trial_killed(void)
 	CHECK(ram_epoch(path_of("ram")) == 3, "the last epoch is %" PRIu64,
 	      ram_epoch(path_of("ram")));
 	compare_kind(3, "running");
-	start_ready_standby();
+	start_ready_standby("0");
 	CHECK(log_has("that waited for the guest"), "the old QEMU is there still");
 	unlink(path_of("qemu.slow"));
 	s = must_open(spec());
@@ -263,28 +263,59 @@ void test_trial_killed(void)
 	sim_free(&g);
 }
 
+/* A standby has one epoch, and tries to load the second one, which takes for ever. */
+static struct kc_sink *begin_slow_trial(struct sim *g, const char *timeout)
+{
+	struct kc_sink *s;
+
+	start_ready_standby(timeout);
+	sim_init(g);
+	s = must_open(spec());
+	OK(send_kind(g, s, KC_EPOCH_FULL, "running"));
+	write_text(path_of("qemu.slow"), 0600, "");
+	sim_step(g);
+	g->state_len = make_state(g->state, "save-vm", two);
+	OK(sim_send(g, s, 0));
+	wait_times("take private", 2);
+	return s;
+}
+
 /* It is needed while it does not know: then as of what it knows. */
 void test_trial_promoted(void)
 {
 	struct kc_sink *s;
 	struct sim g;
 
-	start_ready_standby();
-	sim_init(&g);
-	s = must_open(spec());
-	OK(send_kind(&g, s, KC_EPOCH_FULL, "running"));
-	write_text(path_of("qemu.slow"), 0600, "");
-	sim_step(&g);
-	g.state_len = make_state(g.state, "save-vm", two);
-	OK(sim_send(&g, s, 0));
-	wait_times("take private", 2);
-	unlink(path_of("qemu.slow"));
-	write_text(path_of("qemu.refuse"), 0600, "too late\n");
+	s = begin_slow_trial(&g, "0");
 	CHECK(!run("status", path_of("ctl"), "promote", NULL), "promote failed");
-	unlink(path_of("qemu.refuse"));
+	wait_log("failing over to epoch 1");
+	unlink(path_of("qemu.slow"));
 	kc_sink_close(s);
 	wait_log("taken over at epoch 1");
 	compare_kind(1, "running");
+	stop_standby(SIGTERM);
+	must_have_qemu();
+	sim_free(&g);
+}
+
+/* The primary dies meanwhile, which is noticed although nobody reads what it sends. */
+void test_trial_silence(void)
+{
+	struct kc_sink *s;
+	struct sim g;
+	unsigned int i;
+
+	s = begin_slow_trial(&g, "2s");
+	/* As long as it lives, there is time. */
+	for (i = 0; i < 200; i++) {
+		OK(kc_sink_poll(s, NULL, &err));
+		poll(NULL, 0, 20);
+	}
+	CHECK(!log_has("failing over"), "the primary of a guest that lives is missed");
+	kc_sink_close(s);
+	wait_log("failing over to epoch 1: the primary has been silent");
+	unlink(path_of("qemu.slow"));
+	wait_log("taken over at epoch 1");
 	stop_standby(SIGTERM);
 	must_have_qemu();
 	sim_free(&g);
@@ -299,7 +330,7 @@ void test_warm_dies(void)
 	size_t len;
 	pid_t pid;
 
-	start_ready_standby();
+	start_ready_standby("0");
 	sim_init(&g);
 	s = must_open(spec());
 	OK(send_kind(&g, s, KC_EPOCH_FULL, "running"));

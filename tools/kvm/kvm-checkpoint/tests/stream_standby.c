@@ -345,7 +345,7 @@ void test_taken_over(void)
 	wait_log("taken over at epoch 3");
 	for (i = 0; i < 3; i++)
 		must_refuse(spec(), &opts, &guest, ESHUTDOWN, "has taken over the guest at epoch 3");
-	/* Another daemon of the same QEMU, but not one of any other, such as that of the guest here. */
+	/* Another daemon of the same QEMU, but not one of any other, such as the one here */
 	e = ask_other(&other, 5);
 	CHECK(e == ESHUTDOWN, "a restarted primary is refused with %s", strerror(e));
 	e = ask_other(&other, 6);

@@ -360,3 +360,153 @@ void test_read_while_merged(void)
 	printf("# %u rounds, %" PRIu64 " epochs, looked again in %u\n", round, n[0], again);
 	sim_free(&g);
 }
+
+/* --- Directories as one would not expect them ------------------------------ */
+
+/* Increments up to epoch @last, of little memory. */
+static void make_store(const char *store, unsigned int last)
+{
+	struct kc_sink *s;
+	struct sim g;
+
+	blocks[0].npages = 40;
+	blocks[1].npages = 6;
+	opts.keep = 1000;
+	sim_init(&g);
+	s = must_open(store);
+	while (g.epoch < last) {
+		sim_step(&g);
+		OK(sim_send(&g, s, g.epoch == 1 ? KC_EPOCH_FULL : 0));
+	}
+	kc_sink_close(s);
+	sim_free(&g);
+}
+
+/* How many bytes a process has read with read() and the like. */
+static uint64_t bytes_read(pid_t pid)
+{
+	char path[64], line[128];
+	uint64_t n = 0;
+	FILE *f;
+
+	snprintf(path, sizeof(path), "/proc/%d/io", pid);
+	f = fopen(path, "r");
+	CHECK(f, "no %s", path);
+	while (fgets(line, sizeof(line), f))
+		sscanf(line, "rchar: %" SCNu64, &n);
+	fclose(f);
+	return n;
+}
+
+/* A run of the program: its status, and what it read. */
+static int run_measured(const char *const *argv, uint64_t *read)
+{
+	siginfo_t si;
+	pid_t pid;
+
+	unlink(path_of("log"));
+	pid = spawn(argv, 0);
+	CHECK(!waitid(P_PID, pid, &si, WEXITED | WNOWAIT), "waitid: %s", strerror(errno));
+	*read = bytes_read(pid);
+	return reap(&pid);
+}
+
+/* Each file is read once, also those that build upon one that is bad. */
+void test_verify_once(void)
+{
+	char *store = strdup(path_of("store"));
+	const char *verify[] = { program, "verify", store, NULL };
+	const char *restore[] = { program, "restore", "--ram-dir", path_of("restored"), store,
+				  NULL };
+	uint64_t sound, bad;
+	struct stat sb;
+	uint8_t *log;
+	size_t len;
+
+	make_store(store, 150);
+	CHECK(!run_measured(verify, &sound), "verify finds something");
+	CHECK(!stat(epoch_path("store", 75), &sb) &&
+	      !truncate(epoch_path("store", 75), sb.st_size - 1), "cannot truncate");
+	CHECK(run_measured(verify, &bad) == 1, "verify finds nothing");
+	CHECK(log_has("epoch 75 is lost") && log_has("epoch 150 is lost") &&
+	      !log_has("epoch 74 is lost") &&
+	      log_has("150 epochs, 76 of them lost; last sound epoch 74"),
+	      "it finds the wrong ones");
+	read_all(path_of("log"), &log, &len);
+	log[len] = '\0';
+	CHECK(strstr((char *)log, "epoch 120 is lost") &&
+	      strstr(strstr((char *)log, "epoch 120 is lost"), "000075.kc: it ends in the middle"),
+	      "it does not say why: %s", (char *)log);
+	free(log);
+	/* What comes after the bad one need not be read at all. */
+	CHECK(bad <= sound + 65536, "it reads %" PRIu64 " bytes, not %" PRIu64, bad, sound);
+	/* Where the first is bad there is nothing to be restored, and that is known at once. */
+	CHECK(!stat(epoch_path("store", 1), &sb) &&
+	      !truncate(epoch_path("store", 1), sb.st_size - 1), "cannot truncate");
+	CHECK(run_measured(restore, &bad) == 1 && log_has("no sound epoch"),
+	      "it restores something");
+	CHECK(bad <= sound + 65536, "it reads %" PRIu64 " bytes, not %" PRIu64, bad, sound);
+	CHECK(run_measured(verify, &bad) == 1 && log_has("150 of them lost; last sound epoch 0"),
+	      "verify finds something sound");
+	CHECK(bad <= sound + 65536, "it reads %" PRIu64 " bytes, not %" PRIu64, bad, sound);
+	free(store);
+}
+
+/* Nobody waits for what is no file. */
+void test_no_files(void)
+{
+	const char *store = strdup(path_of("store")), *to = strdup(path_of("restored"));
+	const char *const commands[][8] = {
+		{ program, "list", store },
+		{ program, "list", "--json", store },
+		{ program, "verify", store },
+		{ program, "restore", "--ram-dir", to, store },
+		{ program, "restore", "--epoch", "4", "--ram-dir", to, store },
+	};
+	const int status[] = { 0, 0, 1, 0, 1 };
+	uint64_t end;
+	size_t i;
+	pid_t pid;
+	int st;
+
+	make_store(store, 3);
+	CHECK(!mkfifo(epoch_path("store", 4), 0600), "mkfifo: %s", strerror(errno));
+	CHECK(!symlink("/dev/zero", epoch_path("store", 5)), "symlink: %s", strerror(errno));
+	CHECK(!mkdir(epoch_path("store", 6), 0700), "mkdir: %s", strerror(errno));
+	for (i = 0; i < sizeof(commands) / sizeof(commands[0]); i++) {
+		remove_tree(to);
+		pid = spawn(commands[i], 0);
+		end = kc_now_us() + 20000000;
+		while (!waitpid(pid, &st, WNOHANG)) {
+			CHECK(kc_now_us() < end, "%s hangs", commands[i][1]);
+			poll(NULL, 0, 5);
+		}
+		CHECK(WIFEXITED(st) && WEXITSTATUS(st) == status[i], "%s ends with %d",
+		      commands[i][1], st);
+	}
+	CHECK(log_has("6 epochs, 3 of them lost; last sound epoch 3"), "it does not count them");
+	CHECK(log_has("the file of epoch 4 is damaged"), "it does not say what is wrong");
+	/* They are not in the way of who writes on. */
+	kc_sink_close(must_open(store));
+	CHECK(exists(path_of("store/damaged-epoch-00000000000000000004.kc")),
+	      "the FIFO is left there");
+}
+
+/* What others can write to is no place for what a guest is to go on from. */
+void test_open_store(void)
+{
+	make_store(path_of("store"), 2);
+	CHECK(!chmod(path_of("store"), 0770), "chmod");
+	must_refuse(path_of("store"), &opts, &guest, EPERM, "can be written by somebody else");
+	CHECK(!chmod(path_of("store"), 0702), "chmod");
+	must_refuse(path_of("store"), &opts, &guest, EPERM, "can be written by somebody else");
+	CHECK(!chmod(path_of("store"), 0755), "chmod");
+	kc_sink_close(must_open(path_of("store")));
+	CHECK(!mkdir(path_of("new"), 0700) && !chmod(path_of("new"), 0777), "chmod");
+	must_refuse(path_of("new"), &opts, &guest, EPERM, "can be written by somebody else");
+	CHECK(!exists(path_of("new/lock")), "it wrote there nevertheless");
+	if (geteuid())
+		SKIP("only root can give a directory away");
+	CHECK(!chown(path_of("store"), 12345, -1), "chown");
+	must_refuse(path_of("store"), &opts, &guest, EPERM, "belongs to");
+}

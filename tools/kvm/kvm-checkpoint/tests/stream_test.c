@@ -80,6 +80,7 @@ static void test_records(void)
 	static uint8_t buf[KC_REC_HDR + KC_REC_MAX + 1];
 	const struct kc_page page = { .page = 77, .block = 1, .len = 100, .enc = KC_ENC_LZ4 };
 	const struct kc_digest_req req = { .first = 5, .n = 3, .block = 1 };
+	const struct kc_welcome welcome = { 1, true, true, 5, 6, { 7 } };
 	uint8_t id[16] = { 1 };
 	struct kc_rec rec;
 	size_t n[16], i, len;
@@ -93,7 +94,7 @@ static void test_records(void)
 			n[k] = kc_put_hello(buf, &guest, id);
 			break;
 		case 1:
-			n[k] = kc_put_welcome(buf, &(struct kc_welcome){ 1, true, true, 5, 6, { 7 } });
+			n[k] = kc_put_welcome(buf, &welcome);
 			break;
 		case 2:
 			n[k] = kc_put_begin(buf, &(struct kc_begin){ 7, 6, 0 });
@@ -358,6 +359,49 @@ static void test_epochs(void)
 	sim_free(&g);
 }
 
+/* A standby is asked for more than was asked for; what is sent meanwhile counts nevertheless. */
+static void test_digests_ahead(void)
+{
+	static uint8_t digests[KC_DIGESTS_CHUNK * KC_DIGEST_SIZE], own[KC_DIGEST_SIZE];
+	uint64_t junk[KC_PAGE_SIZE / 8] = { 1 }, n, first;
+	struct kc_sink *s;
+	struct sim g;
+
+	blocks[0].npages = 3 * KC_DIGESTS_CHUNK - 100;
+	start_standby(path_of("ram"), "--no-fence", "--timeout", "0");
+	s = protected_guest(&g);
+	OK(kc_epoch_begin(s, g.epoch + 1, 0, &err));
+	for (first = 0; first < blocks[0].npages; first += KC_DIGESTS_CHUNK) {
+		n = blocks[0].npages - first;
+		n = n < KC_DIGESTS_CHUNK ? n : KC_DIGESTS_CHUNK;
+		/* Answers come, and nobody waits for them. */
+		poll(NULL, 0, 200);
+		OK(kc_sink_poll(s, NULL, &err));
+		if (first)
+			OK(kc_epoch_page(s, 0, first + 7, junk, &err));
+		if (!first || first > KC_DIGESTS_CHUNK)
+			OK(kc_sink_digests(s, 0, first, n, digests, &err));
+		else
+			continue;
+		kc_page_digest(first ? (void *)junk : g.ram[0] + 7 * KC_PAGE_SIZE, own);
+		CHECK(!memcmp(own, digests + 7 * KC_DIGEST_SIZE, sizeof(own)), "a digest is of before");
+		kc_page_digest(g.ram[0] + (first + n - 1) * KC_PAGE_SIZE, own);
+		CHECK(!memcmp(own, digests + (n - 1) * KC_DIGEST_SIZE, sizeof(own)),
+		      "the last digest is wrong");
+	}
+	/* One that was asked ahead and sent again */
+	OK(kc_sink_digests(s, 0, 0, KC_DIGESTS_CHUNK, digests, &err));
+	junk[0]++;
+	OK(kc_epoch_page(s, 0, KC_DIGESTS_CHUNK + 7, junk, &err));
+	OK(kc_sink_digests(s, 0, KC_DIGESTS_CHUNK, KC_DIGESTS_CHUNK, digests, &err));
+	kc_page_digest(junk, own);
+	CHECK(!memcmp(own, digests + 7 * KC_DIGEST_SIZE, sizeof(own)), "a digest is of before");
+	/* And the end with an answer on its way. */
+	CHECK(kc_sink_end(s, KC_END_DETACH), "it is not told");
+	kc_sink_close(s);
+	sim_free(&g);
+}
+
 static void test_resync(void)
 {
 	struct sim g;
@@ -567,10 +611,10 @@ static void test_security(void)
 	/* And it still works with the right key. */
 	kc_sink_close(must_open(spec()));
 	CHECK(run("standby", "--listen", "0.0.0.0:0", "--insecure", "--no-fence", "--ram-dir",
-		  path_of("ram2"), NULL) == 1,
+		  path_of("ram2"), NULL) == 2,
 	      "--insecure listens to the world");
 	CHECK(run("standby", "--listen", "127.0.0.1:0", "--no-fence", "--ram-dir", path_of("ram2"),
-		  NULL) == 1,
+		  NULL) == 2,
 	      "it listens without keys");
 	CHECK(run("standby", "--listen", "127.0.0.1:0", "--insecure", NULL) == 2,
 	      "neither fence nor --no-fence");
@@ -767,7 +811,7 @@ static void test_silent_peers(void)
 	OK(kc_sink_wait(s, 1, 10000, &err));
 	CHECK(kc_sink_wait(s, 2, 100, &err) == -ETIMEDOUT,
 	      "an epoch that was not sent is acknowledged");
-	kill(standby, SIGSTOP);
+	freeze(standby);
 	for (rc = 0; !rc; poll(NULL, 0, 10))
 		rc = kc_sink_poll(s, NULL, &err);
 	CHECK(rc == -ETIMEDOUT && strstr(err.text, "not answered"), "%d: %s", rc, err.text);
@@ -779,7 +823,7 @@ static void test_silent_peers(void)
 		CHECK(s || kc_sink_is_temporary(errno), "%s", err.text);
 	}
 	CHECK(kc_sink_last_epoch(s) == 1, "epoch 1 is lost");
-	kill(standby, SIGSTOP);
+	freeze(standby);
 	for (rc = 0; !rc;) {
 		sim_step(&g);
 		rc = sim_send(&g, s, KC_EPOCH_FULL);
@@ -796,17 +840,25 @@ static const struct test tests[] = {
 	{ "records", test_records },
 	{ "pages", test_pages },
 	{ "commands", test_commands },
+	{ "usage", test_usage },
 	{ "status", test_status },
 	{ "full_queue", test_full_queue },
+	{ "idle_clients", test_idle_clients },
+	{ "prometheus", test_prometheus },
 	{ "tcp", test_tcp },
 	{ "epochs", test_epochs },
+	{ "bandwidth", test_bandwidth },
 	{ "resync", test_resync },
+	{ "digests_ahead", test_digests_ahead },
 	{ "resync_directory", test_resync_directory },
 	{ "merging", test_merging },
 	{ "damage", test_damage },
 	{ "damage_directory", test_damage_directory },
 	{ "changing_directory", test_changing_directory },
 	{ "read_while_merged", test_read_while_merged },
+	{ "verify_once", test_verify_once },
+	{ "no_files", test_no_files },
+	{ "open_store", test_open_store },
 	{ "full_directory", test_full_directory },
 	{ "full_standby", test_full_standby },
 	{ "security", test_security },
@@ -826,6 +878,7 @@ static const struct test tests[] = {
 	{ "trial", test_trial },
 	{ "trial_killed", test_trial_killed },
 	{ "trial_promoted", test_trial_promoted },
+	{ "trial_silence", test_trial_silence },
 	{ "warm_dies", test_warm_dies },
 	{ "full_ram_dir", test_full_ram_dir },
 	{ "qemu", test_qemu },

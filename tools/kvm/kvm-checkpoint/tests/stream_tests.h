@@ -11,6 +11,9 @@ void test_merging(void);
 void test_damage_directory(void);
 void test_changing_directory(void);
 void test_read_while_merged(void);
+void test_verify_once(void);
+void test_no_files(void);
+void test_open_store(void);
 
 /* stream_full.c */
 void test_full_directory(void);
@@ -39,14 +42,23 @@ void test_kinds(void);
 void test_trial(void);
 void test_trial_killed(void);
 void test_trial_promoted(void);
+void test_trial_silence(void);
 void test_warm_dies(void);
 
 /* stream_be_qemu.c */
 int be_qemu(int argc, char **argv);
 
+/* stream_bandwidth.c */
+void test_bandwidth(void);
+
+/* stream_usage.c */
+void test_usage(void);
+
 /* stream_status.c */
 void test_status(void);
 void test_full_queue(void);
+void test_idle_clients(void);
+void test_prometheus(void);
 
 /* stream_standby.c */
 void test_restarted(void);
