@@ -5,7 +5,7 @@
 .DEFAULT_GOAL := help
 MINUTES ?= 30
 
-.PHONY: help deps kernel qemu test test-debug test-vmx demo bench plots patch check clean
+.PHONY: help deps kernel qemu test test-debug test-vmx test-checkpoint demo bench plots patch check clean
 .PHONY: tools tools-install model soak
 
 help:
@@ -14,6 +14,7 @@ help:
 	@echo 'make soak     all tests of ours at random for MINUTES=30; nothing may grow'
 	@echo 'make test-debug   the kernel tests with KASAN, lockdep, kmemleak, UBSAN, faults; then with KCSAN'
 	@echo 'make test-vmx     the kernel tests in Bochs with PML, without PML, without EPT; and other ways to run'
+	@echo 'make test-checkpoint   kvm-checkpoint, when others do something to its guest, its QEMU and its processes'
 	@echo 'make bench    what it costs beside the bitmap and the upstream ring: tables and plots'
 	@echo
 	@echo 'make deps     install the Debian packages that are missing'
@@ -65,6 +66,9 @@ test-debug:
 
 test-vmx:
 	@scripts/test vmx ways
+
+test-checkpoint:
+	@scripts/test cases
 
 demo:
 	@scripts/deps kernel rig qemu tools

@@ -11,85 +11,198 @@
  * Pages that vCPUs write.  With dirty slot rings the client harvests KVM's logs
  * by itself, through their files.  Otherwise they are synchronized here.
  *
- * Pages that QEMU writes, and those that QEMU harvested itself, for a display
- * or before a slot is removed.  They are in the dirty bitmap of migration.
- * Nobody else may clear it: migration is blocked while a client is attached.
+ * Pages that QEMU writes: see checkpoint-ram.c.
  *
  * RAM that is not shared, such as firmware, is part of the device state, which
- * is a migration stream that any "-incoming" takes.
+ * is a migration stream that any "-incoming" takes: see checkpoint-state.c.
  *
  * The client may die at any moment.  Then its socket is closed, dirty logging
- * ends and a guest that was stopped for it goes on.
+ * ends and a guest that was stopped for it goes on.  It may also hang: it says
+ * for how long the guest may stand still for it.
+ *
+ * Whatever else happens to the guest while it stands still spoils the
+ * checkpoint, and comes first.
  *
  * All of this runs in the main loop, with the BQL held.
  */
 
 #include "qemu/osdep.h"
-#include "qemu/cutils.h"
-#include "qemu/rcu.h"
+#include "qemu/error-report.h"
 #include "qemu/timer.h"
 #include "qapi/error.h"
 #include "qapi/qapi-commands-migration.h"
 #include "qapi/qapi-commands-misc.h"
 #include "qapi/qapi-commands-run-state.h"
+#include "qapi/qapi-events-migration.h"
 #include "cpu.h"
 #include "exec/memory.h"
-#include "exec/ram_addr.h"
-#include "exec/target_page.h"
-#include "hw/boards.h"
-#include "io/channel-buffer.h"
-#include "io/channel-socket.h"
+#include "sysemu/cpus.h"
 #include "migration/blocker.h"
-#include "migration/global_state.h"
 #include "migration/misc.h"
 #include "migration/migration.h"
-#include "migration/qemu-file.h"
-#include "migration/savevm.h"
 #include "monitor/monitor.h"
+#include "sysemu/cpu-timers.h"
 #include "sysemu/kvm.h"
 #include "sysemu/runstate.h"
-#include "ram.h"
+#include "checkpoint.h"
 
-/* What one message takes, see qio_channel_socket_writev() */
-#define FDS_PER_MESSAGE 16
-
-/* Of the section in the stream; those of real sections count up from 0 */
-#define RAM_SECTION_ID  0x7fffffff
-
-/* Of its records, see ram_load_precopy() */
-#define RAM_SAVE_FLAG_ZERO      0x02
-#define RAM_SAVE_FLAG_MEM_SIZE  0x04
-#define RAM_SAVE_FLAG_PAGE      0x08
-#define RAM_SAVE_FLAG_EOS       0x10
-#define RAM_SAVE_FLAG_CONTINUE  0x20
-
-/* What the client finds in its buffer */
-typedef struct CheckpointPages {
-    uint32_t block;
-    uint32_t npages;
-    uint64_t page;
-} CheckpointPages;
+/* How long until a guest that something keeps from running is tried again */
+#define AGAIN_MS    100
 
 static struct {
     QIOChannelSocket *socket;   /* NULL if there is no client */
     guint watch;
     int buffer;
     Error *blocker;
-    VMChangeStateEntry *runs;
-    bool stopped;               /* The guest stands still, and for the client */
-    bool ran;                   /* since the client stopped it, or found it so */
-    /* Of the layout that the client knows */
-    uint64_t generation;
-    uint32_t ram_version;
-    unsigned int slots_version;
+    const char *lost;           /* Why its logs do not have all pages, or NULL */
+    bool loadable;              /* What is saved can go on elsewhere */
+    /* Why what was copied since x-checkpoint-stop is of no use, if it is */
+    bool spoilt;
+    CheckpointSpoilt spoilt_by;
 } client;
 
-/* Never the same for two layouts, even if these are for different clients */
-static uint64_t last_generation;
+/* A guest that stands still for a client, even for one that is gone */
+static struct {
+    bool owed;                  /* It is to run again */
+    bool told;                  /* that it cannot, for now */
+    bool leased;                /* It stands still as its lease is over */
+    bool hidden;                /* It does not notice that it stood still */
+    int64_t stopped_ns;         /* When that began */
+    int64_t since_ns;           /* Up to when its clocks have gone on */
+    QEMUTimer *limit;           /* When it has waited for long enough */
+    QEMUTimer *again;
+    VMChangeStateEntry *runs;
+} hold;
 
-static bool block_is_mapped(RAMBlock *rb)
+static void spoil(CheckpointSpoilt by)
 {
-    return qemu_ram_is_shared(rb) && rb->fd >= 0;
+    if (!client.spoilt) {
+        client.spoilt = true;
+        client.spoilt_by = by;
+    }
+}
+
+/* The clocks that stand still with the guest go on */
+static void hide_pause(void)
+{
+    int64_t now = get_clock();
+
+    if (hold.hidden) {
+        cpu_clock_skip(now - hold.since_ns);
+        hold.since_ns = now;
+    }
+}
+
+int64_t checkpoint_hidden_pause_ns(void)
+{
+    return hold.hidden ? get_clock() - hold.stopped_ns : -1;
+}
+
+/*
+ * Lets the guest run if it stands still for a client.  If something keeps it,
+ * such as a dump that has begun meanwhile, it runs when that is over.
+ */
+static bool resume_guest(Error **errp)
+{
+    Error *err = NULL;
+
+    timer_del(hold.limit);
+    timer_del(hold.again);
+    if (!hold.owed) {
+        return true;
+    }
+    if (!runstate_check(RUN_STATE_PAUSED) &&
+        !runstate_check(RUN_STATE_PRELAUNCH)) {
+        /* Somebody else has taken it over */
+        hold.owed = false;
+        return true;
+    }
+    if (checkpoint_lease_is_over()) {
+        error_setg(errp, "the lease is over, somebody else may run the guest");
+        return false;
+    }
+    if (qemu_runstate_change_requested()) {
+        /* The main loop comes to that before it comes to the timer */
+        timer_mod(hold.again, qemu_clock_get_ms(QEMU_CLOCK_REALTIME));
+        return true;
+    }
+
+    /* Unless there is another state than the one that it was stopped with */
+    hold.hidden = runstate_check(RUN_STATE_PAUSED) && !client.lost;
+    hide_pause();
+    qmp_cont(&err);
+    hold.hidden = false;
+    if (!err) {
+        if (hold.told) {
+            info_report("checkpoint: the guest runs again");
+        }
+        hold.owed = false;
+        hold.told = false;
+        return true;
+    }
+
+    if (!hold.told) {
+        warn_report("checkpoint: the guest has to wait until it can run: %s",
+                    error_get_pretty(err));
+    }
+    hold.told = true;
+    timer_mod(hold.again, qemu_clock_get_ms(QEMU_CLOCK_REALTIME) + AGAIN_MS);
+    error_propagate(errp, err);
+    return false;
+}
+
+static void resume_again(void *opaque)
+{
+    resume_guest(NULL);
+}
+
+static void client_is_late(void *opaque)
+{
+    if (!hold.owed) {
+        return;
+    }
+    warn_report("checkpoint: the guest has stood still for long enough, "
+                "it goes on without a checkpoint");
+    spoil(CHECKPOINT_SPOILT_LATE);
+    qapi_event_send_checkpoint_late();
+    resume_guest(NULL);
+}
+
+/* Whoever resumes the guest: it does not stand still for the client any more */
+static void guest_runs(void *opaque, bool running, RunState state)
+{
+    if (running) {
+        hold.owed = false;
+        spoil(CHECKPOINT_SPOILT_RESUMED);
+    }
+    /* Not we: then it is somebody who knows that nobody else runs it */
+    if (running && checkpoint_lease_is_over()) {
+        warn_report("checkpoint: the guest runs without a lease from now on");
+        checkpoint_lease_until(0, NULL);
+    }
+}
+
+void checkpoint_lease_changed(void *opaque)
+{
+    if (!checkpoint_lease_is_over()) {
+        /* Unless it stands still for the client just now, which resumes it */
+        if (hold.leased) {
+            hold.leased = false;
+            resume_guest(NULL);
+        } else if (runstate_is_running()) {
+            /* vCPUs may have noticed before this did */
+            resume_all_vcpus();
+        }
+    } else if (!hold.leased && (hold.owed || runstate_is_running())) {
+        if (runstate_is_running()) {
+            vm_stop(RUN_STATE_PAUSED);
+            hold.stopped_ns = hold.since_ns = get_clock();
+            hold.owed = true;
+        }
+        hold.leased = true;
+        warn_report("checkpoint: the lease is over, the guest stands still");
+        qapi_event_send_checkpoint_lease_over();
+    }
 }
 
 static void client_gone(void)
@@ -102,20 +215,7 @@ static void client_gone(void)
     object_unref(OBJECT(client.socket));
     client.socket = NULL;
     close(client.buffer);
-
-    qemu_del_vm_change_state_handler(client.runs);
-    if (client.stopped) {
-        Error *err = NULL;
-
-        client.stopped = false;
-        if (runstate_check(RUN_STATE_PAUSED) ||
-            runstate_check(RUN_STATE_PRELAUNCH)) {
-            qmp_cont(&err);
-        }
-        if (err) {
-            error_reportf_err(err, "checkpoint: the guest stays stopped: ");
-        }
-    }
+    resume_guest(NULL);
 
     memory_global_dirty_log_stop(GLOBAL_DIRTY_CHECKPOINT);
     migrate_del_blocker(client.blocker);
@@ -137,15 +237,6 @@ static gboolean client_event(QIOChannel *ioc, GIOCondition condition,
     return G_SOURCE_REMOVE;
 }
 
-/* Whoever resumes the guest: it is not stopped for the client any more */
-static void guest_runs(void *opaque, bool running, RunState state)
-{
-    if (running) {
-        client.stopped = false;
-        client.ran = true;
-    }
-}
-
 static bool need_client(Error **errp)
 {
     if (!client.socket) {
@@ -156,337 +247,55 @@ static bool need_client(Error **errp)
 }
 
 /*
- * Dirty pages
+ * Commands
  */
-
-static void report_bits(GArray *pages, uint32_t nr, uint64_t first,
-                        unsigned long bits)
-{
-    while (bits) {
-        unsigned int start = ctzl(bits);
-        unsigned int n = cto64(bits >> start);
-        CheckpointPages *last = pages->len ?
-            &g_array_index(pages, CheckpointPages, pages->len - 1) : NULL;
-
-        if (last && last->block == nr && last->npages < UINT32_MAX - n &&
-            last->page + last->npages == first + start) {
-            last->npages += n;
-        } else {
-            CheckpointPages run = {
-                .block = nr,
-                .npages = n,
-                .page = first + start,
-            };
-
-            g_array_append_val(pages, run);
-        }
-        bits &= n == BITS_PER_LONG ? 0 : ~(((1ul << n) - 1) << start);
-    }
-}
-
-static void protect_again(RAMBlock *rb, uint64_t from, uint64_t to)
-{
-    memory_region_clear_dirty_bitmap(rb->mr, from << TARGET_PAGE_BITS,
-                                     (to - from) << TARGET_PAGE_BITS);
-}
 
 /*
- * Moves the block's bits in the dirty bitmap to @pages, and write-protects the
- * pages again where that is not done yet.  Does not take what KVM logs.
+ * Whether the guest can go on where its state is loaded in this run state, which
+ * process_incoming_migration_bh() sets there
  */
-static void collect_block(RAMBlock *rb, uint32_t nr, GArray *pages)
+static bool state_is_loadable(RunState state)
 {
-    uint64_t npages = rb->used_length >> TARGET_PAGE_BITS;
-    uint64_t page = rb->offset >> TARGET_PAGE_BITS;
-    uint64_t i, from = UINT64_MAX;      /* of words in a row that had bits */
-    DirtyMemoryBlocks *dirty;
-
-    /* find_ram_offset() sees to it */
-    assert(!(page % BITS_PER_LONG));
-
-    dirty = qatomic_rcu_read(&ram_list.dirty_memory[DIRTY_MEMORY_MIGRATION]);
-    for (i = 0; i < npages; i += BITS_PER_LONG) {
-        uint64_t n = page + i;
-        unsigned long *word = dirty->blocks[n / DIRTY_MEMORY_BLOCK_SIZE] +
-                              BIT_WORD(n % DIRTY_MEMORY_BLOCK_SIZE);
-        unsigned long bits = *word ? qatomic_xchg(word, 0) : 0;
-
-        if (bits) {
-            report_bits(pages, nr, i, bits);
-            from = MIN(from, i);
-        } else if (from != UINT64_MAX) {
-            protect_again(rb, from, i);
-            from = UINT64_MAX;
-        }
-    }
-    if (from != UINT64_MAX) {
-        protect_again(rb, from, npages);
+    switch (state) {
+    case RUN_STATE_RUNNING:
+    case RUN_STATE_PAUSED:
+    case RUN_STATE_PRELAUNCH:
+    case RUN_STATE_IO_ERROR:
+    case RUN_STATE_WATCHDOG:
+    case RUN_STATE_GUEST_PANICKED:
+    case RUN_STATE_SHUTDOWN:
+        return true;
+    default:
+        return false;
     }
 }
 
-static GArray *collect_pages(void)
+/* The state of a guest that cannot be migrated is of no use elsewhere */
+static bool block_migration(Error **errp)
 {
-    GArray *pages = g_array_new(false, false, sizeof(CheckpointPages));
-    uint32_t nr = 0;
-    RAMBlock *rb;
-
-    /* vhost and the like are asked; KVM's slot logs are left to the client */
-    kvm_dirty_slot_log_hold(true);
-    memory_global_dirty_log_sync();
-    kvm_dirty_slot_log_hold(false);
-
-    RCU_READ_LOCK_GUARD();
-    RAMBLOCK_FOREACH_MIGRATABLE(rb) {
-        guint len = pages->len;
-
-        collect_block(rb, nr++, pages);
-        if (!block_is_mapped(rb)) {
-            /* It is in the state, whole */
-            g_array_set_size(pages, len);
-        }
+    if (runstate_check(RUN_STATE_INMIGRATE) ||
+        migration_in_incoming_postcopy()) {
+        error_setg(errp, "the guest is not here yet, a migration is incoming");
+        return false;
     }
-    return pages;
-}
-
-/*
- * Whether a page was written, or harvested by somebody else, since
- * collect_pages().  vCPUs stand still, so KVM need not be asked.
- */
-static bool memory_changed(void)
-{
-    RAMBlock *rb;
-
-    RCU_READ_LOCK_GUARD();
-    RAMBLOCK_FOREACH_MIGRATABLE(rb) {
-        if (cpu_physical_memory_get_dirty(rb->offset, rb->used_length,
-                                          DIRTY_MEMORY_MIGRATION)) {
-            return true;
-        }
+    if (runstate_check(RUN_STATE_FINISH_MIGRATE) ||
+        runstate_check(RUN_STATE_POSTMIGRATE) ||
+        runstate_check(RUN_STATE_COLO)) {
+        error_setg(errp, "the guest has been migrated to somewhere else");
+        return false;
     }
-    return false;
-}
-
-/*
- * Device state
- */
-
-/* The RAM that the client cannot map, as a section of its own */
-static void save_unmapped_ram(QEMUFile *f)
-{
-    uint64_t total = 0, offset;
-    RAMBlock *rb;
-
-    qemu_put_byte(f, QEMU_VM_SECTION_FULL);
-    qemu_put_be32(f, RAM_SECTION_ID);
-    qemu_put_counted_string(f, "ram");
-    qemu_put_be32(f, 0);    /* instance */
-    qemu_put_be32(f, 4);    /* version, as in ram_mig_init() */
-
-    RCU_READ_LOCK_GUARD();
-    RAMBLOCK_FOREACH_MIGRATABLE(rb) {
-        total += block_is_mapped(rb) ? 0 : rb->used_length;
+    if (migration_is_blocked(errp)) {
+        return false;
     }
-    qemu_put_be64(f, total | RAM_SAVE_FLAG_MEM_SIZE);
-    RAMBLOCK_FOREACH_MIGRATABLE(rb) {
-        if (!block_is_mapped(rb)) {
-            qemu_put_counted_string(f, rb->idstr);
-            qemu_put_be64(f, rb->used_length);
-        }
-    }
-    RAMBLOCK_FOREACH_MIGRATABLE(rb) {
-        if (block_is_mapped(rb)) {
-            continue;
-        }
-        for (offset = 0; offset < rb->used_length; offset += TARGET_PAGE_SIZE) {
-            bool zero = buffer_is_zero(rb->host + offset, TARGET_PAGE_SIZE);
-            int cont = offset ? RAM_SAVE_FLAG_CONTINUE : 0;
-
-            qemu_put_be64(f, offset | cont |
-                          (zero ? RAM_SAVE_FLAG_ZERO : RAM_SAVE_FLAG_PAGE));
-            if (!cont) {
-                qemu_put_counted_string(f, rb->idstr);
-            }
-            if (zero) {
-                qemu_put_byte(f, 0);
-            } else {
-                qemu_put_buffer(f, rb->host + offset, TARGET_PAGE_SIZE);
-            }
-        }
-    }
-    qemu_put_be64(f, RAM_SAVE_FLAG_EOS);
-
-    if (migrate_get_current()->send_section_footer) {
-        qemu_put_byte(f, QEMU_VM_SECTION_FOOTER);
-        qemu_put_be32(f, RAM_SECTION_ID);
-    }
-}
-
-/* A stream into memory, gone with its QEMUFile */
-static QEMUFile *memory_file(size_t capacity, QIOChannelBuffer **bioc)
-{
-    QEMUFile *f;
-
-    *bioc = qio_channel_buffer_new(capacity);
-    f = qemu_file_new_output(QIO_CHANNEL(*bioc));
-    object_unref(OBJECT(*bioc));
-    return f;
-}
-
-static bool write_buffer(const void *data, size_t size, uint64_t *offset,
-                         Error **errp)
-{
-    while (size) {
-        ssize_t n = pwrite(client.buffer, data, size, *offset);
-
-        if (n < 0 && errno == EINTR) {
-            continue;
-        }
-        if (n <= 0) {
-            error_setg_errno(errp, n ? errno : ENOSPC,
-                             "cannot write to the client's buffer");
-            return false;
-        }
-        data += n;
-        size -= n;
-        *offset += n;
+    error_setg(&client.blocker, "the guest is being checkpointed");
+    /* It goes with the client, so that it is no matter of --only-migratable */
+    if (migrate_add_blocker_internal(client.blocker, errp) < 0) {
+        error_free(client.blocker);
+        client.blocker = NULL;
+        return false;
     }
     return true;
 }
-
-static bool save_state(uint64_t *offset, Error **errp)
-{
-    bool vmdesc = !MACHINE(qdev_get_machine())->suppress_vmdesc;
-    QIOChannelBuffer *head, *tail;
-    QEMUFile *hf = memory_file(1 << 20, &head);
-    QEMUFile *df = memory_file(1 << 18, &tail);
-    int ret;
-
-    /* How the guest is to go on where the state is loaded */
-    if (client.stopped) {
-        global_state_store_running();
-    } else {
-        global_state_store();
-    }
-
-    qemu_savevm_state_header(hf);
-    save_unmapped_ram(hf);
-    qemu_fflush(hf);
-    ret = qemu_file_get_error(hf);
-
-    if (!ret) {
-        ret = qemu_save_device_state(df);
-    }
-    if (!ret && vmdesc) {
-        /* A description is expected, but it takes long: an empty one */
-        qemu_put_byte(df, QEMU_VM_VMDESCRIPTION);
-        qemu_put_be32(df, 0);
-    }
-    qemu_fflush(df);
-    if (!ret) {
-        ret = qemu_file_get_error(df);
-    }
-    if (ret < 0) {
-        error_setg_errno(errp, -ret, "cannot save the state of the devices");
-    } else {
-        /* Its header, two words, is in the first part already */
-        ret = write_buffer(head->data, head->usage, offset, errp) &&
-              write_buffer(tail->data + 8, tail->usage - 8, offset, errp) ?
-              0 : -1;
-    }
-    qemu_fclose(hf);
-    qemu_fclose(df);
-    return ret == 0;
-}
-
-/*
- * Layout
- */
-
-typedef struct LayoutSlots {
-    CheckpointSlotList **tail;
-    GArray *fds;
-} LayoutSlots;
-
-static void add_slot(const KVMDirtySlotLog *log, void *opaque)
-{
-    LayoutSlots *slots = opaque;
-    CheckpointSlot *slot;
-    int64_t nr = 0;
-    RAMBlock *rb;
-
-    RAMBLOCK_FOREACH_MIGRATABLE(rb) {
-        if (log->start >= rb->offset &&
-            log->start - rb->offset < rb->used_length && block_is_mapped(rb)) {
-            slot = g_new0(CheckpointSlot, 1);
-            slot->slot = log->slot;
-            slot->block = nr;
-            slot->page = (log->start - rb->offset) >> TARGET_PAGE_BITS;
-            slot->pages = log->size >> TARGET_PAGE_BITS;
-            QAPI_LIST_APPEND(slots->tail, slot);
-            g_array_append_val(slots->fds, log->fd);
-            return;
-        }
-        nr++;
-    }
-}
-
-static CheckpointLayout *send_layout(Error **errp)
-{
-    g_autoptr(GArray) fds = g_array_new(false, false, sizeof(int));
-    CheckpointLayout *layout = g_new0(CheckpointLayout, 1);
-    CheckpointBlockList **tail = &layout->blocks;
-    LayoutSlots slots = { .tail = &layout->slots, .fds = fds };
-    RAMBlock *rb;
-    guint i;
-
-    client.ram_version = ram_list.version;
-    client.slots_version = kvm_dirty_slot_log_version();
-    client.generation = ++last_generation;
-    layout->generation = client.generation;
-    layout->page_size = TARGET_PAGE_SIZE;
-    layout->dirty_log = kvm_dirty_slot_ring_enabled() ?
-                        CHECKPOINT_DIRTY_LOG_DIRTY_SLOT_RING :
-                        kvm_dirty_ring_enabled() ?
-                        CHECKPOINT_DIRTY_LOG_DIRTY_RING :
-                        CHECKPOINT_DIRTY_LOG_BITMAP;
-
-    RCU_READ_LOCK_GUARD();
-    RAMBLOCK_FOREACH_MIGRATABLE(rb) {
-        CheckpointBlock *block = g_new0(CheckpointBlock, 1);
-
-        block->name = g_strdup(rb->idstr);
-        block->pages = rb->used_length >> TARGET_PAGE_BITS;
-        block->shared = block_is_mapped(rb);
-        QAPI_LIST_APPEND(tail, block);
-        if (block->shared) {
-            g_array_append_val(fds, rb->fd);
-        }
-    }
-    kvm_dirty_slot_log_foreach(add_slot, &slots);
-
-    for (i = 0; i < fds->len; i += FDS_PER_MESSAGE) {
-        char byte = 0;
-        struct iovec iov = { &byte, 1 };
-        ssize_t n;
-
-        n = qio_channel_writev_full(QIO_CHANNEL(client.socket), &iov, 1,
-                                    &g_array_index(fds, int, i),
-                                    MIN(fds->len - i, FDS_PER_MESSAGE), 0,
-                                    errp);
-        if (n != 1) {
-            if (n == QIO_CHANNEL_ERR_BLOCK) {
-                error_setg(errp, "the client does not read its socket");
-            }
-            qapi_free_CheckpointLayout(layout);
-            return NULL;
-        }
-    }
-    return layout;
-}
-
-/*
- * Commands
- */
 
 CheckpointLayout *qmp_x_checkpoint_attach(const char *socket,
                                           const char *buffer, Error **errp)
@@ -522,35 +331,32 @@ CheckpointLayout *qmp_x_checkpoint_attach(const char *socket,
     }
     qio_channel_set_blocking(QIO_CHANNEL(sioc), false, NULL);
 
-    /* The state of a guest that cannot be migrated is of no use elsewhere. */
-    if (migration_is_blocked(errp)) {
-        object_unref(OBJECT(sioc));
-        close(buffer_fd);
-        return NULL;
-    }
-    error_setg(&client.blocker, "the guest is being checkpointed");
-    if (migrate_add_blocker(client.blocker, errp) < 0) {
-        error_free(client.blocker);
-        client.blocker = NULL;
+    if (!block_migration(errp)) {
         object_unref(OBJECT(sioc));
         close(buffer_fd);
         return NULL;
     }
 
+    if (!hold.runs) {
+        hold.runs = qemu_add_vm_change_state_handler(guest_runs, NULL);
+        hold.limit = timer_new_ms(QEMU_CLOCK_REALTIME, client_is_late, NULL);
+        hold.again = timer_new_ms(QEMU_CLOCK_REALTIME, resume_again, NULL);
+    }
     memory_global_dirty_log_start(GLOBAL_DIRTY_CHECKPOINT);
     client.socket = sioc;
     client.buffer = buffer_fd;
+    client.lost = NULL;
+    client.spoilt = false;
     client.watch = qio_channel_add_watch(QIO_CHANNEL(sioc), G_IO_IN | G_IO_HUP,
                                          client_event, NULL, NULL);
-    client.runs = qemu_add_vm_change_state_handler(guest_runs, NULL);
 
     /*
      * The client copies all pages after this, so what is dirty by now is not of
      * interest.  A bitmap starts with everything dirty and nothing protected.
      */
-    pages = collect_pages();
+    pages = checkpoint_collect_pages();
 
-    layout = send_layout(errp);
+    layout = checkpoint_send_layout(sioc, errp);
     if (!layout) {
         client_gone();
     }
@@ -559,10 +365,19 @@ CheckpointLayout *qmp_x_checkpoint_attach(const char *socket,
 
 CheckpointLayout *qmp_x_checkpoint_layout(Error **errp)
 {
-    return need_client(errp) ? send_layout(errp) : NULL;
+    return need_client(errp) ? checkpoint_send_layout(client.socket, errp) :
+                               NULL;
 }
 
-CheckpointStopped *qmp_x_checkpoint_stop(Error **errp)
+void qmp_x_checkpoint_lease(uint64_t until_us, Error **errp)
+{
+    checkpoint_lease_until(until_us, errp);
+}
+
+CheckpointStopped *qmp_x_checkpoint_stop(bool has_limit_ms, uint32_t limit_ms,
+                                         bool has_lease_us, uint64_t lease_us,
+                                         bool has_first, bool first,
+                                         Error **errp)
 {
     g_autoptr(StatusInfo) status = NULL;
     CheckpointStopped *stopped;
@@ -570,15 +385,32 @@ CheckpointStopped *qmp_x_checkpoint_stop(Error **errp)
     if (!need_client(errp)) {
         return NULL;
     }
-    stopped = g_new0(CheckpointStopped, 1);
-    if (runstate_is_running()) {
-        client.stopped = true;
-        vm_stop(RUN_STATE_PAUSED);
+    if (has_lease_us && !(first && checkpoint_has_lease()) &&
+        !checkpoint_lease_until(lease_us, errp)) {
+        return NULL;
     }
-    client.ran = false;
-    stopped->running = client.stopped;
+    stopped = g_new0(CheckpointStopped, 1);
+    client.spoilt = false;
+    hold.leased = false;
+    if (runstate_is_running() && !client.lost) {
+        hold.stopped_ns = hold.since_ns = get_clock();
+        hold.owed = true;
+        if (vm_stop(RUN_STATE_PAUSED) < 0) {
+            spoil(CHECKPOINT_SPOILT_FLUSH);
+        }
+    }
+    timer_del(hold.again);      /* x-checkpoint-cont is it */
+    if (hold.owed && has_limit_ms && limit_ms) {
+        timer_mod(hold.limit,
+                  qemu_clock_get_ms(QEMU_CLOCK_REALTIME) + limit_ms);
+    }
+    stopped->running = hold.owed;
     status = qmp_query_status(&error_abort);
     stopped->status = status->status;
+    client.loadable = state_is_loadable(status->status);
+    stopped->loadable = client.loadable;
+    stopped->has_lost = client.lost;
+    stopped->lost = g_strdup(client.lost);
     return stopped;
 }
 
@@ -592,28 +424,29 @@ CheckpointPagesInfo *qmp_x_checkpoint_collect(bool state, Error **errp)
     if (!need_client(errp)) {
         return NULL;
     }
-    if (client.ram_version != ram_list.version ||
-        client.slots_version != kvm_dirty_slot_log_version()) {
-        client.generation = ++last_generation;
-        client.ram_version = ram_list.version;
-        client.slots_version = kvm_dirty_slot_log_version();
-    }
 
     info = g_new0(CheckpointPagesInfo, 1);
+    info->generation = checkpoint_generation();
+    /* What has begun is in no state yet: the guest would not know how it ends */
+    if (state && qemu_runstate_change_requested()) {
+        spoil(CHECKPOINT_SPOILT_RUN_STATE);
+    }
+    state = state && !client.spoilt && client.loadable && !client.lost;
     /* Saving may write to the guest's memory, so pages come after it */
-    if (state && !runstate_is_running() && !save_state(&offset, errp)) {
+    if (state && !runstate_is_running() &&
+        !checkpoint_save_state(client.buffer, &offset, hold.owed, errp)) {
         goto fail;
     }
     info->state_size = offset;
     offset = ROUND_UP(offset, sizeof(CheckpointPages));
     info->offset = offset;
     stamp = get_clock();
-    pages = collect_pages();
+    pages = checkpoint_collect_pages();
     info->collect_us = (get_clock() - stamp) / SCALE_US;
     info->runs = pages->len;
-    info->generation = client.generation;
-    if (!write_buffer(pages->data, (size_t)pages->len * sizeof(CheckpointPages),
-                      &offset, errp)) {
+    if (!checkpoint_write(client.buffer, pages->data,
+                          (size_t)pages->len * sizeof(CheckpointPages),
+                          &offset, errp)) {
         goto fail;
     }
     return info;
@@ -627,7 +460,6 @@ CheckpointResumed *qmp_x_checkpoint_cont(Error **errp)
 {
     CheckpointResumed *resumed;
     Error *err = NULL;
-    bool consistent;
 
     if (!need_client(errp)) {
         return NULL;
@@ -636,22 +468,63 @@ CheckpointResumed *qmp_x_checkpoint_cont(Error **errp)
      * A reset writes to memory and leaves another state behind.  Reports of
      * pages that were written or harvested come too late for this checkpoint.
      */
-    consistent = !client.ran && !memory_changed() &&
-                 !(client.stopped && !runstate_check(RUN_STATE_PAUSED));
-    if (client.stopped) {
-        qmp_cont(&err);
-        if (err) {
-            error_propagate(errp, err);
-            return NULL;
-        }
+    if (hold.owed && !runstate_check(RUN_STATE_PAUSED)) {
+        spoil(CHECKPOINT_SPOILT_RESET);
+    }
+    if (checkpoint_memory_changed()) {
+        spoil(CHECKPOINT_SPOILT_WRITTEN);
     }
     resumed = g_new0(CheckpointResumed, 1);
+    resumed->consistent = !client.spoilt;
+    resumed->has_spoilt_by = client.spoilt;
+    resumed->spoilt_by = client.spoilt_by;
+    if (!resume_guest(&err)) {
+        resumed->has_waits_for = true;
+        resumed->waits_for = g_strdup(error_get_pretty(err));
+        error_free(err);
+    }
     resumed->resumed = runstate_is_running();
-    resumed->consistent = consistent;
     return resumed;
 }
 
+/*
+ * What else happens
+ */
+
+/* Somebody has stopped the guest */
 void checkpoint_keep_stopped(void)
 {
-    client.stopped = false;
+    hold.owed = false;
+    hold.told = false;
+    hold.leased = false;
+}
+
+void checkpoint_give_way(void)
+{
+    RunState requested;
+    bool more;
+
+    if (!hold.owed || !runstate_check(RUN_STATE_PAUSED)) {
+        return;
+    }
+    timer_del(hold.limit);
+    timer_del(hold.again);
+    /* vm_prepare_start() forgets it */
+    more = qemu_vmstop_requested(&requested);
+    hold.hidden = !client.lost;
+    hide_pause();
+    vm_prepare_start(false);
+    hold.hidden = false;
+    if (more) {
+        qemu_system_vmstop_request_prepare();
+        qemu_system_vmstop_request(requested);
+    }
+}
+
+void checkpoint_memory_lost(const char *why)
+{
+    if (client.socket) {
+        client.lost = why;
+        spoil(CHECKPOINT_SPOILT_WRITTEN);
+    }
 }

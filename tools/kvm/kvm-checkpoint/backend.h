@@ -45,6 +45,7 @@ struct kc_sink {
 	bool has_ram, same_sender;
 	uint8_t receiver[16];
 	unsigned int heartbeat_ms;	/* 0 for none */
+	unsigned int takeover_ms;	/* of silence, and it takes over; 0 for never */
 
 	/* The rest is sink.c's. */
 	struct kc_packer *packer;
@@ -61,6 +62,8 @@ struct kc_sink {
 	uint32_t state_len[2];
 	bool has_state;
 	uint64_t commit_us[64];		/* when an epoch was committed, by its number */
+	uint64_t commit_boot_us[64];	/* and when that began, by another clock */
+	uint64_t acked_boot_us;
 	/*
 	 * Digests that a standby was asked for ahead; whether they are here, and of pages that were
 	 * sent since.

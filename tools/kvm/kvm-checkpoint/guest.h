@@ -31,6 +31,7 @@ struct dirty {
 	struct dirty_word *words;	/* which are not 0, in the order they were found */
 	size_t nr_words, max_words;
 	uint64_t pages;
+	bool has_holes;			/* some may be of memory that was given back to the host */
 };
 
 /* Pages copied aside */
@@ -59,7 +60,33 @@ struct guest_log {
 	uint64_t page, npages;
 };
 
+/**
+ * struct guest_opts - how a guest is protected
+ * @qmp: path of QEMU's monitor.
+ * @external_disks: writable disks are taken care of.
+ * @trusted_devices: patterns of types of devices that have no state but what QEMU has.
+ * @nr_trusted_devices: how many.
+ * @pause_limit_ms: the guest goes on when it has stood still for so long, whatever we do; 0 for
+ *	never.
+ * @qemu_timeout_ms: how long QEMU may not answer once the guest is protected; 0: for as long as it
+ *	lives.
+ * @idle: called now and then while QEMU works, see qmp_open(); or NULL.
+ * @idle_ctx: for @idle.
+ */
+struct guest_opts {
+	const char *qmp;
+	bool external_disks;
+	const char *trusted_devices[16];
+	unsigned int nr_trusted_devices;
+	unsigned int pause_limit_ms, qemu_timeout_ms;
+	int (*idle)(void *ctx);
+	void *idle_ctx;
+};
+
+#define GUEST_NO_LEASE	UINT64_MAX
+
 struct guest {
+	struct guest_opts opts;
 	struct qmp qmp;
 	struct kc_guest id;
 	struct kc_block block_ids[KC_MAX_BLOCKS];
@@ -67,12 +94,18 @@ struct guest {
 	struct guest_log *logs;
 	unsigned int nr_logs;
 	char dirty_log[32];		/* "dirty-slot-ring", "dirty-ring" or "bitmap" */
+	uint64_t lease_us;		/* see guest_lease() */
+	bool lease_first;
+	char *devices;			/* what their state consists of, sorted, a line for each part */
 	uint64_t generation;
 	int sock, buffer;		/* shared with QEMU */
 	struct dirty dirty;
 };
 
-/* What guest_take() did */
+/*
+ * What guest_take() did.  waits_for says why the guest has to wait until it can run again, which it
+ * will then, and is empty if it has not.
+ */
 struct guest_epoch {
 	struct copy copy;
 	void *state;
@@ -82,21 +115,21 @@ struct guest_epoch {
 	bool was_running, resumed;
 	bool last;			/* in: the guest is to stay stopped */
 	char status[32];		/* QEMU's word for it */
+	char waits_for[256];
 };
 
 /**
  * guest_open() - connect to QEMU and start logging
  * @g: filled in, to be closed by guest_close() in any case.
- * @path: of the QMP socket.
- * @external_disks: writable disks are taken care of.
- * @idle: called now and then while QEMU works, from here on; or NULL.
- * @idle_ctx: for @idle.
+ * @opts: copied, its strings must stay.
  * @err: why not.
  *
  * Return: 0 or a negative errno: what the user can do about it is in @err.
  */
-int guest_open(struct guest *g, const char *path, bool external_disks, void (*idle)(void *ctx),
-	       void *idle_ctx, struct kc_err *err);
+int guest_open(struct guest *g, const struct guest_opts *opts, struct kc_err *err);
+
+/** guest_reopen() - the same once more, with -ESTALE if it has other devices by now */
+int guest_reopen(struct guest *g, struct kc_err *err);
 
 /** guest_close() - end logging; QEMU resumes the guest if it was stopped for us */
 void guest_close(struct guest *g);
@@ -131,10 +164,26 @@ int guest_collect(struct guest *g, struct kc_err *err);
  * @e: what was taken; zero it before the first time, its buffers are used again.  Pages are sorted.
  * @err: why not.
  *
- * Return: 0; -EAGAIN if somebody else resumed the guest or changed its memory meanwhile, and then
- * nothing is lost; other negative errno.
+ * Return: 0; -EAGAIN if somebody else resumed the guest or changed its memory meanwhile, or it took
+ * too long; -ENODATA while the guest is in a run state of which there can be no epoch: in both cases
+ * nothing is lost; -EUCLEAN if its memory was changed and no log knows of it; other negative errno.
  */
 int guest_take(struct guest *g, struct guest_epoch *e, struct kc_err *err);
+
+/**
+ * guest_lease() - let the guest run until then, from the next guest_take() on
+ * @g: the guest.
+ * @until_us: of kc_boot_us(): QEMU stops it then, whatever becomes of us; 0: for ever.
+ * @first: only if it has none.
+ */
+static inline void guest_lease(struct guest *g, uint64_t until_us, bool first)
+{
+	g->lease_us = until_us;
+	g->lease_first = first;
+}
+
+/** guest_end_lease() - it runs for ever; by a connection of its own, so after guest_close() */
+int guest_end_lease(const struct guest_opts *opts, struct kc_err *err);
 
 /**
  * guest_copy_running() - copy dirty pages of the running guest aside
@@ -152,7 +201,50 @@ int guest_copy_running(struct guest *g, struct guest_epoch *e, uint64_t max, str
 /** guest_died() - waits a moment for QEMU's process to be gone, after -EPIPE */
 bool guest_died(struct guest *g);
 
+/*
+ * Between the files of this part
+ */
+
+/* dirty.c */
 void dirty_forget(struct dirty *d);
 int dirty_add(struct dirty *d, uint32_t block, uint64_t page, uint64_t n);
+
+/*
+ * Where a block's file has holes, asked once for each hole and what follows it; zero it first.  To
+ * read a hole would allocate memory.
+ */
+struct guest_holes {
+	uint64_t hole_until, data_until;	/* pages */
+};
+
+bool guest_is_hole(struct guest_holes *h, int fd, uint64_t page);
+/* Moves dirty pages, at most max of them, to the copy */
+int guest_copy_dirty(struct guest *g, struct copy *c, uint64_t max);
+void copy_sort(struct copy *c);
+
+/* devices.c */
+
+/* Takes in the list of parts of the device state, which must be the same later */
+int guest_take_devices(struct guest *g, struct json_object *list, struct kc_err *err);
+/* -ESTALE if it is not that of before */
+int guest_check_devices(const struct guest *g, const char *before, struct kc_err *err);
+
+/* layout.c */
+
+/*
+ * Takes in the layout and the fds that came with it.  Blocks are mapped the first time and must be
+ * the same later.
+ */
+int guest_take_layout(struct guest *g, struct json_object *layout, struct kc_err *err);
+void guest_forget_logs(struct guest *g);
+/* Ours for QEMU's block, or -1 if it is not shared */
+int guest_block_of(const struct guest *g, uint64_t qemu_nr);
+
+/* guard.c */
+/* Refuses what has disks or devices whose state would not be in an epoch */
+int guest_check_attached(struct guest *g, struct kc_err *err);
+/* An answer that has to be a list */
+int guest_call_list(struct guest *g, const char *command, struct json_object **list,
+		    struct kc_err *err);
 
 #endif

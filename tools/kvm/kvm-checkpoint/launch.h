@@ -33,7 +33,7 @@ void kc_free_argv(char **argv);
  * @timeout_ms: for QEMU to have loaded the state.
  * @committed: called right before the guest runs and changes the RAM; an error stops it.  QEMU
  *	is in a session of its own then, as it is to live longer than we do.
- * @idle: called now and then while QEMU is waited for, or NULL.
+ * @idle: called now and then while QEMU is waited for, see qmp_open(); or NULL.
  */
 struct kc_launch {
 	char **argv;
@@ -47,7 +47,7 @@ struct kc_launch {
 	unsigned int timeout_ms;
 	int (*committed)(void *ctx, struct kc_err *err);
 	void *ctx;
-	void (*idle)(void *ctx);
+	int (*idle)(void *ctx);
 	void *idle_ctx;
 };
 

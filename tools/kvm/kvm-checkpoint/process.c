@@ -23,6 +23,7 @@ static void child(char **argv, int keep, int errors, int out)
 	sigemptyset(&none);
 	sigprocmask(SIG_SETMASK, &none, NULL);
 	signal(SIGPIPE, SIG_DFL);
+	kc_core_as_before();
 	if (keep >= 0)
 		fcntl(keep, F_SETFD, 0);
 	if (errors >= 0)

@@ -34,7 +34,15 @@ static const char usage_text[] =
 "  --interval TIME       from one epoch to the next (default 100ms)\n"
 "  --max-dirty N         an epoch sooner, when N pages were written; only with slot rings,\n"
 "                        and noticed when a ring is half full (default 8192, 0 for never)\n"
+"  --pause-limit TIME    let the guest go on, without an epoch, if one takes longer, be it\n"
+"                        because this program hangs (default 2s, 0 for no limit)\n"
+"  --qemu-timeout TIME   give up a QEMU that lives but does not answer for so long, and leave\n"
+"                        the guest to the standby (default 0: never)\n"
+"  --lease TIME          the guest runs only while an epoch that was sent less than that ago\n"
+"                        is acknowledged; QEMU stops it otherwise (default: it runs on)\n"
 "  --disk external       the guest may have writable disks: storage is taken care of\n"
+"  --trust-device TYPE   such a device has no state but what QEMU migrates; may be said\n"
+"                        several times\n"
 "  --control PATH        unix socket for status, detach and switchover\n"
 "  --leave-ram DIR       where a switchover leaves the guest's memory, for a standby here\n"
 "  --epochs N            end after N epochs; the guest runs on\n"
@@ -130,6 +138,25 @@ static enum where run(struct protect *p, int *rc, struct kc_err *err)
 	return where;
 }
 
+/*
+ * Ends the protection of a guest that lives: it runs on without a lease, unless its standby does not
+ * know that, or runs it.
+ */
+static bool detach(struct protect *p)
+{
+	bool told = kc_link_end(p, KC_END_DETACH);
+	struct kc_err err;
+
+	if (p->is_elsewhere)
+		return told;
+	guest_close(&p->guest);
+	if (told && p->lease_ms && guest_end_lease(&p->guest_opts, &err))
+		kc_log(KC_LOG_ERROR,
+		       "%s: the guest will stand still as its lease is not renewed; tell QEMU \"cont\"",
+		       err.text);
+	return told;
+}
+
 /* Returns the exit status */
 static int protect(struct protect *p)
 {
@@ -138,7 +165,7 @@ static int protect(struct protect *p)
 	struct kc_err err;
 	int rc;
 
-	rc = guest_open(&p->guest, p->qmp, p->external, kc_link_tick, p, &err);
+	rc = guest_open(&p->guest, &p->guest_opts, &err);
 	if (rc) {
 		kc_log(KC_LOG_ERROR, "%s", err.text);
 		return 1;
@@ -151,7 +178,7 @@ static int protect(struct protect *p)
 		rc = 0;
 		switch (run(p, &rc, &err)) {
 		case STOPPED:
-			rc = kc_link_end(p, KC_END_DETACH) ? 0 : 1;
+			rc = detach(p) ? 0 : 1;
 			if (p->is_elsewhere)
 				return kc_guest_is_elsewhere(p, "the standby has taken over");
 			return rc;
@@ -170,7 +197,7 @@ static int protect(struct protect *p)
 				return kc_guest_is_elsewhere(p, err.text);
 			kc_log(KC_LOG_ERROR, "%s; the guest runs on, without protection",
 			       err.text);
-			kc_link_end(p, KC_END_DETACH);
+			detach(p);
 			return 1;
 		default:
 			break;
@@ -187,6 +214,8 @@ static int protect(struct protect *p)
 			kc_link_end(p, KC_END_GUEST_DIED);
 			return 1;
 		}
+		if (rc == -ECANCELED)
+			return detach(p) ? 0 : 1;
 		if (rc == -ETIMEDOUT) {
 			/* It may live again: its standby's --timeout and fence decide. */
 			kc_log(KC_LOG_ERROR, "%s; the last epoch that counts is %lu", err.text,
@@ -194,17 +223,18 @@ static int protect(struct protect *p)
 			kc_link_close(p);
 			return 1;
 		}
-		guest_close(&p->guest);
 		kc_sent_forget(p);
 		may_be_dead = false;
 		if (kc_now_us() - began > 60000000)
+			reopened = 0;
+		/* What others do to the guest, they may do often */
+		if (rc == -EUCLEAN)
 			reopened = 0;
 		if (rc != -ESTALE && reopened++ < 3) {
 			struct kc_err again;
 
 			kc_log(KC_LOG_WARN, "%s; connecting to QEMU again", err.text);
-			rc = guest_open(&p->guest, p->qmp, p->external, kc_link_tick, p,
-					&again);
+			rc = guest_reopen(&p->guest, &again);
 			if (!rc) {
 				kc_link_close(p);
 				continue;
@@ -213,12 +243,13 @@ static int protect(struct protect *p)
 			may_be_dead = rc == -ECONNREFUSED || rc == -ENOENT || rc == -EPIPE ||
 				      rc == -ETIMEDOUT;
 		}
+		guest_close(&p->guest);
 		kc_log(KC_LOG_ERROR, "%s; the guest is without protection", err.text);
 		/* Where nobody listens or answers any more: that is for the standby. */
 		if (may_be_dead)
 			kc_link_close(p);
 		else
-			kc_link_end(p, KC_END_DETACH);
+			detach(p);
 		return 1;
 	}
 }
@@ -244,8 +275,8 @@ static int parse_count(const char *s, uint64_t *n)
 int cmd_protect(int argc, char **argv)
 {
 	enum {
-		QMP = 256, LEAVE_RAM, TO, INTERVAL, MAX_DIRTY, DISK, CONTROL, EPOCHS, JSON, HELP,
-		SINK_OPTION
+		QMP = 256, LEAVE_RAM, TO, INTERVAL, MAX_DIRTY, PAUSE_LIMIT, QEMU_TIMEOUT, LEASE, DISK,
+		TRUST, CONTROL, EPOCHS, JSON, HELP, SINK_OPTION,
 	};
 	static const struct option options[] = {
 		{ "qmp", required_argument, NULL, QMP },
@@ -253,7 +284,11 @@ int cmd_protect(int argc, char **argv)
 		{ "leave-ram", required_argument, NULL, LEAVE_RAM },
 		{ "interval", required_argument, NULL, INTERVAL },
 		{ "max-dirty", required_argument, NULL, MAX_DIRTY },
+		{ "pause-limit", required_argument, NULL, PAUSE_LIMIT },
+		{ "qemu-timeout", required_argument, NULL, QEMU_TIMEOUT },
+		{ "lease", required_argument, NULL, LEASE },
 		{ "disk", required_argument, NULL, DISK },
+		{ "trust-device", required_argument, NULL, TRUST },
 		{ "control", required_argument, NULL, CONTROL },
 		{ "epochs", required_argument, NULL, EPOCHS },
 		{ "json", no_argument, NULL, JSON },
@@ -276,6 +311,9 @@ int cmd_protect(int argc, char **argv)
 
 	p.interval_ms = 100;
 	p.max_dirty = 8192;
+	p.guest_opts.pause_limit_ms = 2000;
+	p.guest_opts.idle = kc_link_tick;
+	p.guest_opts.idle_ctx = &p;
 	p.guest.sock = -1;
 	p.guest.buffer = -1;
 	p.guest.qmp.fd = -1;
@@ -285,7 +323,7 @@ int cmd_protect(int argc, char **argv)
 	while ((c = getopt_long(argc, argv, "h", options, &index)) != -1) {
 		switch (c) {
 		case QMP:
-			p.qmp = optarg;
+			p.guest_opts.qmp = optarg;
 			break;
 		case TO:
 			p.to = optarg;
@@ -301,10 +339,27 @@ int cmd_protect(int argc, char **argv)
 			if (parse_count(optarg, &p.max_dirty))
 				return usage_error("--max-dirty needs a number of pages");
 			break;
+		case PAUSE_LIMIT:
+			if (kc_parse_ms(optarg, &p.guest_opts.pause_limit_ms))
+				return usage_error("--pause-limit needs a time, such as 2s");
+			break;
+		case QEMU_TIMEOUT:
+			if (kc_parse_ms(optarg, &p.guest_opts.qemu_timeout_ms))
+				return usage_error("--qemu-timeout needs a time, such as 1m");
+			break;
+		case LEASE:
+			if (kc_parse_ms(optarg, &p.lease_ms) || !p.lease_ms)
+				return usage_error("--lease needs a time, such as 3s");
+			break;
 		case DISK:
 			if (strcmp(optarg, "external"))
 				return usage_error("--disk can only be external");
-			p.external = true;
+			p.guest_opts.external_disks = true;
+			break;
+		case TRUST:
+			if (p.guest_opts.nr_trusted_devices == 16)
+				return usage_error("--trust-device can be said 16 times");
+			p.guest_opts.trusted_devices[p.guest_opts.nr_trusted_devices++] = optarg;
 			break;
 		case CONTROL:
 			p.control = optarg;
@@ -331,13 +386,18 @@ int cmd_protect(int argc, char **argv)
 	}
 	if (optind < argc)
 		return usage_error("there is an argument too many");
-	if (!p.qmp)
+	if (!p.guest_opts.qmp)
 		return usage_error("--qmp is missing: where is QEMU's monitor?");
+	if (p.lease_ms && p.to && strncmp(p.to, "tcp:", 4))
+		return usage_error("--lease is of use with a standby: --to tcp:HOST:PORT");
+	if (p.lease_ms && p.lease_ms < 4 * p.interval_ms)
+		return usage_error("--lease has to be four times --interval at least");
 	if (!p.to)
 		return usage_error("--to is missing: tcp:HOST:PORT of a standby, or a directory");
 	if (kc_sink_check(p.to, &p.opts, &err))
 		return usage_error(err.text);
 
+	kc_core_without_memory();
 	if (kc_wake_fd() < 0) {
 		kc_log(KC_LOG_ERROR, "cannot make an eventfd: %s", strerror(errno));
 		return 1;

@@ -42,11 +42,12 @@ struct sent_epoch {
 #define KC_SENT 8u
 
 struct protect {
-	const char *qmp, *to, *control, *leave_ram;
-	unsigned int interval_ms;
+	const char *to, *control, *leave_ram;
+	unsigned int interval_ms, lease_ms;
 	uint64_t max_dirty, max_epochs;
-	bool external, json;
+	bool json;
 	struct kc_sink_opts opts;
+	struct guest_opts guest_opts;
 
 	struct guest guest;
 	struct guest_epoch epoch;
@@ -66,13 +67,15 @@ struct protect {
 	uint64_t told_us;
 	bool is_elsewhere;	/* the standby was to be told the end, and has taken over */
 	bool idle;		/* the guest is stopped, and its last epoch says all */
+	bool waiting;		/* the guest cannot be resumed, for now */
+	char no_epochs[200];	/* why there are none for now, or empty */
 	bool tty;
 	unsigned int unread;	/* lines that were not shown, as nobody reads them */
 	uint64_t started_us, shown_us;
 };
 
 /* Who failed, with what errno */
-enum where { OK, GUEST, SINK, STOPPED, SWITCH };
+enum where { OK, GUEST, SINK, STOPPED, SWITCH, NOT_NOW };
 
 extern atomic_bool kc_stop_requested, kc_switch_requested;
 
@@ -107,8 +110,13 @@ void kc_show_protected(struct protect *p, const struct first *f);
 /* --- protect_link.c: the sink, found, lost and told the end --------------- */
 
 int kc_link_poll(struct protect *p, struct kc_err *err);
-/* Heartbeats while QEMU works; an error is of interest when the sink is used next */
-void kc_link_tick(void *ctx);
+/*
+ * Heartbeats while QEMU works; an error is of interest when the sink is used next.  -ECANCELED if we
+ * are to end and QEMU does not answer.
+ */
+int kc_link_tick(void *ctx);
+/* Tells everybody why there are no epochs for now; if it is empty, that there are again */
+void kc_no_epochs(struct protect *p, const char *why);
 /* What has happened meanwhile, to whom */
 enum where kc_link_look(struct protect *p, int *rc, struct kc_err *err);
 /*

@@ -13,6 +13,9 @@
 #define FEW_PAGES	2048
 #define MAX_PASSES	5
 
+/* How soon after it was found that there can be no epoch it is tried again */
+#define AGAIN_US	50000
+
 /* How often in a row somebody may interfere with an epoch */
 #define MAX_TRIES	50
 
@@ -102,12 +105,26 @@ static int send_epoch(struct protect *p, struct kc_err *err)
 	return kc_link_poll(p, err);
 }
 
+/* Once when it begins, and once when it is over */
+static void tell_waiting(struct protect *p)
+{
+	const char *what = p->epoch.waits_for;
+
+	if (*what && !p->waiting)
+		kc_log(KC_LOG_WARN, "the guest has to wait until it can run: %s", what);
+	else if (!*what && p->waiting)
+		kc_log(KC_LOG_INFO, "the guest runs again");
+	p->waiting = *what;
+}
+
 static enum where take_epoch(struct protect *p, int *rc, struct kc_err *err)
 {
 	unsigned int tries = 0;
 
 	do {
 		*rc = guest_take(&p->guest, &p->epoch, err);
+		if (!*rc || *rc == -EAGAIN)
+			tell_waiting(p);
 		if (*rc == -EAGAIN) {
 			kc_log(KC_LOG_WARN, "%s: taking another", err->text);
 			/* Not as fast as can be, and the standby must hear of us. */
@@ -118,17 +135,24 @@ static enum where take_epoch(struct protect *p, int *rc, struct kc_err *err)
 	/* Whatever does this to the guest, it does it all the time. */
 	if (*rc == -EAGAIN && !kc_stop_requested)
 		*rc = -EBUSY;
-	return *rc == -EAGAIN ? STOPPED : *rc ? GUEST : OK;
+	if (*rc == -ENODATA)
+		kc_no_epochs(p, err->text);
+	else if (!*rc)
+		kc_no_epochs(p, "");
+	return *rc == -EAGAIN ? STOPPED : *rc == -ENODATA ? NOT_NOW : *rc ? GUEST : OK;
 }
 
 enum where kc_epoch_next(struct protect *p, int *rc, struct kc_err *err)
 {
 	enum where where = take_epoch(p, rc, err);
 
+	/* The last one stays what it is worth */
+	if (where == NOT_NOW)
+		return OK;
 	if (where != OK)
 		return where;
 	/* Nothing can have changed since */
-	if (p->idle && !p->epoch.was_running && !p->epoch.copy.nr)
+	if (p->idle && !p->epoch.was_running && !p->epoch.copy.nr && !p->lease_ms)
 		return OK;
 	p->idle = !p->epoch.was_running;
 
@@ -146,35 +170,12 @@ enum where kc_epoch_next(struct protect *p, int *rc, struct kc_err *err)
  * The first epoch: all pages, or all that differ
  */
 
-/* Where a file has holes, asked once for each hole and what follows it */
-struct holes {
-	uint64_t hole_until, data_until;	/* pages */
-};
-
-static bool is_hole(struct holes *h, int fd, uint64_t page)
-{
-	off_t at = page * KC_PAGE_SIZE, next;
-
-	if (page >= h->hole_until && page >= h->data_until) {
-		next = lseek(fd, at, SEEK_DATA);
-		if (next >= 0)
-			h->hole_until = next / KC_PAGE_SIZE;
-		else
-			h->hole_until = errno == ENXIO ? UINT64_MAX : 0;
-		if (page >= h->hole_until) {
-			next = lseek(fd, at, SEEK_HOLE);
-			h->data_until = next > at ? (uint64_t)next / KC_PAGE_SIZE : page + 1;
-		}
-	}
-	return page < h->hole_until;
-}
-
 /*
  * Which of these pages the receiver lacks.  What is written meanwhile may be found to be the same
  * or not: it gets dirty, too.
  */
 static int compare_chunk(struct protect *p, unsigned int b, uint64_t first, uint32_t n,
-			 struct holes *holes, bool *differs, struct kc_err *err)
+			 struct guest_holes *holes, bool *differs, struct kc_err *err)
 {
 	static uint8_t theirs[KC_DIGESTS_CHUNK * KC_DIGEST_SIZE];
 	static uint8_t ours[KC_DIGESTS_CHUNK * KC_DIGEST_SIZE];
@@ -187,9 +188,8 @@ static int compare_chunk(struct protect *p, unsigned int b, uint64_t first, uint
 	rc = kc_sink_digests(p->sink, b, first, n, theirs, err);
 	if (rc)
 		return rc;
-	/* Reading a hole would allocate memory */
 	for (i = 0; i < n; i++)
-		pages[i] = is_hole(holes, block->fd, first + i) ? zeros :
+		pages[i] = guest_is_hole(holes, block->fd, first + i) ? zeros :
 			   block->map + (first + i) * KC_PAGE_SIZE;
 	kc_page_digests(pages, n, ours);
 	for (i = 0; i < n; i++)
@@ -204,7 +204,7 @@ static enum where copy_block(struct protect *p, unsigned int b, bool compare, ui
 	static uint8_t page[KC_PAGE_SIZE];
 	static bool differs[KC_DIGESTS_CHUNK];
 	const struct guest_block *block = &p->guest.blocks[b];
-	struct holes holes = { 0, 0 }, compared = { 0, 0 };
+	struct guest_holes holes = { 0, 0 }, compared = { 0, 0 };
 	uint64_t npages = p->guest.block_ids[b].npages, i;
 	enum where where;
 
@@ -224,7 +224,7 @@ static enum where copy_block(struct protect *p, unsigned int b, bool compare, ui
 		}
 		if (compare && !differs[i % KC_DIGESTS_CHUNK])
 			continue;
-		if (is_hole(&holes, block->fd, i))
+		if (guest_is_hole(&holes, block->fd, i))
 			memset(page, 0, sizeof(page));
 		else
 			memcpy(page, block->map + i * KC_PAGE_SIZE, KC_PAGE_SIZE);
@@ -306,7 +306,20 @@ enum where kc_epoch_first(struct protect *p, int *rc, struct kc_err *err)
 		}
 	}
 
-	where = take_epoch(p, rc, err);
+	/*
+	 * That it has arrived may never be known here, and then it is taken over from.  If there is
+	 * a lease already it ends when it has to.
+	 */
+	if (p->lease_ms)
+		guest_lease(&p->guest, kc_boot_us() + p->lease_ms * 1000ull, true);
+	while ((where = take_epoch(p, rc, err)) == NOT_NOW) {
+		*rc = kc_link_poll(p, err);
+		if (*rc)
+			return SINK;
+		if (kc_stop_requested)
+			return STOPPED;
+		usleep(AGAIN_US);
+	}
 	if (where != OK)
 		return where;
 	sent += p->epoch.copy.nr;

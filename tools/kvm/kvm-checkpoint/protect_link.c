@@ -14,6 +14,9 @@
 #define MAX_PAUSE_MS	5000
 #define TELL_US		60000000
 
+/* QEMU is at work for somebody else if it does not answer for so long */
+#define BUSY_MS		2000
+
 int kc_link_poll(struct protect *p, struct kc_err *err)
 {
 	uint64_t acked = p->acked;
@@ -30,6 +33,12 @@ int kc_link_poll(struct protect *p, struct kc_err *err)
 		kc_status_trouble(p->status, NULL);
 		kc_show_add(o, "epoch", acked);
 		kc_show_json(p, o);
+		/*
+		 * It has heard of us after that was sent, so it is silent for its --timeout before
+		 * it takes over.
+		 */
+		guest_lease(&p->guest, p->lease_ms ? kc_sink_heard_us(p->sink) +
+						     p->lease_ms * 1000ull : 0, false);
 	}
 	if (p->first.nr && p->acked >= p->first.nr) {
 		kc_show_protected(p, &p->first);
@@ -45,12 +54,35 @@ int kc_link_poll(struct protect *p, struct kc_err *err)
 	return rc;
 }
 
-void kc_link_tick(void *ctx)
+void kc_no_epochs(struct protect *p, const char *why)
+{
+	char phase[sizeof(p->no_epochs) + 20];
+
+	if (!strcmp(why, p->no_epochs))
+		return;
+	snprintf(p->no_epochs, sizeof(p->no_epochs), "%s", why);
+	snprintf(phase, sizeof(phase), "no epochs for now: %s", p->no_epochs);
+	if (*why)
+		kc_log(KC_LOG_WARN, "%s", phase);
+	else
+		kc_log(KC_LOG_INFO, "there are epochs again");
+	kc_status_phase(p->status, *why ? phase : "protected");
+	if (p->sink && !p->lost)
+		p->lost = kc_sink_note(p->sink, p->no_epochs, &p->lost_err);
+}
+
+int kc_link_tick(void *ctx)
 {
 	struct protect *p = ctx;
+	uint64_t asked = p->guest.qmp.asked_us;
 
 	if (p->sink && !p->lost)
 		p->lost = kc_link_poll(p, &p->lost_err);
+	/* Before there was an epoch, guest_open() says what is wrong */
+	if (!p->nr || !asked || kc_now_us() - asked < BUSY_MS * 1000ull)
+		return 0;
+	kc_no_epochs(p, "QEMU lives, but does not answer");
+	return kc_stop_requested ? -ECANCELED : 0;
 }
 
 static bool is_standby(const struct protect *p)
@@ -141,6 +173,19 @@ static void know(struct protect *p)
 	memcpy(p->receiver, now, 16);
 }
 
+/* Is the standby's time limit long enough for --lease? */
+static int check_lease(const struct protect *p, struct kc_err *err)
+{
+	unsigned int takeover_ms = kc_sink_takeover_ms(p->sink);
+
+	/* A tenth is more than clocks can differ, and for the time to stop the guest */
+	if (!p->lease_ms || !takeover_ms || p->lease_ms <= takeover_ms / 10 * 9)
+		return 0;
+	return kc_fail(err, EINVAL,
+		       "the standby takes over after %u ms: --lease can be %u ms at most", takeover_ms,
+		       takeover_ms / 10 * 9);
+}
+
 enum where kc_link_open(struct protect *p, int *rc, struct kc_err *err)
 {
 	enum where where = OK;
@@ -179,6 +224,9 @@ enum where kc_link_open(struct protect *p, int *rc, struct kc_err *err)
 	/* What it has already is no answer to what it will be sent. */
 	p->acked = kc_sink_last_epoch(p->sink);
 	p->was_acked |= p->acked;
+	*rc = check_lease(p, err);
+	if (*rc)
+		return SINK;
 	return is_standby(p) && p->pause_ms ? wait_ms(p, p->pause_ms, rc, err) : OK;
 }
 
@@ -190,6 +238,7 @@ void kc_link_close(struct protect *p)
 	kc_sink_close(p->sink);
 	p->sink = NULL;
 	p->lost = 0;
+	*p->no_epochs = '\0';	/* the next one is to hear of it */
 	p->first.nr = 0;
 }
 

@@ -19,7 +19,7 @@ static int stop_guest(struct protect *p, struct kc_err *err)
 	int rc = 0;
 
 	if (p->guest.qmp.fd < 0)
-		rc = qmp_open(&p->guest.qmp, p->qmp, STOP_TIMEOUT_MS, NULL, NULL, err);
+		rc = qmp_open(&p->guest.qmp, p->guest_opts.qmp, STOP_TIMEOUT_MS, NULL, NULL, err);
 	if (rc == -ECONNREFUSED || rc == -ENOENT)
 		return -ENOENT;
 	if (!rc)

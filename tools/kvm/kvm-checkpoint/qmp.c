@@ -16,18 +16,19 @@ int qmp_wait(struct qmp *q, int fd, short events, uint64_t until_us)
 {
 	for (;;) {
 		struct pollfd p = { .fd = fd, .events = events };
-		uint64_t now = kc_now_us();
-		int ms;
+		uint64_t now = kc_now_us(), ms;
+		int rc;
 
 		if (now >= until_us)
 			return -ETIMEDOUT;
 		ms = (until_us - now) / 1000 + 1;
-		if (q->idle && ms > IDLE_MS)
+		if (ms > IDLE_MS)
 			ms = IDLE_MS;
 		if (poll(&p, 1, ms) > 0)
 			return 0;
-		if (q->idle)
-			q->idle(q->idle_ctx);
+		rc = q->idle ? q->idle(q->idle_ctx) : 0;
+		if (rc)
+			return rc;
 	}
 }
 
@@ -42,6 +43,12 @@ static void event(struct qmp *q, struct json_object *o)
 		q->shutdown = true;
 	else if (!strcmp(qmp_str(o, "event"), "RESUME"))
 		q->shutdown = false;	/* -no-shutdown: it was reset, and runs */
+}
+
+/* Of kc_now_us(): when it is too late for an answer to what is asked now */
+static uint64_t patience(const struct qmp *q)
+{
+	return q->timeout_ms ? kc_now_us() + q->timeout_ms * 1000ull : UINT64_MAX;
 }
 
 /*
@@ -103,6 +110,8 @@ static int explain(int rc, const char *command, struct kc_err *err)
 		return qemu_gone(err);
 	case -ETIMEDOUT:
 		return kc_fail(err, ETIMEDOUT, "QEMU does not answer to %s", command);
+	case -ECANCELED:
+		return kc_fail(err, ECANCELED, "QEMU has not answered to %s yet", command);
 	default:
 		return kc_fail(err, EPROTO, "what QEMU answers to %s is no QMP", command);
 	}
@@ -125,7 +134,7 @@ int qmp_send(struct qmp *q, const char *command, struct json_object *args, int f
 	     struct kc_err *err)
 {
 	struct json_object *o = json_object_new_object();
-	uint64_t until = kc_now_us() + q->timeout_ms * 1000ull;
+	uint64_t until = patience(q);
 	union {
 		char buf[CMSG_SPACE(sizeof(int))];
 		struct cmsghdr align;
@@ -134,6 +143,7 @@ int qmp_send(struct qmp *q, const char *command, struct json_object *args, int f
 	const char *text;
 	int rc = 0;
 
+	q->asked_us = kc_now_us();
 	json_object_object_add(o, "execute", json_object_new_string(command));
 	if (args)
 		json_object_object_add(o, "arguments", args);
@@ -172,21 +182,25 @@ int qmp_send(struct qmp *q, const char *command, struct json_object *args, int f
 
 int qmp_receive(struct qmp *q, const char *command, struct json_object **ret, struct kc_err *err)
 {
-	uint64_t until = kc_now_us() + q->timeout_ms * 1000ull;
+	uint64_t until = patience(q);
 	struct json_object *o, *member;
 	int rc;
 
+	q->asked_us = kc_now_us();
 	for (;;) {
 		o = next(q, until, &rc);
 		if (!o)
 			return explain(rc, command, err);
+		q->asked_us = kc_now_us();
 		if (json_object_object_get_ex(o, "return", &member)) {
+			q->asked_us = 0;
 			if (ret)
 				*ret = json_object_get(member);
 			json_object_put(o);
 			return 0;
 		}
 		if (json_object_object_get_ex(o, "error", &member)) {
+			q->asked_us = 0;
 			rc = kc_fail(err, EREMOTEIO, "QEMU refuses %s: %s", command,
 				     qmp_str(member, "desc"));
 			json_object_put(o);
@@ -215,7 +229,7 @@ int qmp_poll(struct qmp *q, struct kc_err *err)
 /* Where the queue is full of clients that have given up, connect() would wait for ever */
 static int connect_to(struct qmp *q, const struct sockaddr_un *sun)
 {
-	uint64_t until = kc_now_us() + q->timeout_ms * 1000ull;
+	uint64_t until = patience(q);
 
 	while (connect(q->fd, (const struct sockaddr *)sun, sizeof(*sun))) {
 		if (errno != EAGAIN && errno != EINTR)
@@ -223,8 +237,8 @@ static int connect_to(struct qmp *q, const struct sockaddr_un *sun)
 		if (kc_now_us() >= until)
 			return -ETIMEDOUT;
 		poll(NULL, 0, IDLE_MS);
-		if (q->idle)
-			q->idle(q->idle_ctx);
+		if (q->idle && q->idle(q->idle_ctx))
+			return -ECANCELED;
 	}
 	return 0;
 }
@@ -236,14 +250,14 @@ static int greet(struct qmp *q)
 	int rc;
 
 	q->tok = json_tokener_new();
-	o = next(q, kc_now_us() + q->timeout_ms * 1000ull, &rc);
+	o = next(q, patience(q), &rc);
 	if (o && !json_object_object_get_ex(o, "QMP", NULL))
 		rc = -EPROTO;
 	json_object_put(o);
 	return rc;
 }
 
-int qmp_adopt(struct qmp *q, int fd, unsigned int timeout_ms, void (*idle)(void *ctx),
+int qmp_adopt(struct qmp *q, int fd, unsigned int timeout_ms, int (*idle)(void *ctx),
 	      void *idle_ctx, struct kc_err *err)
 {
 	int rc;
@@ -257,7 +271,7 @@ int qmp_adopt(struct qmp *q, int fd, unsigned int timeout_ms, void (*idle)(void 
 	return rc;
 }
 
-int qmp_open(struct qmp *q, const char *path, unsigned int timeout_ms, void (*idle)(void *ctx),
+int qmp_open(struct qmp *q, const char *path, unsigned int timeout_ms, int (*idle)(void *ctx),
 	     void *idle_ctx, struct kc_err *err)
 {
 	struct sockaddr_un sun = { .sun_family = AF_UNIX };

@@ -15,8 +15,9 @@
 struct qmp {
 	int fd;
 	unsigned int timeout_ms;
+	uint64_t asked_us;	/* since when an answer is awaited, 0 if none is */
 	bool shutdown;		/* the event came: the guest or its owner ended it */
-	void (*idle)(void *ctx);
+	int (*idle)(void *ctx);
 	void *idle_ctx;
 	char *buf;
 	size_t len, size;
@@ -27,15 +28,16 @@ struct qmp {
  * qmp_open() - connect and negotiate
  * @q: filled in; needs qmp_close() only if this succeeds.
  * @path: of QEMU's socket.
- * @timeout_ms: how long any answer may take.
- * @idle: called now and then while an answer is awaited, from here on; or NULL.
+ * @timeout_ms: how long any answer may take; 0: as long as QEMU lives.
+ * @idle: called now and then while an answer is awaited, from here on; or NULL.  If it returns a
+ *	negative errno, the answer is awaited no more and the connection of no use.
  * @idle_ctx: for @idle.
  * @err: why not.
  *
  * Return: 0; -ENOENT or -ECONNREFUSED if nobody listens, -EPROTO if it is not QMP, -ETIMEDOUT if
  * nothing comes: QEMU serves one client of a socket at a time.
  */
-int qmp_open(struct qmp *q, const char *path, unsigned int timeout_ms, void (*idle)(void *ctx),
+int qmp_open(struct qmp *q, const char *path, unsigned int timeout_ms, int (*idle)(void *ctx),
 	     void *idle_ctx, struct kc_err *err);
 
 /**
@@ -44,7 +46,7 @@ int qmp_open(struct qmp *q, const char *path, unsigned int timeout_ms, void (*id
  *
  * Return: as qmp_open().
  */
-int qmp_adopt(struct qmp *q, int fd, unsigned int timeout_ms, void (*idle)(void *ctx),
+int qmp_adopt(struct qmp *q, int fd, unsigned int timeout_ms, int (*idle)(void *ctx),
 	      void *idle_ctx, struct kc_err *err);
 void qmp_close(struct qmp *q);
 
@@ -68,7 +70,8 @@ int qmp_send(struct qmp *q, const char *command, struct json_object *args, int f
  * @ret: where to store what it returned, to be json_object_put(); or NULL.
  * @err: why not.
  *
- * Return: 0; -EREMOTEIO if the command failed; -EPIPE if QEMU is gone; -ETIMEDOUT; -EPROTO.
+ * Return: 0; -EREMOTEIO if the command failed; -EPIPE if QEMU is gone; -ETIMEDOUT; -EPROTO; or what
+ * idle() returned.
  */
 int qmp_receive(struct qmp *q, const char *command, struct json_object **ret, struct kc_err *err);
 
@@ -90,7 +93,7 @@ int qmp_poll(struct qmp *q, struct kc_err *err);
  * @events: as for poll().
  * @until_us: of kc_now_us().
  *
- * Return: 0, or -ETIMEDOUT.
+ * Return: 0, -ETIMEDOUT, or what idle() returned.
  */
 int qmp_wait(struct qmp *q, int fd, short events, uint64_t until_us);
 

@@ -65,6 +65,7 @@ static int map_blocks(struct kc_ram *ram, bool create, void (*progress)(void *ct
 			ram->map[i] = NULL;
 			return kc_ram_fail(err, ram, "map a block of RAM");
 		}
+		kc_no_dump(ram->map[i], size);
 		ram->slot[i] = mmap(NULL, ram->guest.blocks[i].npages * sizeof(uint32_t),
 				    PROT_READ | PROT_WRITE,
 				    MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);

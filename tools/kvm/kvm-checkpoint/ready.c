@@ -108,16 +108,18 @@ static bool needed(void *ctx, const struct kc_devices *state)
 }
 
 /* QEMU takes its time: the primary hears of us, and we do not wait when it is needed. */
-static void meanwhile(void *ctx)
+static int meanwhile(void *ctx)
 {
 	struct standby *sb = ctx;
 
 	kc_session_still_there(sb);
 	if (kc_standby_mode(sb) == SERVING)
-		return;
+		return 0;
+	/* What waits for it notices by that */
 	sb->cancelled = true;
 	if (sb->trial.pid || sb->warm.pid)
 		kill(sb->trial.pid ? sb->trial.pid : sb->warm.pid, SIGKILL);
+	return 0;
 }
 
 static int run(void *ctx, struct kc_err *err)

@@ -325,6 +325,7 @@ int kc_rx_record(struct kc_rx *rx, const struct kc_rec *rec, struct kc_err *err)
 		return rc ? rc : rec->type;
 	case KC_END:
 	case KC_DIGEST_REQ:
+	case KC_NOTE:
 		return rec->type;
 	}
 	if (rec->flags & KC_REC_OPTIONAL)

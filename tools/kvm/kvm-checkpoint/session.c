@@ -331,6 +331,16 @@ static int ended(struct session *s, const struct kc_rec *rec, struct kc_err *err
 	return kc_ram_set_flags(sb->ram, kc_ram_flags(sb->ram) | KC_RAM_ENDED, err);
 }
 
+/* Why there are no epochs, although the primary lives */
+static void noted(struct standby *sb, const struct kc_rec *rec)
+{
+	char text[KC_NOTE_MAX + 1];
+
+	kc_get_note(rec, text, sizeof(text));
+	kc_log(KC_LOG_INFO, "the primary says: %s", *text ? text : "there are epochs again");
+	kc_status_phase(sb->status, *text ? "receiving, but no epochs for now" : "receiving");
+}
+
 /* That it ends; who is not told has to take care that nobody takes over from a guest that lives. */
 static void agree(struct session *s, enum kc_end end)
 {
@@ -367,6 +377,10 @@ static int receive(struct session *s, struct kc_rx *rx, struct kc_err *err)
 			rc = kc_get_heartbeat(&rec, &t, err);
 			if (!rc)
 				heartbeat(s, t);
+			break;
+		case KC_NOTE:
+			noted(sb, &rec);
+			rc = 0;
 			break;
 		case KC_DIGEST_REQ:
 			if (rec.payload)

@@ -258,6 +258,7 @@ void kc_sink_acked(struct kc_sink *s, uint64_t nr)
 	s->last_epoch = nr;
 	s->stats.epoch_acked = nr;
 	s->stats.ack_us = kc_now_us() - s->commit_us[nr % 64];
+	s->acked_boot_us = s->commit_boot_us[nr % 64];
 	if (s->commit_us[nr % 64] > s->confirmed_us)
 		s->confirmed_us = s->commit_us[nr % 64];
 }
@@ -500,6 +501,7 @@ int kc_epoch_commit(struct kc_sink *s, struct kc_err *err)
 	kc_put_commit(rec, &c);
 	/* COMMIT is no part of what it sums up. */
 	s->open = false;
+	s->commit_boot_us[c.nr % 64] = kc_boot_us();
 	rc = kc_sink_emit(s, rec, sizeof(rec), NULL, 0, err);
 	if (rc)
 		return broken(s, rc);
@@ -585,6 +587,27 @@ int kc_sink_poll(struct kc_sink *s, uint64_t *acked, struct kc_err *err)
 		*acked = s->last_epoch;
 	publish(s);
 	return broken(s, rc);
+}
+
+uint64_t kc_sink_heard_us(const struct kc_sink *s)
+{
+	return s->acked_boot_us;
+}
+
+unsigned int kc_sink_takeover_ms(const struct kc_sink *s)
+{
+	return s->takeover_ms;
+}
+
+int kc_sink_note(struct kc_sink *s, const char *text, struct kc_err *err)
+{
+	uint8_t rec[KC_REC_HDR + KC_NOTE_MAX];
+	int rc;
+
+	rc = usable(s, false, err);
+	if (rc || !s->heartbeat_ms)
+		return rc;
+	return broken(s, kc_sink_emit(s, rec, kc_put_note(rec, text), NULL, 0, err));
 }
 
 uint64_t kc_sink_due_us(const struct kc_sink *s)

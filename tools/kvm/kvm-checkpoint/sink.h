@@ -345,6 +345,26 @@ int kc_epoch_abort(struct kc_sink *sink, struct kc_err *err);
 int kc_sink_poll(struct kc_sink *sink, uint64_t *acked, struct kc_err *err);
 
 /**
+ * kc_sink_heard_us() - until when the receiver has surely heard of us
+ *
+ * Return: when the last epoch that was acknowledged was sent, of kc_boot_us(); 0 if none was.
+ */
+uint64_t kc_sink_heard_us(const struct kc_sink *sink);
+
+/* After how long a silence it takes over, in milliseconds; 0 for never. */
+unsigned int kc_sink_takeover_ms(const struct kc_sink *sink);
+
+/**
+ * kc_sink_note() - tell a standby why there are no epochs for now
+ * @sink: any time.
+ * @text: the reason; empty: there are again.
+ * @err: why not.
+ *
+ * Return: 0 or a negative errno.
+ */
+int kc_sink_note(struct kc_sink *sink, const char *text, struct kc_err *err);
+
+/**
  * kc_sink_confirmed_us() - since when nothing is known of a standby
  *
  * Return: the last time, by this host's kc_now_us(), at which something was sent that the standby

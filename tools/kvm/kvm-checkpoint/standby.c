@@ -487,6 +487,7 @@ int cmd_standby(int argc, char **argv)
 		goto out_args;
 	rc = 1;
 	kc_log_may_lose = true;
+	kc_core_without_memory();
 	pthread_condattr_init(&attr);
 	pthread_condattr_setclock(&attr, CLOCK_MONOTONIC);
 	pthread_cond_init(&sb.changed, &attr);

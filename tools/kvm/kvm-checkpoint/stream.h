@@ -23,6 +23,8 @@
  *	ABORT		forget it
  *	HEARTBEAT	any time: when it was sent, by the sender's clock.  The receiver's answer
  *			has the same number, and 0 if it is no answer
+ *	NOTE		any time, optional: why there are no epochs for now, in words; empty when
+ *			there are again
  *	END		there will be no more
  *
  * Receiver to sender: WELCOME or ERROR after HELLO; then DIGESTS, ACK, HEARTBEAT, END when it has
@@ -48,9 +50,10 @@
 #define KC_REC_HDR	8u
 #define KC_REC_MAX	(64u << 10)
 #define KC_REC_OPTIONAL	1u
+#define KC_NOTE_MAX	400u
 
 enum kc_rec_type {
-	KC_HELLO = 1, KC_WELCOME, KC_ERROR, KC_HEARTBEAT, KC_END, KC_DIGEST_REQ, KC_DIGESTS,
+	KC_HELLO = 1, KC_WELCOME, KC_ERROR, KC_HEARTBEAT, KC_END, KC_DIGEST_REQ, KC_DIGESTS, KC_NOTE,
 	KC_BEGIN = 0x10, KC_PAGE, KC_ZERO, KC_STATE, KC_COMMIT, KC_ABORT, KC_ACK,
 };
 
@@ -139,6 +142,7 @@ size_t kc_put_rec(uint8_t *out, uint16_t type, uint16_t flags, uint32_t len);
 /* @out has room for KC_REC_HDR + KC_REC_MAX; 0 if the description does not fit. */
 size_t kc_put_hello(uint8_t *out, const struct kc_guest *guest, const uint8_t instance[16]);
 size_t kc_put_welcome(uint8_t *out, const struct kc_welcome *w);
+size_t kc_put_note(uint8_t *out, const char *text);
 size_t kc_put_error(uint8_t *out, uint32_t code, const char *text);
 size_t kc_put_begin(uint8_t *out, const struct kc_begin *b);
 /* Header of the record and of the page; p->len bytes of data have to follow. */
@@ -154,6 +158,8 @@ size_t kc_put_digest_req(uint8_t *out, uint16_t type, const struct kc_digest_req
 /* Unpacking: 0, or -EPROTO with the reason. */
 int kc_get_hello(const struct kc_rec *rec, struct kc_hello *hello, struct kc_err *err);
 int kc_get_welcome(const struct kc_rec *rec, struct kc_welcome *w, struct kc_err *err);
+/* What is not fit to be shown is replaced. */
+void kc_get_note(const struct kc_rec *rec, char *text, size_t size);
 int kc_get_error(const struct kc_rec *rec, uint32_t *code, char *text, size_t size);
 int kc_get_begin(const struct kc_rec *rec, struct kc_begin *b, struct kc_err *err);
 int kc_get_page(const struct kc_rec *rec, struct kc_page *p, struct kc_err *err);

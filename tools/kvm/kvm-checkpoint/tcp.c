@@ -338,6 +338,7 @@ int kc_tcp_open(struct kc_sink *s, const char *hostport, struct kc_err *err)
 			       w.version, KC_VERSION);
 	s->last_epoch = w.last_epoch;
 	s->has_ram = w.has_ram;
+	s->takeover_ms = w.timeout_ms;
 	s->same_sender = w.same_sender;
 	memcpy(s->receiver, w.receiver, sizeof(s->receiver));
 	s->heartbeat_ms = w.timeout_ms ? (w.timeout_ms + 3) / 4 : 1000;

@@ -3,12 +3,14 @@
  * What all parts of kvm-checkpoint share.
  */
 #include <errno.h>
+#include <fcntl.h>
 #include <poll.h>
 #include <pthread.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
@@ -34,6 +36,14 @@ int kc_fail(struct kc_err *err, int error, const char *fmt, ...)
 	va_end(ap);
 	memcpy(err->text, text, sizeof(text));
 	return -error;
+}
+
+uint64_t kc_boot_us(void)
+{
+	struct timespec ts;
+
+	clock_gettime(CLOCK_BOOTTIME, &ts);
+	return ts.tv_sec * 1000000ull + ts.tv_nsec / 1000;
 }
 
 uint64_t kc_now_us(void)
@@ -162,4 +172,43 @@ int kc_check_owner(int dir, const char *path, struct kc_err *err)
 			       "%s belongs to or can be written by somebody else: give a directory of your own",
 			       path);
 	return 0;
+}
+
+/* As it was, in the form in which it is written */
+static char core_filter[16];
+
+static void set_core_filter(const char *text)
+{
+	int fd = open("/proc/self/coredump_filter", O_WRONLY | O_CLOEXEC);
+
+	/* It is there or the kernel makes no cores */
+	if (fd < 0)
+		return;
+	if (write(fd, text, strlen(text)) < 0)
+		kc_log(KC_LOG_WARN, "cannot set what a core has: %s", strerror(errno));
+	close(fd);
+}
+
+void kc_core_without_memory(void)
+{
+	int fd = open("/proc/self/coredump_filter", O_RDONLY | O_CLOEXEC);
+	char text[16] = "";
+
+	if (fd < 0)
+		return;
+	if (read(fd, text, sizeof(text) - 1) > 0)
+		snprintf(core_filter, sizeof(core_filter), "0x%lx", strtoul(text, NULL, 16));
+	close(fd);
+	set_core_filter("0");
+}
+
+void kc_core_as_before(void)
+{
+	if (*core_filter)
+		set_core_filter(core_filter);
+}
+
+void kc_no_dump(void *addr, size_t len)
+{
+	madvise(addr, len, MADV_DONTDUMP);
 }

@@ -34,6 +34,9 @@ int kc_fail(struct kc_err *err, int error, const char *fmt, ...);
 /** kc_now_us() - CLOCK_MONOTONIC in microseconds. */
 uint64_t kc_now_us(void);
 
+/** kc_boot_us() - CLOCK_BOOTTIME in microseconds: it goes on while the host is suspended. */
+uint64_t kc_boot_us(void);
+
 /** kc_wall_ms() - CLOCK_REALTIME in milliseconds, for what outlives the process. */
 uint64_t kc_wall_ms(void);
 
@@ -86,5 +89,17 @@ int kc_parse_ms(const char *s, unsigned int *ms);
  * could then put files of his own there.
  */
 int kc_check_owner(int dir, const char *path, struct kc_err *err);
+
+/** kc_no_dump() - a mapping of the guest's memory is no part of a core, whoever makes it */
+void kc_no_dump(void *addr, size_t len);
+
+/**
+ * kc_core_without_memory() - if this process crashes, its core has registers and no memory
+ *
+ * A guest's memory and keys are in buffers everywhere.  kc_core_as_before() is for the programs that
+ * we start.
+ */
+void kc_core_without_memory(void);
+void kc_core_as_before(void);
 
 #endif

@@ -107,6 +107,15 @@ size_t kc_put_error(uint8_t *out, uint32_t code, const char *text)
 	return finish(out, KC_ERROR, put_bytes(p, text, strlen(text)));
 }
 
+size_t kc_put_note(uint8_t *out, const char *text)
+{
+	size_t n = strnlen(text, KC_NOTE_MAX);
+
+	kc_put_rec(out, KC_NOTE, KC_REC_OPTIONAL, n);
+	memcpy(out + KC_REC_HDR, text, n);
+	return KC_REC_HDR + n;
+}
+
 size_t kc_put_begin(uint8_t *out, const struct kc_begin *b)
 {
 	uint8_t *p = out + KC_REC_HDR;
@@ -364,17 +373,30 @@ int kc_get_welcome(const struct kc_rec *rec, struct kc_welcome *w, struct kc_err
 	return done(&in, "welcome", err);
 }
 
+/* What is left is text for people */
+static void get_words(struct in *in, char *text, size_t size)
+{
+	size_t i, n = in->left < size ? in->left : size - 1;
+
+	for (i = 0; i < n; i++)
+		text[i] = in->p[i] < 0x20 || in->p[i] == 0x7f ? '?' : in->p[i];
+	text[n] = '\0';
+}
+
 int kc_get_error(const struct kc_rec *rec, uint32_t *code, char *text, size_t size)
 {
 	struct in in = in_rec(rec);
-	size_t i, n;
 
 	*code = get32(&in);
-	n = in.left < size ? in.left : size - 1;
-	for (i = 0; i < n; i++)
-		text[i] = in.p[i] < 0x20 || in.p[i] == 0x7f ? '?' : in.p[i];
-	text[n] = '\0';
+	get_words(&in, text, size);
 	return 0;
+}
+
+void kc_get_note(const struct kc_rec *rec, char *text, size_t size)
+{
+	struct in in = in_rec(rec);
+
+	get_words(&in, text, size);
 }
 
 int kc_get_begin(const struct kc_rec *rec, struct kc_begin *b, struct kc_err *err)

@@ -18,6 +18,7 @@
  * It is talked to over ttyS1, in lines:
  *	status	-> "status STEPS STEPS STEPS", steps of each writer so far
  *	verify	-> "verify ok PAGES" or "verify bad COUNT of PAGES, first: ..."
+ *	time	-> "time REALTIME MONOTONIC CLOCKSOURCE", in microseconds
  *
  * usage: kernel parameters demo.work= and demo.still= (MiB), demo.rate= (pages
  * written in a second by each thread)
@@ -215,6 +216,27 @@ static void check_memory(void)
 		fprintf(ctl, "verify ok %lu\n", total);
 }
 
+static uint64_t clock_us(clockid_t id)
+{
+	struct timespec ts;
+
+	clock_gettime(id, &ts);
+	return ts.tv_sec * 1000000ull + ts.tv_nsec / 1000;
+}
+
+static void tell_time(void)
+{
+	char source[64] = "?";
+	FILE *f = fopen("/sys/devices/system/clocksource/clocksource0/current_clocksource", "r");
+
+	if (f && fgets(source, sizeof(source), f))
+		source[strcspn(source, "\n")] = '\0';
+	if (f)
+		fclose(f);
+	fprintf(ctl, "time %lu %lu %s\n", clock_us(CLOCK_REALTIME), clock_us(CLOCK_MONOTONIC),
+		source);
+}
+
 static void hold_writers(void)
 {
 	int i;
@@ -240,7 +262,9 @@ int main(void)
 
 	mkdir("/proc", 0755);
 	mkdir("/dev", 0755);
+	mkdir("/sys", 0755);
 	mount("proc", "/proc", "proc", 0, NULL);
+	mount("sysfs", "/sys", "sysfs", 0, NULL);
 	mount("dev", "/dev", "devtmpfs", 0, NULL);
 
 	fd = open("/dev/ttyS1", O_RDWR | O_NOCTTY);
@@ -291,6 +315,8 @@ int main(void)
 			hold_writers();
 			check_memory();
 			atomic_store(&hold, false);
+		} else if (!strncmp(line, "time", 4)) {
+			tell_time();
 		} else {
 			fprintf(ctl, "error what? %s", line);
 		}

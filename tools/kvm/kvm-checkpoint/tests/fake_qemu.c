@@ -226,8 +226,8 @@ void send_layout(struct qemu *q, const char *instead)
 			      q->blocks[i].shared ? "true" : "false");
 	answer(q,
 	       "{\"generation\": %" PRIu64 ", \"page-size\": 4096, \"dirty-log\": \"bitmap\", "
-	       "\"blocks\": [%s], \"slots\": []}",
-	       q->generation, text);
+	       "\"blocks\": [%s], \"slots\": [], \"devices\": [\"cpu 0 1\", \"apic 0 3\"%s]}",
+	       q->generation, text, q->plugged ? q->plugged : "");
 }
 
 static void do_attach(struct qemu *q)
@@ -243,6 +243,7 @@ static void do_attach(struct qemu *q)
 	q->buffer = q->got_buffer;
 	q->got_socket = -1;
 	q->got_buffer = -1;
+	q->lost = NULL;
 	q->attached = true;
 	q->generation++;
 	for (i = 0; i < NR_BLOCKS; i++) {
@@ -252,17 +253,31 @@ static void do_attach(struct qemu *q)
 	send_layout(q, q->layout);
 }
 
-static void do_stop(struct qemu *q)
+static void do_stop(struct qemu *q, unsigned int limit_ms)
 {
-	bool ran = q->running;
+	char lost[100] = "";
+	/* One that could not be resumed would run */
+	bool ran = q->running || q->stopped;
 
+	if (q->lost)
+		snprintf(lost, sizeof(lost), ", \"lost\": \"%s\"", q->lost);
+	if (q->run_state || q->lost) {
+		q->stopped = false;
+		answer(q, "{\"running\": false, \"status\": \"%s\", \"loadable\": false%s}",
+		       q->run_state ? q->run_state : "running", lost);
+		return;
+	}
 	if (ran) {
 		guest_writes(q, below(40));
 		send_event(q, "STOP");
 	}
 	q->stopped = ran;
 	q->running = false;
-	answer(q, "{\"running\": %s, \"status\": \"paused\"}", ran ? "true" : "false");
+	q->spoilt_by = NULL;
+	q->snaps_before = q->nr_snaps;
+	q->limit_us = ran && limit_ms ? kc_now_us() + limit_ms * 1000ull : 0;
+	answer(q, "{\"running\": %s, \"status\": \"paused\", \"loadable\": true}",
+	       ran ? "true" : "false");
 }
 
 /* The guest as it is now; its state says which of these it is */
@@ -331,7 +346,7 @@ static void do_collect(struct qemu *q, bool state)
 		q->stopped = false;
 		send_event(q, "RESUME");
 	}
-	if (state && !q->running) {
+	if (state && !q->running && !q->run_state && !q->lost) {
 		struct snap *s;
 
 		/* Devices flush what they have */
@@ -351,16 +366,54 @@ static void do_collect(struct qemu *q, bool state)
 	       q->generation, at, runs, n);
 }
 
+static void resume(struct qemu *q)
+{
+	q->running = true;
+	q->stopped = false;
+	q->limit_us = 0;
+	send_event(q, "RESUME");
+}
+
+/* It has stood still for long enough: what was saved is of no use */
+static void look_at_the_clock(struct qemu *q)
+{
+	if (!q->limit_us || kc_now_us() < q->limit_us)
+		return;
+	send_event(q, "CHECKPOINT_LATE");
+	resume(q);
+	q->spoilt_by = "late";
+	if (q->nr_snaps > q->snaps_before)
+		q->snaps[q->nr_snaps - 1].torn = true;
+}
+
 static void do_cont(struct qemu *q)
 {
-	if (q->stopped) {
-		q->running = true;
-		q->stopped = false;
-		send_event(q, "RESUME");
-	}
-	answer(q, "{\"resumed\": %s, \"consistent\": %s}", q->running ? "true" : "false",
-	       q->tear == WHOLE ? "true" : "false");
+	char more[200] = "";
+
+	q->limit_us = 0;
+	if (q->stopped && q->waits_for)
+		snprintf(more, sizeof(more), ", \"waits-for\": \"%s\"", q->waits_for);
+	else if (q->stopped)
+		resume(q);
+	if (q->tear != WHOLE)
+		q->spoilt_by = q->tear == RESUMED ? "resumed" : "written";
+	if (q->spoilt_by)
+		snprintf(more, sizeof(more), ", \"spoilt-by\": \"%s\"", q->spoilt_by);
+	answer(q, "{\"resumed\": %s, \"consistent\": %s%s}", q->running ? "true" : "false",
+	       q->spoilt_by ? "false" : "true", more);
 	q->tear = WHOLE;
+}
+
+static void do_lease(struct qemu *q, struct json_object *args, const char *name)
+{
+	struct json_object *o;
+
+	if (q->lease_us && json_object_object_get_ex(args, "lease-first", &o))
+		return;
+	if (json_object_object_get_ex(args, name, &o))
+		q->lease_us = json_object_get_uint64(o);
+	if (!strcmp(name, "until-us"))
+		answer(q, "{}");
 }
 
 /* The owner's; nothing that an epoch does resumes it then */
@@ -395,6 +448,15 @@ static void do_getfd(struct qemu *q, const char *name)
 	answer(q, "{}");
 }
 
+static void do_qom_list(struct qemu *q, const char *path)
+{
+	if (!strcmp(path, "/machine/peripheral"))
+		answer(q, "%s", q->devices);
+	else
+		answer(q, "[{\"name\": \"type\", \"type\": \"string\"}%s]",
+		       q->peripheral ? q->peripheral : "");
+}
+
 static void obey(struct qemu *q, const char *command, struct json_object *args)
 {
 	struct json_object *o;
@@ -403,8 +465,11 @@ static void obey(struct qemu *q, const char *command, struct json_object *args)
 		do_attach(q);
 	else if (!strcmp(command, LAYOUT))
 		send_layout(q, q->new_layout);
+	else if (!strcmp(command, LEASE))
+		do_lease(q, args, "until-us");
 	else if (!strcmp(command, STOP))
-		do_stop(q);
+		do_stop(q, json_object_object_get_ex(args, "limit-ms", &o) ?
+			   json_object_get_int(o) : 0);
 	else if (!strcmp(command, COLLECT))
 		do_collect(q, json_object_object_get_ex(args, "state", &o) &&
 			      json_object_get_boolean(o));
@@ -434,9 +499,8 @@ static void obey(struct qemu *q, const char *command, struct json_object *args)
 	else if (!strcmp(command, "qom-get"))
 		answer(q, "\"pc-i440fx-7.2-machine\"");
 	else if (!strcmp(command, "qom-list"))
-		answer(q, "%s", json_object_object_get_ex(args, "path", &o) &&
-		       !strcmp(json_object_get_string(o), "/machine/peripheral") ?
-		       q->devices : "[]");
+		do_qom_list(q, json_object_object_get_ex(args, "path", &o) ?
+			       json_object_get_string(o) : "");
 	else if (!strcmp(command, "query-cpus-fast"))
 		answer(q, "[{\"cpu-index\": 0}, {\"cpu-index\": 1}]");
 	else
@@ -478,7 +542,10 @@ static void execute(struct qemu *q, struct json_object *o)
 	} else if (instead) {
 		say(q, instead);
 	} else {
-		CHECK(strncmp(command, "x-", 2) || q->attached || !strcmp(command, ATTACH),
+		if (!strcmp(command, STOP))
+			do_lease(q, args, "lease-us");
+		CHECK(strncmp(command, "x-", 2) || q->attached || !strcmp(command, ATTACH) ||
+		      !strcmp(command, LEASE),
 		      "%s before it is attached", command);
 		obey(q, command, args);
 	}
@@ -544,6 +611,7 @@ void step(struct qemu *q, int ms)
 	};
 	const char *instead;
 
+	look_at_the_clock(q);
 	if (poll(p, 3, ms) <= 0) {
 		if (q->running)
 			guest_writes(q, 2);

@@ -21,6 +21,7 @@
 #define STOP	"x-checkpoint-stop"
 #define COLLECT	"x-checkpoint-collect"
 #define CONT	"x-checkpoint-cont"
+#define LEASE	"x-checkpoint-lease"
 
 struct block {
 	const char *name;
@@ -54,12 +55,20 @@ extern struct qemu {
 	bool attached, running, stopped, mute;
 	uint64_t generation;
 	const char *disks;		/* what query-block returns */
+	const char *peripheral;		/* more in /machine/peripheral-anon, or NULL */
 	const char *devices;		/* in /machine/peripheral */
 	const char *uuid, *name;
 	const char *layout, *new_layout;	/* what attach and layout say, but for the truth */
 	enum tear tear;			/* what happens to the next epoch */
+	const char *waits_for;		/* why it cannot be resumed, or NULL */
+	uint64_t limit_us;		/* when it is resumed, whoever stopped it, or 0 */
+	const char *spoilt_by;		/* why what was taken is of no use, or NULL */
+	const char *run_state;		/* one of which there are no epochs, or NULL */
+	uint64_t lease_us;		/* as it was given last, 0 for none */
+	const char *plugged;		/* ", \"NAME\"" for one more device, or NULL */
+	const char *lost;		/* why its logs do not have all pages, or NULL */
 	struct snap snaps[MAX_SNAPS];
-	unsigned int nr_snaps;
+	unsigned int nr_snaps, snaps_before;	/* in all, and when it was stopped */
 
 	/* What came so far, looks are collects of a running guest */
 	unsigned int attaches, stops, looks, collects, conts, layouts;

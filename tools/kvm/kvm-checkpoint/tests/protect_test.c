@@ -191,7 +191,7 @@ static void silent_at(const char *command)
 	snprintf(text, sizeof(text), strcmp(command, "greeting") ?
 		 "error: QEMU does not answer to %s" :
 		 "does not answer: is another client connected?", command);
-	must_fail(protect(IMPATIENT, spec(), "--interval", "1ms"), text);
+	must_fail(protect(IMPATIENT, spec(), "--interval", "1ms", "--qemu-timeout", "3s"), text);
 	/* It may live: that is for the standby to find out. */
 	stop_standby(SIGTERM);
 	CHECK(!log_has("ends the protection") && !log_has("guest died"),
@@ -535,7 +535,8 @@ static void test_disks(void)
 
 #define LAID_OUT(size, blocks, slots) \
 	"{\"return\": {\"generation\": 77, \"page-size\": " #size \
-	", \"dirty-log\": \"bitmap\", \"blocks\": [" blocks "], \"slots\": [" slots "]}}\n"
+	", \"dirty-log\": \"bitmap\", \"blocks\": [" blocks "], \"slots\": [" slots \
+	"], \"devices\": []}}\n"
 #define BLOCK(name, pages, shared) \
 	"{\"name\": \"" name "\", \"pages\": " #pages ", \"shared\": " #shared "}"
 #define SLOT(block, page, pages) \
@@ -553,9 +554,14 @@ static const struct garbage {
 	{ "qmp_capabilities", "{\"error\": 7}\n", "QEMU refuses qmp_capabilities" },
 	{ "query-block", "{\"return\": {}}\n", "QEMU's answer to query-block makes no sense" },
 	{ "query-block", "{\"return\": null}\n", "QEMU's answer to query-block makes no sense" },
+	{ "qom-list", "{\"return\": {}}\n", "QEMU's answer to qom-list makes no sense" },
 	{ "query-cpus-fast", "{\"return\": 7}\n", "QEMU's answer to query-cpus-fast makes no sense" },
 	{ ATTACH, "{\"return\": {}}\n", "QEMU's layout makes no sense" },
 	{ ATTACH, LAID_OUT(8192, BLOCK("a", 9, true), ""), "the guest's pages are not of 4096 bytes" },
+	{ ATTACH,
+	  "{\"return\": {\"generation\": 7, \"page-size\": 4096, \"blocks\": ["
+	  BLOCK("a", 9, true) "], \"slots\": [], \"devices\": 3}}\n",
+	  "QEMU does not say which devices the guest has" },
 	{ ATTACH, LAID_OUT(4096, "1, []", ""), "MiB of the guest's memory are not shared" },
 	{ ATTACH, LAID_OUT(4096, BLOCK("a", 9, true) "," BLOCK("b", 2000, false), ""),
 	  "7 MiB of the guest's memory are not shared" },
@@ -738,6 +744,22 @@ static const struct test tests[] = {
 	{ "protect_unread_stdout", test_unread_stdout },
 	{ "protect_unread_stderr", test_unread_stderr },
 	{ "protect_pairs", test_pairs },
+	{ "protect_frozen", test_frozen },
+	{ "protect_run_states", test_run_states },
+	{ "protect_first_run_state", test_first_run_state },
+	{ "protect_lost", test_lost },
+	{ "protect_discarded", test_discarded },
+	{ "protect_devices", test_devices },
+	{ "protect_plugged", test_plugged },
+	{ "protect_unplugged", test_unplugged },
+	{ "protect_plugged_unseen", test_plugged_unseen },
+	{ "protect_flush", test_flush },
+	{ "protect_lease", test_lease },
+	{ "protect_lease_untold", test_lease_untold },
+	{ "protect_busy", test_busy },
+	{ "protect_busy_term", test_busy_term },
+	{ "protect_waits", test_waits },
+	{ "protect_core", test_core },
 };
 
 int main(int argc, char **argv)

@@ -48,4 +48,22 @@ void test_switchover_directory(void);
 /* protect_pairs.c */
 void test_pairs(void);
 
+/* protect_guest.c */
+void test_frozen(void);
+void test_run_states(void);
+void test_first_run_state(void);
+void test_lost(void);
+void test_plugged(void);
+void test_devices(void);
+void test_discarded(void);
+void test_unplugged(void);
+void test_plugged_unseen(void);
+void test_busy(void);
+void test_flush(void);
+void test_lease(void);
+void test_lease_untold(void);
+void test_busy_term(void);
+void test_waits(void);
+void test_core(void);
+
 #endif

@@ -1,0 +1,248 @@
+/*
+ * Checkpoints of a running guest: its memory
+ *
+ * SPDX-License-Identifier: GPL-2.0-only
+ *
+ * Pages that QEMU writes, and those that QEMU harvested itself, for a display
+ * or before a slot is removed, are in the dirty bitmap of migration.  Nobody
+ * else may clear it: migration is blocked while a client is attached.
+ */
+
+#include "qemu/osdep.h"
+#include "qemu/rcu.h"
+#include "qapi/error.h"
+#include "cpu.h"
+#include "exec/memory.h"
+#include "exec/ram_addr.h"
+#include "exec/target_page.h"
+#include "migration/savevm.h"
+#include "sysemu/kvm.h"
+#include "ram.h"
+#include "checkpoint.h"
+
+/* What one message takes, see qio_channel_socket_writev() */
+#define FDS_PER_MESSAGE 16
+
+/* The layout that has this number; never the same number for two layouts */
+static struct {
+    uint64_t generation;
+    uint32_t ram_version;
+    unsigned int slots_version;
+    unsigned int devices_version;
+} known;
+
+bool checkpoint_block_is_mapped(RAMBlock *rb)
+{
+    return qemu_ram_is_shared(rb) && rb->fd >= 0;
+}
+
+/*
+ * Dirty pages
+ */
+
+static void report_bits(GArray *pages, uint32_t nr, uint64_t first,
+                        unsigned long bits)
+{
+    while (bits) {
+        unsigned int start = ctzl(bits);
+        unsigned int n = cto64(bits >> start);
+        CheckpointPages *last = pages->len ?
+            &g_array_index(pages, CheckpointPages, pages->len - 1) : NULL;
+
+        if (last && last->block == nr && last->npages < UINT32_MAX - n &&
+            last->page + last->npages == first + start) {
+            last->npages += n;
+        } else {
+            CheckpointPages run = {
+                .block = nr,
+                .npages = n,
+                .page = first + start,
+            };
+
+            g_array_append_val(pages, run);
+        }
+        bits &= n == BITS_PER_LONG ? 0 : ~(((1ul << n) - 1) << start);
+    }
+}
+
+static void protect_again(RAMBlock *rb, uint64_t from, uint64_t to)
+{
+    memory_region_clear_dirty_bitmap(rb->mr, from << TARGET_PAGE_BITS,
+                                     (to - from) << TARGET_PAGE_BITS);
+}
+
+/*
+ * Moves the block's bits in the dirty bitmap to @pages, and write-protects the
+ * pages again where that is not done yet.  Does not take what KVM logs.
+ */
+static void collect_block(RAMBlock *rb, uint32_t nr, GArray *pages)
+{
+    uint64_t npages = rb->used_length >> TARGET_PAGE_BITS;
+    uint64_t page = rb->offset >> TARGET_PAGE_BITS;
+    uint64_t i, from = UINT64_MAX;      /* of words in a row that had bits */
+    DirtyMemoryBlocks *dirty;
+
+    /* find_ram_offset() sees to it */
+    assert(!(page % BITS_PER_LONG));
+
+    dirty = qatomic_rcu_read(&ram_list.dirty_memory[DIRTY_MEMORY_MIGRATION]);
+    for (i = 0; i < npages; i += BITS_PER_LONG) {
+        uint64_t n = page + i;
+        unsigned long *word = dirty->blocks[n / DIRTY_MEMORY_BLOCK_SIZE] +
+                              BIT_WORD(n % DIRTY_MEMORY_BLOCK_SIZE);
+        unsigned long bits = *word ? qatomic_xchg(word, 0) : 0;
+
+        if (bits) {
+            report_bits(pages, nr, i, bits);
+            from = MIN(from, i);
+        } else if (from != UINT64_MAX) {
+            protect_again(rb, from, i);
+            from = UINT64_MAX;
+        }
+    }
+    if (from != UINT64_MAX) {
+        protect_again(rb, from, npages);
+    }
+}
+
+GArray *checkpoint_collect_pages(void)
+{
+    GArray *pages = g_array_new(false, false, sizeof(CheckpointPages));
+    uint32_t nr = 0;
+    RAMBlock *rb;
+
+    /* vhost and the like are asked; KVM's slot logs are left to the client */
+    kvm_dirty_slot_log_hold(true);
+    memory_global_dirty_log_sync();
+    kvm_dirty_slot_log_hold(false);
+
+    RCU_READ_LOCK_GUARD();
+    RAMBLOCK_FOREACH_MIGRATABLE(rb) {
+        guint len = pages->len;
+
+        collect_block(rb, nr++, pages);
+        if (!checkpoint_block_is_mapped(rb)) {
+            /* It is in the state, whole */
+            g_array_set_size(pages, len);
+        }
+    }
+    return pages;
+}
+
+/* vCPUs stand still, so KVM need not be asked */
+bool checkpoint_memory_changed(void)
+{
+    RAMBlock *rb;
+
+    RCU_READ_LOCK_GUARD();
+    RAMBLOCK_FOREACH_MIGRATABLE(rb) {
+        if (cpu_physical_memory_get_dirty(rb->offset, rb->used_length,
+                                          DIRTY_MEMORY_MIGRATION)) {
+            return true;
+        }
+    }
+    return false;
+}
+
+/*
+ * Layout
+ */
+
+typedef struct LayoutSlots {
+    CheckpointSlotList **tail;
+    GArray *fds;
+} LayoutSlots;
+
+static void add_slot(const KVMDirtySlotLog *log, void *opaque)
+{
+    LayoutSlots *slots = opaque;
+    CheckpointSlot *slot;
+    int64_t nr = 0;
+    RAMBlock *rb;
+
+    RAMBLOCK_FOREACH_MIGRATABLE(rb) {
+        if (log->start >= rb->offset &&
+            log->start - rb->offset < rb->used_length && checkpoint_block_is_mapped(rb)) {
+            slot = g_new0(CheckpointSlot, 1);
+            slot->slot = log->slot;
+            slot->block = nr;
+            slot->page = (log->start - rb->offset) >> TARGET_PAGE_BITS;
+            slot->pages = log->size >> TARGET_PAGE_BITS;
+            QAPI_LIST_APPEND(slots->tail, slot);
+            g_array_append_val(slots->fds, log->fd);
+            return;
+        }
+        nr++;
+    }
+}
+
+static void know_layout(void)
+{
+    known.generation++;
+    known.ram_version = ram_list.version;
+    known.slots_version = kvm_dirty_slot_log_version();
+    known.devices_version = qemu_savevm_handlers_version();
+}
+
+uint64_t checkpoint_generation(void)
+{
+    if (known.ram_version != ram_list.version ||
+        known.slots_version != kvm_dirty_slot_log_version() ||
+        known.devices_version != qemu_savevm_handlers_version()) {
+        know_layout();
+    }
+    return known.generation;
+}
+
+CheckpointLayout *checkpoint_send_layout(QIOChannelSocket *to, Error **errp)
+{
+    g_autoptr(GArray) fds = g_array_new(false, false, sizeof(int));
+    CheckpointLayout *layout = g_new0(CheckpointLayout, 1);
+    CheckpointBlockList **tail = &layout->blocks;
+    LayoutSlots slots = { .tail = &layout->slots, .fds = fds };
+    RAMBlock *rb;
+    guint i;
+
+    know_layout();
+    layout->generation = known.generation;
+    layout->devices = qemu_savevm_handlers();
+    layout->page_size = TARGET_PAGE_SIZE;
+    layout->dirty_log = kvm_dirty_slot_ring_enabled() ?
+                        CHECKPOINT_DIRTY_LOG_DIRTY_SLOT_RING :
+                        kvm_dirty_ring_enabled() ?
+                        CHECKPOINT_DIRTY_LOG_DIRTY_RING :
+                        CHECKPOINT_DIRTY_LOG_BITMAP;
+
+    RCU_READ_LOCK_GUARD();
+    RAMBLOCK_FOREACH_MIGRATABLE(rb) {
+        CheckpointBlock *block = g_new0(CheckpointBlock, 1);
+
+        block->name = g_strdup(rb->idstr);
+        block->pages = rb->used_length >> TARGET_PAGE_BITS;
+        block->shared = checkpoint_block_is_mapped(rb);
+        QAPI_LIST_APPEND(tail, block);
+        if (block->shared) {
+            g_array_append_val(fds, rb->fd);
+        }
+    }
+    kvm_dirty_slot_log_foreach(add_slot, &slots);
+
+    for (i = 0; i < fds->len; i += FDS_PER_MESSAGE) {
+        char byte = 0;
+        struct iovec iov = { &byte, 1 };
+        ssize_t n;
+
+        n = qio_channel_writev_full(QIO_CHANNEL(to), &iov, 1,
+                                    &g_array_index(fds, int, i),
+                                    MIN(fds->len - i, FDS_PER_MESSAGE), 0,
+                                    errp);
+        if (n != 1) {
+            if (n == QIO_CHANNEL_ERR_BLOCK) {
+                error_setg(errp, "the client does not read its socket");
+            }
+            qapi_free_CheckpointLayout(layout);
+            return NULL;
+        }
+    }
+    return layout;
+}

@@ -1,0 +1,162 @@
+/*
+ * Checkpoints of a running guest: the state of its devices
+ *
+ * SPDX-License-Identifier: GPL-2.0-only
+ *
+ * It is a migration stream that any "-incoming" takes, with the memory mapped
+ * from files.  RAM that the client cannot map, such as firmware, is in it.
+ */
+
+#include "qemu/osdep.h"
+#include "qemu/cutils.h"
+#include "qemu/rcu.h"
+#include "qapi/error.h"
+#include "cpu.h"
+#include "exec/target_page.h"
+#include "hw/boards.h"
+#include "io/channel-buffer.h"
+#include "migration/global_state.h"
+#include "migration/migration.h"
+#include "migration/qemu-file.h"
+#include "migration/savevm.h"
+#include "ram.h"
+#include "checkpoint.h"
+
+/* Of the section in the stream; those of real sections count up from 0 */
+#define RAM_SECTION_ID  0x7fffffff
+
+/* Of its records, see ram_load_precopy() */
+#define RAM_SAVE_FLAG_ZERO      0x02
+#define RAM_SAVE_FLAG_MEM_SIZE  0x04
+#define RAM_SAVE_FLAG_PAGE      0x08
+#define RAM_SAVE_FLAG_EOS       0x10
+#define RAM_SAVE_FLAG_CONTINUE  0x20
+
+/* The RAM that the client cannot map, as a section of its own */
+static void save_unmapped_ram(QEMUFile *f)
+{
+    uint64_t total = 0, offset;
+    RAMBlock *rb;
+
+    qemu_put_byte(f, QEMU_VM_SECTION_FULL);
+    qemu_put_be32(f, RAM_SECTION_ID);
+    qemu_put_counted_string(f, "ram");
+    qemu_put_be32(f, 0);    /* instance */
+    qemu_put_be32(f, 4);    /* version, as in ram_mig_init() */
+
+    RCU_READ_LOCK_GUARD();
+    RAMBLOCK_FOREACH_MIGRATABLE(rb) {
+        total += checkpoint_block_is_mapped(rb) ? 0 : rb->used_length;
+    }
+    qemu_put_be64(f, total | RAM_SAVE_FLAG_MEM_SIZE);
+    RAMBLOCK_FOREACH_MIGRATABLE(rb) {
+        if (!checkpoint_block_is_mapped(rb)) {
+            qemu_put_counted_string(f, rb->idstr);
+            qemu_put_be64(f, rb->used_length);
+        }
+    }
+    RAMBLOCK_FOREACH_MIGRATABLE(rb) {
+        if (checkpoint_block_is_mapped(rb)) {
+            continue;
+        }
+        for (offset = 0; offset < rb->used_length; offset += TARGET_PAGE_SIZE) {
+            bool zero = buffer_is_zero(rb->host + offset, TARGET_PAGE_SIZE);
+            int cont = offset ? RAM_SAVE_FLAG_CONTINUE : 0;
+
+            qemu_put_be64(f, offset | cont |
+                          (zero ? RAM_SAVE_FLAG_ZERO : RAM_SAVE_FLAG_PAGE));
+            if (!cont) {
+                qemu_put_counted_string(f, rb->idstr);
+            }
+            if (zero) {
+                qemu_put_byte(f, 0);
+            } else {
+                qemu_put_buffer(f, rb->host + offset, TARGET_PAGE_SIZE);
+            }
+        }
+    }
+    qemu_put_be64(f, RAM_SAVE_FLAG_EOS);
+
+    if (migrate_get_current()->send_section_footer) {
+        qemu_put_byte(f, QEMU_VM_SECTION_FOOTER);
+        qemu_put_be32(f, RAM_SECTION_ID);
+    }
+}
+
+/* A stream into memory, gone with its QEMUFile */
+static QEMUFile *memory_file(size_t capacity, QIOChannelBuffer **bioc)
+{
+    QEMUFile *f;
+
+    *bioc = qio_channel_buffer_new(capacity);
+    f = qemu_file_new_output(QIO_CHANNEL(*bioc));
+    object_unref(OBJECT(*bioc));
+    return f;
+}
+
+bool checkpoint_write(int fd, const void *data, size_t size, uint64_t *offset,
+                      Error **errp)
+{
+    while (size) {
+        ssize_t n = pwrite(fd, data, size, *offset);
+
+        if (n < 0 && errno == EINTR) {
+            continue;
+        }
+        if (n <= 0) {
+            error_setg_errno(errp, n ? errno : ENOSPC,
+                             "cannot write to the client's buffer");
+            return false;
+        }
+        data += n;
+        size -= n;
+        *offset += n;
+    }
+    return true;
+}
+
+bool checkpoint_save_state(int fd, uint64_t *offset, bool running,
+                           Error **errp)
+{
+    bool vmdesc = !MACHINE(qdev_get_machine())->suppress_vmdesc;
+    QIOChannelBuffer *head, *tail;
+    QEMUFile *hf = memory_file(1 << 20, &head);
+    QEMUFile *df = memory_file(1 << 18, &tail);
+    int ret;
+
+    /* How the guest is to go on where the state is loaded */
+    if (running) {
+        global_state_store_running();
+    } else {
+        global_state_store();
+    }
+
+    qemu_savevm_state_header(hf);
+    save_unmapped_ram(hf);
+    qemu_fflush(hf);
+    ret = qemu_file_get_error(hf);
+
+    if (!ret) {
+        ret = qemu_save_device_state(df);
+    }
+    if (!ret && vmdesc) {
+        /* A description is expected, but it takes long: an empty one */
+        qemu_put_byte(df, QEMU_VM_VMDESCRIPTION);
+        qemu_put_be32(df, 0);
+    }
+    qemu_fflush(df);
+    if (!ret) {
+        ret = qemu_file_get_error(df);
+    }
+    if (ret < 0) {
+        error_setg_errno(errp, -ret, "cannot save the state of the devices");
+    } else {
+        /* Its header, two words, is in the first part already */
+        ret = checkpoint_write(fd, head->data, head->usage, offset, errp) &&
+              checkpoint_write(fd, tail->data + 8, tail->usage - 8, offset,
+                               errp) ? 0 : -1;
+    }
+    qemu_fclose(hf);
+    qemu_fclose(df);
+    return ret == 0;
+}

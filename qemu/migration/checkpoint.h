@@ -1,0 +1,78 @@
+/*
+ * Checkpoints of a running guest: what the files of it share
+ *
+ * SPDX-License-Identifier: GPL-2.0-only
+ */
+
+#ifndef MIGRATION_CHECKPOINT_H
+#define MIGRATION_CHECKPOINT_H
+
+#include "qapi/qapi-types-migration.h"
+#include "exec/ramblock.h"
+#include "io/channel-socket.h"
+
+/*
+ * checkpoint-ram.c
+ */
+
+/* Whether the client can map the block; what it cannot is part of the state */
+bool checkpoint_block_is_mapped(RAMBlock *rb);
+
+/**
+ * checkpoint_collect_pages - Take the pages that QEMU knows to be written
+ *
+ * Returns an array of CheckpointPages.  With dirty slot rings, what KVM has in
+ * its logs is left to the client.
+ */
+GArray *checkpoint_collect_pages(void);
+
+/* Whether a page was written, or harvested by somebody else, since then */
+bool checkpoint_memory_changed(void);
+
+/* The number of the layout as it is now */
+uint64_t checkpoint_generation(void);
+
+/* Describes the layout, and sends the file descriptors that belong to it */
+CheckpointLayout *checkpoint_send_layout(QIOChannelSocket *to, Error **errp);
+
+/* What the client finds in its buffer */
+typedef struct CheckpointPages {
+    uint32_t block;
+    uint32_t npages;
+    uint64_t page;
+} CheckpointPages;
+
+/*
+ * checkpoint-state.c
+ */
+
+/**
+ * checkpoint_save_state - Write the state of all devices, a migration stream
+ * @fd: where to
+ * @offset: where in it, moved on
+ * @running: the guest is to run where the state is loaded, although it stands
+ *           still now
+ */
+bool checkpoint_save_state(int fd, uint64_t *offset, bool running,
+                           Error **errp);
+
+bool checkpoint_write(int fd, const void *data, size_t size, uint64_t *offset,
+                      Error **errp);
+
+/*
+ * checkpoint-lease.c
+ */
+
+/**
+ * checkpoint_lease_until - Let the guest run until then, and no longer
+ * @until_us: of CLOCK_BOOTTIME; 0: for ever
+ */
+bool checkpoint_lease_until(uint64_t until_us, Error **errp);
+
+/* Is there one, be it over? */
+bool checkpoint_has_lease(void);
+
+/* checkpoint.c: a lease was renewed, or is over */
+void checkpoint_lease_changed(void *opaque);
+
+#endif

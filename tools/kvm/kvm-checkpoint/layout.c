@@ -1,0 +1,225 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * How the guest's memory is laid out: its blocks are mapped, and the logs of its slots opened.
+ */
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "guest.h"
+
+/* RAM that is not shared is part of the state, each time */
+#define MAX_UNSHARED	(4u << 20)
+
+void guest_forget_logs(struct guest *g)
+{
+	unsigned int i;
+
+	for (i = 0; i < g->nr_logs; i++)
+		kvmdirty_untrack(g->logs[i].slot, 0);
+	free(g->logs);
+	g->logs = NULL;
+	g->nr_logs = 0;
+}
+
+/* File descriptors arrive some at a time, each time with one byte */
+static int receive_fds(int sock, int *fds, unsigned int n, struct kc_err *err)
+{
+	unsigned int got = 0;
+
+	while (got < n) {
+		union {
+			char buf[CMSG_SPACE(253 * sizeof(int))];
+			struct cmsghdr align;
+		} control;
+		char byte;
+		struct iovec iov = { &byte, 1 };
+		struct msghdr msg = {
+			.msg_iov = &iov,
+			.msg_iovlen = 1,
+			.msg_control = control.buf,
+			.msg_controllen = sizeof(control.buf),
+		};
+		struct cmsghdr *c;
+		unsigned int k;
+
+		if (recvmsg(sock, &msg, MSG_DONTWAIT | MSG_CMSG_CLOEXEC) != 1)
+			break;
+		for (c = CMSG_FIRSTHDR(&msg); c; c = CMSG_NXTHDR(&msg, c)) {
+			if (c->cmsg_level != SOL_SOCKET || c->cmsg_type != SCM_RIGHTS)
+				continue;
+			for (k = 0; k < (c->cmsg_len - CMSG_LEN(0)) / sizeof(int); k++) {
+				int fd;
+
+				memcpy(&fd, CMSG_DATA(c) + k * sizeof(int), sizeof(int));
+				if (got < n)
+					fds[got++] = fd;
+				else
+					close(fd);
+			}
+		}
+		if (msg.msg_flags & MSG_CTRUNC)
+			break;
+	}
+	if (got == n)
+		return 0;
+	while (got)
+		close(fds[--got]);
+	return kc_fail(err, EPROTO,
+		       "QEMU sent fewer file descriptors than it said: is the limit (ulimit -n) too low?");
+}
+
+static int map_block(struct guest *g, unsigned int nr, int fd, struct kc_err *err)
+{
+	struct kc_block *id = &g->block_ids[nr];
+	struct stat st;
+	void *map;
+
+	/* Before they are bytes, of which there may be too many for 64 bits */
+	if (fstat(fd, &st) || (uint64_t)st.st_size / KC_PAGE_SIZE < id->npages)
+		return kc_fail(err, EPROTO, "the file of %s is smaller than the block", id->name);
+	g->dirty.bits[nr] = calloc(id->npages / 64 + 1, sizeof(uint64_t));
+	if (!g->dirty.bits[nr])
+		return kc_fail(err, ENOMEM, "no memory for the list of dirty pages");
+	map = mmap(NULL, id->npages * KC_PAGE_SIZE, PROT_READ, MAP_SHARED, fd, 0);
+	if (map == MAP_FAILED)
+		return kc_fail(err, errno, "cannot map %s: %s", id->name, strerror(errno));
+	kc_no_dump(map, id->npages * KC_PAGE_SIZE);
+	g->blocks[nr].map = map;
+	g->blocks[nr].fd = fd;
+	return 0;
+}
+
+int guest_block_of(const struct guest *g, uint64_t qemu_nr)
+{
+	unsigned int i;
+
+	for (i = 0; i < g->id.nr_blocks; i++) {
+		if (g->blocks[i].qemu_nr == qemu_nr)
+			return i;
+	}
+	return -1;
+}
+
+int guest_take_layout(struct guest *g, struct json_object *layout, struct kc_err *err)
+{
+	struct json_object *blocks = NULL, *slots = NULL, *devices = NULL, *o;
+	size_t i, nr_blocks, nr_slots, nr_fds, nr_shared = 0;
+	uint64_t unshared = 0;
+	bool first = !g->id.nr_blocks;
+	int *fds = NULL, rc;
+
+	json_object_object_get_ex(layout, "blocks", &blocks);
+	json_object_object_get_ex(layout, "slots", &slots);
+	json_object_object_get_ex(layout, "devices", &devices);
+	if (!json_object_is_type(blocks, json_type_array) ||
+	    !json_object_is_type(slots, json_type_array) || !qmp_u64(layout, "generation"))
+		return kc_fail(err, EPROTO,
+			       "QEMU's layout makes no sense: is its patch another version's?");
+	if (qmp_u64(layout, "page-size") != KC_PAGE_SIZE)
+		return kc_fail(err, EPROTO, "the guest's pages are not of %u bytes", KC_PAGE_SIZE);
+
+	nr_blocks = json_object_array_length(blocks);
+	nr_slots = json_object_array_length(slots);
+	for (i = 0; i < nr_blocks; i++) {
+		o = json_object_array_get_idx(blocks, i);
+		if (qmp_bool(o, "shared"))
+			nr_shared++;
+		else
+			unshared += qmp_u64(o, "pages") * KC_PAGE_SIZE;
+	}
+	nr_fds = nr_shared + nr_slots;
+	fds = calloc(nr_fds + 1, sizeof(int));
+	if (!fds)
+		return kc_fail(err, ENOMEM, "no memory");
+	rc = receive_fds(g->sock, fds, nr_fds, err);
+	if (rc) {
+		free(fds);
+		return rc;
+	}
+
+	if (unshared > MAX_UNSHARED || !nr_shared) {
+		rc = kc_fail(err, EOPNOTSUPP,
+			     "%lu MiB of the guest's memory are not shared: start QEMU with -object memory-backend-memfd,id=ram0,share=on,size=SIZE -machine memory-backend=ram0 (and with -vga none)",
+			     unshared >> 20);
+		goto fail;
+	}
+	if (nr_shared > KC_MAX_BLOCKS) {
+		rc = kc_fail(err, EOPNOTSUPP, "the guest has over %u blocks of memory",
+			     KC_MAX_BLOCKS);
+		goto fail;
+	}
+	if (!first && nr_shared != g->id.nr_blocks)
+		goto changed;
+	for (i = 0, nr_shared = 0; i < nr_blocks; i++) {
+		struct kc_block *id = &g->block_ids[nr_shared];
+		const char *name;
+
+		o = json_object_array_get_idx(blocks, i);
+		if (!qmp_bool(o, "shared"))
+			continue;
+		name = qmp_str(o, "name");
+		g->blocks[nr_shared].qemu_nr = i;
+		if (first) {
+			snprintf(id->name, sizeof(id->name), "%s", name);
+			id->npages = qmp_u64(o, "pages");
+			g->id.nr_blocks = nr_shared + 1;
+			rc = map_block(g, nr_shared, fds[nr_shared], err);
+			if (rc)
+				goto fail;
+			fds[nr_shared] = -1;
+		} else if (strcmp(id->name, name) || id->npages != qmp_u64(o, "pages")) {
+			goto changed;
+		}
+		nr_shared++;
+	}
+
+	guest_forget_logs(g);
+	g->logs = calloc(nr_slots + 1, sizeof(*g->logs));
+	if (!g->logs) {
+		rc = kc_fail(err, ENOMEM, "no memory");
+		goto fail;
+	}
+	for (i = 0; i < nr_slots; i++) {
+		struct guest_log *log = &g->logs[g->nr_logs];
+		int block;
+
+		o = json_object_array_get_idx(slots, i);
+		block = guest_block_of(g, qmp_u64(o, "block"));
+		log->page = qmp_u64(o, "page");
+		log->npages = qmp_u64(o, "pages");
+		if (block < 0 || log->page > g->block_ids[block].npages ||
+		    log->npages > g->block_ids[block].npages - log->page) {
+			rc = kc_fail(err, EPROTO, "QEMU's memory slots are not in its memory");
+			goto fail;
+		}
+		log->block = block;
+		rc = kvmdirty_attach(fds[nr_shared + i], &log->slot);
+		if (rc) {
+			rc = kc_fail(err, -rc, "cannot use a dirty log: %s", strerror(-rc));
+			goto fail;
+		}
+		log->fd = kvmdirty_fd(log->slot);
+		g->nr_logs++;
+	}
+	snprintf(g->dirty_log, sizeof(g->dirty_log), "%s", qmp_str(layout, "dirty-log"));
+	g->generation = qmp_u64(layout, "generation");
+	rc = guest_take_devices(g, devices, err);
+	goto out;
+changed:
+	rc = kc_fail(err, ESTALE,
+		     "the guest's memory has been changed (plugged?): protect it anew, with another standby or directory");
+fail:
+out:
+	for (i = 0; i < nr_fds; i++) {
+		if (fds[i] > 0)
+			close(fds[i]);
+	}
+	free(fds);
+	return rc;
+}

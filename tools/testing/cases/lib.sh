@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: GPL-2.0-only
+# shellcheck shell=sh
+#
+# What the cases share; they run in the rig, each in a shell of its own, and scripts/cases says how.
+# A guest has a name; of the guest NAME there are
+#
+#	/tmp/NAME.qmp	the monitor of kvm-checkpoint	/dev/shm/NAME.ram	its memory
+#	/tmp/NAME.mon	another one			/tmp/NAME.pid		its QEMU
+#	/tmp/NAME.ctl	its ttyS1			/tmp/NAME.log		what QEMU says
+#
+# and of what keeps it: NAME.protect, NAME.standby (process, .log, .ctl).  A case ends with good or
+# bad; without either it fails.
+
+PATH=/bin:$PATH
+QEMU=/bin/qemu-system-x86_64
+APPEND="console=ttyS0 quiet panic=-1 tsc=reliable no_timer_check rcupdate.rcu_expedited=1"
+APPEND="$APPEND demo.work=16 demo.still=16 demo.rate=1000"
+MB=96
+
+[ -e /run-list ] || { echo "this is for the rig"; exit 2; }
+rm -rf /dev/shm/* /tmp/*.*
+tool disk /dev/shm/disk
+
+say() { read -r up _ </proc/uptime; echo "[$up] $*"; }
+good() { say "RIGHT: $*"; exit 0; }
+bad() { say "WRONG: $*"; show /tmp/*.log; exit 1; }
+show() { for f; do echo "--- $f"; tail -n 12 "$f"; done; }
+
+# wait_for SECONDS COMMAND...: until it succeeds
+wait_for() {
+	n=$(($1 * 5)); shift
+	while [ $n -gt 0 ]; do
+		"$@" >/dev/null 2>&1 && return 0
+		sleep 0.2
+		n=$((n - 1))
+	done
+	return 1
+}
+
+# common NAME MEMORY: the arguments of its QEMU, at both sides
+common() {
+	set -- "$1" "$2"
+	echo "-nodefaults -no-user-config -display none -L /share -accel ${ACCEL:-kvm,dirty-slot-ring-size=512}" \
+	     "-cpu host -smp ${SMP:-2} -no-reboot -name guest -machine q35,memory-backend=ram0" \
+	     "-kernel /guest/bzImage -initrd /guest/initrd" \
+	     "-drive if=virtio,format=raw,readonly=on,file=/dev/shm/disk" \
+	     "-object memory-backend-file,id=ram0,size=${MB}M,share=on,mem-path=$2" \
+	     "-qmp unix:/tmp/$1.qmp,server=on,wait=off -qmp unix:/tmp/$1.mon,server=on,wait=off" \
+	     "-serial file:/tmp/$1.console -serial unix:/tmp/$1.ctl,server=on,wait=off -pidfile /tmp/$1.pid"
+}
+
+# boot NAME [ARG]...: a guest with more arguments of QEMU
+boot() {
+	name=$1; shift
+	# shellcheck disable=SC2046
+	$QEMU $(common "$name" "/dev/shm/$name.ram") -append "$APPEND" "$@" >"/tmp/$name.log" 2>&1 &
+}
+# up NAME: it answers
+up() { wait_for "${2:-100}" ask "$1" status || bad "guest $1 does not answer"; }
+ask() { tool guest "/tmp/$1.ctl" "$2"; }
+qmp() { name=$1; shift; tool qmp "/tmp/$name.mon" "$@"; }
+hmp() { qmp "$1" "{'execute': 'human-monitor-command', 'arguments': {'command-line': '$2'}}"; }
+state_is() { qmp "$1" query-status | grep -q "\"status\": \"$2\""; }
+
+# standby NAME PORT [OPTION]...: the guest is called NAME when it has been taken over
+standby() {
+	name=$1 port=$2; shift 2
+	# shellcheck disable=SC2046,SC2086
+	kvm-checkpoint standby --listen "127.0.0.1:$port" --insecure --ram-dir "/dev/shm/$name.dir" --no-fence \
+		--control "/tmp/$name.standby.ctl" "$@" -- $QEMU $(common "$name" "{ram0}") $MORE \
+		-append "$APPEND" >"/tmp/$name.standby.log" 2>&1 &
+	echo $! >"/tmp/$name.standby"
+	sleep 1
+}
+
+# protect NAME WHERE [OPTION]...
+protect() {
+	name=$1 where=$2; shift 2
+	case $where in tcp:*) set -- --insecure "$@" ;; esac
+	kvm-checkpoint protect --qmp "/tmp/$name.qmp" --to "$where" --interval 50ms --json \
+		--control "/tmp/$name.protect.ctl" "$@" >"/tmp/$name.json" 2>"/tmp/$name.protect.log" &
+	echo $! >"/tmp/$name.protect"
+}
+protected() { wait_for "${2:-120}" grep -q '"event":"synced"' "/tmp/$1.json" || bad "guest $1 is not protected"; }
+# Its end is there until somebody waits for it
+protects() { grep -qs '^State:.*[RSDT] ' "/proc/$(cat "/tmp/$1.protect")/status"; }
+acked() { grep '"event":"acked"' "/tmp/$1.json" | tail -n 1 | sed 's/.*"epoch"://; s/}.*//'; }
+
+# newer NAME EPOCH; more_epochs NAME: wait until two more are acknowledged
+newer() { [ "$(acked "$1")" -gt "$2" ]; }
+more_epochs() { e=$(acked "$1"); wait_for 30 newer "$1" $((e + 1)) || bad "there are no more epochs after $e"; }
+
+# equal NAME STANDBY: stop the guest, and compare with the epoch that has all of it
+stopped_epoch() { grep '"event":"epoch"' "/tmp/$1.json" | tail -n 1 | grep -q '"was_running":false'; }
+equal() {
+	qmp "$1" stop >/dev/null
+	wait_for 30 stopped_epoch "$1" || bad "there is no epoch of the stopped guest"
+	sleep 2
+	tool same "/dev/shm/$1.ram" "/dev/shm/$2.dir/ram0" || bad "the standby has other memory than the guest"
+	qmp "$1" cont >/dev/null
+}
+# catch NAME: stop protect in the midst of an epoch
+catch() {
+	n=0
+	while [ $n -lt 200 ]; do
+		kill -STOP "$(cat "/tmp/$1.protect")"
+		sleep 0.2
+		state_is "$1" paused && return 0
+		kill -CONT "$(cat "/tmp/$1.protect")"
+		sleep 0.0$((n % 7 + 1))
+		n=$((n + 1))
+	done
+	bad "protect is never met in the midst of an epoch"
+}
+
+# slow_dump NAME detach|wait: dump its memory, into a pipe that is read as fast as drain says
+slow_dump() {
+	d=false
+	[ "$2" = wait ] || d=true
+	qmp "$1" "{'execute': 'dump-guest-memory', 'arguments': {'paging': false, 'protocol': 'file:/tmp/dump.fifo', 'detach': $d}}"
+}
+drain() {
+	rm -f /tmp/dump.fifo /tmp/drain.fast
+	mkfifo /tmp/dump.fifo
+	( while dd bs=4096 count=50 of=/dev/null 2>/dev/null; do
+		if [ -e /tmp/drain.fast ]; then cat >/dev/null; else sleep 0.5; fi
+	  done ) </tmp/dump.fifo &
+}
+
+# taken_over NAME
+taken_over() { wait_for 60 grep -q 'taken over at epoch' "/tmp/$1.standby.log" || bad "the standby has not taken over"; }
+kill_host() { kill -9 "$(cat "/tmp/$1.pid")"; kill -9 "$(cat "/tmp/$1.protect")" 2>/dev/null; }
+
+# verified NAME: it runs and finds its memory whole
+verified() { ask "$1" verify | grep 'verify ok' || bad "the guest's memory is not whole"; }

@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: GPL-2.0-only
+# shellcheck shell=sh
+# WHAT: A vCPU is plugged while the guest is protected: what its standby has cannot load that.
+. /bin/lib.sh
+ended() { ! protects "$1"; }
+SMP=1,maxcpus=2
+boot a
+up a
+standby s 7001 --timeout 3s
+protect a tcp:127.0.0.1:7001
+protected a
+more_epochs a
+qmp a "{'execute': 'device_add', 'arguments': {'driver': 'host-x86_64-cpu', 'id': 'more', 'socket-id': 0, 'core-id': 1, 'thread-id': 0}}" ||
+	bad "no vCPU can be plugged"
+say "--- it is plugged"
+wait_for 60 ended a || bad "protect goes on"
+grep -q "the guest's devices have been changed (new is" /tmp/a.protect.log || bad "it does not say what is new"
+wait_for 5 grep -q 'ends the protection: detached' /tmp/s.standby.log || bad "the standby was not told"
+sleep 5
+grep 'failing over' /tmp/s.standby.log && bad "the standby takes over from a guest that lives"
+state_is a running || bad "the guest does not run on"
+say "--- with a standby that has it, too"
+# shellcheck disable=SC2034 # common does
+SMP=2,maxcpus=2
+standby t 7002 --timeout 0
+rm /tmp/a.json
+protect a tcp:127.0.0.1:7002
+protected a
+more_epochs a
+equal a t
+good "it was noticed"

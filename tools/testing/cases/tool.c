@@ -1,0 +1,163 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * What the cases need and a shell has not.
+ *
+ * usage: tool qmp SOCKET COMMAND...	gives QMP commands, prints what they return; 1 if one fails
+ *	  tool guest SOCKET LINE	says LINE to the guest and prints its answer
+ *	  tool clock SOCKET		the guest's answer to "time", after the time here
+ *	  tool same FILE FILE		compares page by page
+ *	  tool disk FILE		makes the guest's disk
+ *
+ * A command is a name, or a whole object.  An answer of the guest begins with the first word of what
+ * it was told.
+ */
+#define _GNU_SOURCE
+#include <fcntl.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/un.h>
+
+#include "driver.h"
+
+#define SECONDS 60
+
+static char buf[1 << 20];
+
+/* It may not be there yet, or have another client for a moment */
+static int connect_to(const char *path)
+{
+	struct sockaddr_un sun = { .sun_family = AF_UNIX };
+	uint64_t until = now_us() + 5000000;
+	int fd = socket(AF_UNIX, SOCK_STREAM, 0);
+
+	snprintf(sun.sun_path, sizeof(sun.sun_path), "%s", path);
+	while (connect(fd, (struct sockaddr *)&sun, sizeof(sun))) {
+		if (now_us() > until) {
+			fprintf(stderr, "tool: nobody listens at %s\n", path);
+			exit(3);
+		}
+		usleep(20000);
+	}
+	return fd;
+}
+
+static void say(int fd, const char *text)
+{
+	if (send(fd, text, strlen(text), MSG_NOSIGNAL) != (ssize_t)strlen(text))
+		exit(3);
+}
+
+/* Events come in between.  False if the command failed. */
+static bool execute(int fd, const char *command)
+{
+	bool object = *command == '{';
+	char *line;
+
+	say(fd, object ? command : "{'execute': '");
+	say(fd, object ? "\n" : command);
+	if (!object)
+		say(fd, "'}\n");
+	do {
+		line = read_line(fd, buf, sizeof(buf), "{\"return\"", "{\"error\"", SECONDS);
+	} while (line && strncmp(line, "{\"return\"", 9) && strncmp(line, "{\"error\"", 8));
+	if (!line) {
+		printf("no answer to %s\n", command);
+		exit(3);
+	}
+	return line[2] == 'r';
+}
+
+static int qmp(int n, char **commands)
+{
+	int fd = connect_to(*commands), bad = 0;
+
+	execute(fd, "qmp_capabilities");
+	while (--n) {
+		bad |= !execute(fd, *++commands);
+		printf("%s\n", buf);
+	}
+	return bad;
+}
+
+static int guest(const char *path, const char *what)
+{
+	int fd = connect_to(path);
+	char *line;
+
+	say(fd, what);
+	say(fd, "\n");
+	line = read_line(fd, buf, sizeof(buf), what, NULL, SECONDS);
+	if (!line)
+		return 1;
+	printf("%s\n", strstr(line, what));
+	return 0;
+}
+
+/* Of some answers the one that took least, which says best when it was given */
+static int clock_of_guest(const char *path)
+{
+	uint64_t before, after, at = 0, least = ~0ull;
+	static char best[256];
+	int fd = connect_to(path), i;
+	char *line;
+
+	for (i = 0; i < 20; i++) {
+		before = now_us();
+		say(fd, "time\n");
+		line = read_line(fd, buf, sizeof(buf), "time", NULL, SECONDS);
+		after = now_us();
+		if (!line)
+			return 1;
+		if (after - before >= least)
+			continue;
+		least = after - before;
+		at = before + least / 2;
+		snprintf(best, sizeof(best), "%s", strstr(line, "time"));
+	}
+	printf("%lu %s\n", at, best);
+	return 0;
+}
+
+static int same(const char *a, const char *b)
+{
+	int fd[2] = { open(a, O_RDONLY), open(b, O_RDONLY) };
+	struct stat st[2];
+	uint8_t *map[2];
+	uint64_t page, n, bad = 0;
+	int i;
+
+	for (i = 0; i < 2; i++) {
+		if (fd[i] < 0 || fstat(fd[i], &st[i])) {
+			printf("cannot open both files\n");
+			return 3;
+		}
+		map[i] = mmap(NULL, st[i].st_size, PROT_READ, MAP_SHARED, fd[i], 0);
+		if (map[i] == MAP_FAILED)
+			return 3;
+	}
+	n = st[0].st_size / PAGE;
+	for (page = 0; page < n && st[0].st_size == st[1].st_size; page++)
+		bad += !!memcmp(map[0] + page * PAGE, map[1] + page * PAGE, PAGE);
+	printf("%lu of %lu pages differ\n", bad, n);
+	return bad || st[0].st_size != st[1].st_size;
+}
+
+int main(int argc, char **argv)
+{
+	const char *what = argc > 1 ? argv[1] : "";
+
+	if (!strcmp(what, "qmp") && argc > 3)
+		return qmp(argc - 2, argv + 2);
+	if (!strcmp(what, "guest") && argc == 4)
+		return guest(argv[2], argv[3]);
+	if (!strcmp(what, "clock") && argc == 3)
+		return clock_of_guest(argv[2]);
+	if (!strcmp(what, "same") && argc == 4)
+		return same(argv[2], argv[3]);
+	if (!strcmp(what, "disk") && argc == 3)
+		return !make_disk(argv[2]);
+	fprintf(stderr, "usage: tool qmp|guest|clock|same|disk ...\n");
+	return 2;
+}
