@@ -241,7 +241,7 @@ static int drain_all(struct vm_file *f, struct kvm *kvm,
 		     struct kvm_dirty_slot_sink *sink, u32 *nr_logs, bool *flush)
 {
 	struct kvm_dirty_slot_vm *vm = f->vm;
-	u32 start = READ_ONCE(f->next), at = start, end = VM_MAX_LOGS;
+	u32 start = READ_ONCE(f->next), at = start, end = VM_MAX_LOGS, next;
 	struct kvm_dirty_slot_log *log;
 	int r;
 
@@ -255,16 +255,20 @@ static int drain_all(struct vm_file *f, struct kvm *kvm,
 			end = start;
 			continue;
 		}
+		next = at - 1;
 		if (!sink->left) {
 			sink->more = true;
 			r = 0;
 		} else {
 			r = drain_log(log, kvm, sink, flush);
 			++*nr_logs;
+			/* One that always has more must not keep others from their turn. */
+			if (!r)
+				next = at % VM_MAX_LOGS;
 		}
 		log_put(log);
 		if (r || sink->more) {
-			WRITE_ONCE(f->next, at - 1);
+			WRITE_ONCE(f->next, next);
 			return r;
 		}
 	}
