@@ -111,6 +111,7 @@ static int visit_slots(struct kvmdirty *kd, struct sink *sink, unsigned int flag
 	uint64_t start = kd->next_log, from = start, end = UINT64_MAX;
 	struct target *t = sink->arg;
 	struct kvmdirty_slot *slot;
+	bool had_turn;
 	int r;
 
 	for (;;) {
@@ -128,10 +129,12 @@ static int visit_slots(struct kvmdirty *kd, struct sink *sink, unsigned int flag
 			return r;
 		t->slot = slot->id;
 		t->log = slot->log;
+		had_turn = !sink_full(sink);
 		r = visit(slot, sink, flags, all);
 		from = slot->log + 1ULL;
+		/* One that always has more must not keep others from their turn. */
 		if (r)
-			kd->next_log = slot->log;
+			kd->next_log = r > 0 && had_turn ? from : slot->log;
 		pthread_mutex_unlock(&slot->harvest_lock);
 		if (r)
 			return r;

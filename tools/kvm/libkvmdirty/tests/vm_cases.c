@@ -134,7 +134,7 @@ static void test_vm_budget(const void *mode)
 	memset(&seen, 0, sizeof(seen));
 	write_pages(env, SLOT_ODD, 0, 5, 1);
 	for (calls = 0; calls < 200 && seen.slot[SLOT_ODD].pages < 5; calls++) {
-		write_pages(env, SLOT_MAIN, 0, 20, 1);
+		write_pages(env, SLOT_MAIN, 0, 20, 2);
 		CHECK(kvmdirty_vm_harvest(env->kd, vm_take, &seen, 10, 0, NULL) >= 0, "?");
 	}
 	expect(&seen.slot[SLOT_ODD], 0, 5, 1);
@@ -329,20 +329,25 @@ static void test_vm_untracked_meanwhile(const void *mode)
 	expect(&seen.slot[SLOT_ODD], 0, 10, 2);
 }
 
-/* A page goes to one of two who harvest at once, while vCPUs write. */
+/* A page goes to one of two who harvest at once. */
 struct harvester {
 	struct env *env;
 	struct vm_seen seen;
-	bool stop;
+	int go, done;		/* rounds */
 };
+
+#define HARVEST_ROUNDS	20
 
 static void *by_slot_thread(void *arg)
 {
 	struct harvester *h = arg;
+	int round;
 
-	while (!__atomic_load_n(&h->stop, __ATOMIC_ACQUIRE)) {
-		harvest_some(h->env->main, &h->seen.slot[SLOT_MAIN], 3);
-		poll(NULL, 0, 1);
+	for (round = 1; round <= HARVEST_ROUNDS; round++) {
+		while (__atomic_load_n(&h->go, __ATOMIC_ACQUIRE) < round)
+			poll(NULL, 0, 1);
+		CHECK_EQ(harvest_some(h->env->main, &h->seen.slot[SLOT_MAIN], 3), 0);
+		__atomic_store_n(&h->done, round, __ATOMIC_RELEASE);
 	}
 	return NULL;
 }
@@ -357,25 +362,21 @@ static void test_vm_two_harvesters(const void *mode)
 	int round;
 
 	CHECK_EQ(pthread_create(&thread, NULL, by_slot_thread, &h), 0);
-	for (round = 0; round < 20; round++) {
+	for (round = 1; round <= HARVEST_ROUNDS; round++) {
 		write_pages(env, SLOT_MAIN, 0, 200, 5);
 		write_pages(env, SLOT_ODD, 0, 20, 5);
+		/* Nobody writes now: what is re-armed before it is written comes twice. */
+		__atomic_store_n(&h.go, round, __ATOMIC_RELEASE);
 		vm_harvest(env->kd, &seen);
-		/* Those that the other has taken are on their way. */
-		for (i = 0; i < 200 * 5; i += 5) {
-			while (seen.slot[SLOT_MAIN].page[i] +
-			       __atomic_load_n(&h.seen.slot[SLOT_MAIN].page[i], __ATOMIC_ACQUIRE)
-			       < round + 1)
-				poll(NULL, 0, 1);
-		}
+		while (__atomic_load_n(&h.done, __ATOMIC_ACQUIRE) < round)
+			poll(NULL, 0, 1);
 	}
-	__atomic_store_n(&h.stop, true, __ATOMIC_RELEASE);
 	CHECK_EQ(pthread_join(thread, NULL), 0);
 	for (i = 0; i < MAIN_PAGES; i++)
 		CHECK_EQ(seen.slot[SLOT_MAIN].page[i] + h.seen.slot[SLOT_MAIN].page[i],
-			 i % 5 || i >= 1000 ? 0 : 20);
+			 i % 5 || i >= 1000 ? 0 : HARVEST_ROUNDS);
 	for (i = 0; i < ODD_PAGES; i++)
-		CHECK_EQ(seen.slot[SLOT_ODD].page[i], i % 5 ? 0 : 20);
+		CHECK_EQ(seen.slot[SLOT_ODD].page[i], i % 5 ? 0 : HARVEST_ROUNDS);
 }
 
 struct vm_copier {
