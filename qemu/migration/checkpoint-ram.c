@@ -9,6 +9,7 @@
  */
 
 #include "qemu/osdep.h"
+#include "qemu/error-report.h"
 #include "qemu/rcu.h"
 #include "qapi/error.h"
 #include "cpu.h"
@@ -25,6 +26,7 @@
 
 /* The layout that has this number; never the same number for two layouts */
 static struct {
+    bool client_harvests;       /* KVM's logs, all of them, by one file */
     uint64_t generation;
     uint32_t ram_version;
     unsigned int slots_version;
@@ -105,6 +107,44 @@ static void collect_block(RAMBlock *rb, uint32_t nr, GArray *pages)
     }
 }
 
+/*
+ * The client harvests all slots, those that are shown on a display as well, and
+ * nobody else learns of their pages then: draw it all.
+ */
+static void redraw_displays(void)
+{
+    RAMBlock *rb;
+
+    RCU_READ_LOCK_GUARD();
+    RAMBLOCK_FOREACH(rb) {
+        if (rb->mr && memory_region_is_logging(rb->mr, DIRTY_MEMORY_VGA)) {
+            cpu_physical_memory_set_dirty_range(rb->offset, rb->used_length,
+                                                1 << DIRTY_MEMORY_VGA);
+        }
+    }
+}
+
+int checkpoint_follow_logs(void)
+{
+    int fd = kvm_dirty_slot_vm_log_follow();
+
+    known.client_harvests = fd >= 0;
+    if (fd < 0 && fd != -EOPNOTSUPP) {
+        warn_report("checkpoint: KVM's dirty logs are harvested by QEMU, as "
+                    "there is no file of all of them: %s", strerror(-fd));
+    }
+    return fd;
+}
+
+void checkpoint_unfollow_logs(void)
+{
+    if (known.client_harvests) {
+        redraw_displays();
+    }
+    known.client_harvests = false;
+    kvm_dirty_slot_vm_log_unfollow();
+}
+
 GArray *checkpoint_collect_pages(void)
 {
     GArray *pages = g_array_new(false, false, sizeof(CheckpointPages));
@@ -112,9 +152,12 @@ GArray *checkpoint_collect_pages(void)
     RAMBlock *rb;
 
     /* vhost and the like are asked; KVM's slot logs are left to the client */
-    kvm_dirty_slot_log_hold(true);
+    kvm_dirty_slot_log_hold(known.client_harvests);
     memory_global_dirty_log_sync();
     kvm_dirty_slot_log_hold(false);
+    if (known.client_harvests) {
+        redraw_displays();
+    }
 
     RCU_READ_LOCK_GUARD();
     RAMBLOCK_FOREACH_MIGRATABLE(rb) {
@@ -148,28 +191,26 @@ bool checkpoint_memory_changed(void)
  * Layout
  */
 
-typedef struct LayoutSlots {
-    CheckpointSlotList **tail;
-    GArray *fds;
-} LayoutSlots;
-
+/* Also of memory that is part of the state, or gone: the client is to know it */
 static void add_slot(const KVMDirtySlotLog *log, void *opaque)
 {
-    LayoutSlots *slots = opaque;
-    CheckpointSlot *slot;
+    CheckpointSlotList ***tail = opaque;
+    CheckpointSlot *slot = g_new0(CheckpointSlot, 1);
     int64_t nr = 0;
     RAMBlock *rb;
 
+    slot->slot = log->slot;
+    slot->log = log->log;
+    slot->pages = log->size >> TARGET_PAGE_BITS;
+    QAPI_LIST_APPEND(*tail, slot);
+
     RAMBLOCK_FOREACH_MIGRATABLE(rb) {
-        if (log->start >= rb->offset &&
-            log->start - rb->offset < rb->used_length && checkpoint_block_is_mapped(rb)) {
-            slot = g_new0(CheckpointSlot, 1);
-            slot->slot = log->slot;
+        if (checkpoint_block_is_mapped(rb) && log->start >= rb->offset &&
+            log->start - rb->offset < rb->used_length &&
+            log->size <= rb->used_length - (log->start - rb->offset)) {
+            slot->has_block = true;
             slot->block = nr;
             slot->page = (log->start - rb->offset) >> TARGET_PAGE_BITS;
-            slot->pages = log->size >> TARGET_PAGE_BITS;
-            QAPI_LIST_APPEND(slots->tail, slot);
-            g_array_append_val(slots->fds, log->fd);
             return;
         }
         nr++;
@@ -194,14 +235,19 @@ uint64_t checkpoint_generation(void)
     return known.generation;
 }
 
-CheckpointLayout *checkpoint_send_layout(QIOChannelSocket *to, Error **errp)
+static uint64_t block_inode(RAMBlock *rb)
 {
-    g_autoptr(GArray) fds = g_array_new(false, false, sizeof(int));
+    struct stat st;
+
+    return fstat(rb->fd, &st) < 0 ? 0 : st.st_ino;
+}
+
+CheckpointLayout *checkpoint_layout(void)
+{
     CheckpointLayout *layout = g_new0(CheckpointLayout, 1);
     CheckpointBlockList **tail = &layout->blocks;
-    LayoutSlots slots = { .tail = &layout->slots, .fds = fds };
+    CheckpointSlotList **slots = &layout->slots;
     RAMBlock *rb;
-    guint i;
 
     know_layout();
     layout->generation = known.generation;
@@ -220,12 +266,31 @@ CheckpointLayout *checkpoint_send_layout(QIOChannelSocket *to, Error **errp)
         block->name = g_strdup(rb->idstr);
         block->pages = rb->used_length >> TARGET_PAGE_BITS;
         block->shared = checkpoint_block_is_mapped(rb);
+        block->inode = block->shared ? block_inode(rb) : 0;
         QAPI_LIST_APPEND(tail, block);
-        if (block->shared) {
+    }
+    layout->vm_log = known.client_harvests;
+    if (known.client_harvests) {
+        kvm_dirty_slot_log_foreach(add_slot, &slots);
+    }
+    return layout;
+}
+
+bool checkpoint_send_files(QIOChannelSocket *to, int log, Error **errp)
+{
+    g_autoptr(GArray) fds = g_array_new(false, false, sizeof(int));
+    RAMBlock *rb;
+    guint i;
+
+    RCU_READ_LOCK_GUARD();
+    RAMBLOCK_FOREACH_MIGRATABLE(rb) {
+        if (checkpoint_block_is_mapped(rb)) {
             g_array_append_val(fds, rb->fd);
         }
     }
-    kvm_dirty_slot_log_foreach(add_slot, &slots);
+    if (log >= 0) {
+        g_array_append_val(fds, log);
+    }
 
     for (i = 0; i < fds->len; i += FDS_PER_MESSAGE) {
         char byte = 0;
@@ -240,9 +305,8 @@ CheckpointLayout *checkpoint_send_layout(QIOChannelSocket *to, Error **errp)
             if (n == QIO_CHANNEL_ERR_BLOCK) {
                 error_setg(errp, "the client does not read its socket");
             }
-            qapi_free_CheckpointLayout(layout);
-            return NULL;
+            return false;
         }
     }
-    return layout;
+    return true;
 }

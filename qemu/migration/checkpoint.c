@@ -9,7 +9,7 @@
  * it copies.  The x-checkpoint-* commands give it these.
  *
  * Pages that vCPUs write.  With dirty slot rings the client harvests KVM's logs
- * by itself, through their files.  Otherwise they are synchronized here.
+ * by itself, through one file.  Otherwise they are synchronized here.
  *
  * Pages that QEMU writes: see checkpoint-ram.c.
  *
@@ -217,6 +217,7 @@ static void client_gone(void)
     close(client.buffer);
     resume_guest(NULL);
 
+    checkpoint_unfollow_logs();
     memory_global_dirty_log_stop(GLOBAL_DIRTY_CHECKPOINT);
     migrate_del_blocker(client.blocker);
     error_free(client.blocker);
@@ -301,9 +302,9 @@ CheckpointLayout *qmp_x_checkpoint_attach(const char *socket,
                                           const char *buffer, Error **errp)
 {
     g_autoptr(GArray) pages = NULL;
-    CheckpointLayout *layout;
-    int socket_fd, buffer_fd;
+    int socket_fd, buffer_fd, log_fd;
     QIOChannelSocket *sioc;
+    bool sent;
 
     if (!kvm_enabled()) {
         error_setg(errp, "checkpoints need -accel kvm");
@@ -342,6 +343,7 @@ CheckpointLayout *qmp_x_checkpoint_attach(const char *socket,
         hold.limit = timer_new_ms(QEMU_CLOCK_REALTIME, client_is_late, NULL);
         hold.again = timer_new_ms(QEMU_CLOCK_REALTIME, resume_again, NULL);
     }
+    log_fd = checkpoint_follow_logs();
     memory_global_dirty_log_start(GLOBAL_DIRTY_CHECKPOINT);
     client.socket = sioc;
     client.buffer = buffer_fd;
@@ -356,17 +358,20 @@ CheckpointLayout *qmp_x_checkpoint_attach(const char *socket,
      */
     pages = checkpoint_collect_pages();
 
-    layout = checkpoint_send_layout(sioc, errp);
-    if (!layout) {
-        client_gone();
+    sent = checkpoint_send_files(sioc, log_fd, errp);
+    if (log_fd >= 0) {
+        close(log_fd);
     }
-    return layout;
+    if (!sent) {
+        client_gone();
+        return NULL;
+    }
+    return checkpoint_layout();
 }
 
 CheckpointLayout *qmp_x_checkpoint_layout(Error **errp)
 {
-    return need_client(errp) ? checkpoint_send_layout(client.socket, errp) :
-                               NULL;
+    return need_client(errp) ? checkpoint_layout() : NULL;
 }
 
 void qmp_x_checkpoint_lease(uint64_t until_us, Error **errp)

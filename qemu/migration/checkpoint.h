@@ -21,8 +21,8 @@ bool checkpoint_block_is_mapped(RAMBlock *rb);
 /**
  * checkpoint_collect_pages - Take the pages that QEMU knows to be written
  *
- * Returns an array of CheckpointPages.  With dirty slot rings, what KVM has in
- * its logs is left to the client.
+ * Returns an array of CheckpointPages.  What KVM has in the logs of slots is
+ * left to a client that harvests them.
  */
 GArray *checkpoint_collect_pages(void);
 
@@ -32,8 +32,20 @@ bool checkpoint_memory_changed(void);
 /* The number of the layout as it is now */
 uint64_t checkpoint_generation(void);
 
-/* Describes the layout, and sends the file descriptors that belong to it */
-CheckpointLayout *checkpoint_send_layout(QIOChannelSocket *to, Error **errp);
+/* Describes the layout; of logs that are gone it tells once */
+CheckpointLayout *checkpoint_layout(void);
+
+/* Sends the file descriptors of blocks and, unless it is negative, of the logs */
+bool checkpoint_send_files(QIOChannelSocket *to, int log, Error **errp);
+
+/**
+ * checkpoint_follow_logs - Leave KVM's logs of slots to the client
+ *
+ * Returns the file descriptor that it needs for that, or a negative errno: then
+ * QEMU harvests them.
+ */
+int checkpoint_follow_logs(void);
+void checkpoint_unfollow_logs(void);
 
 /* What the client finds in its buffer */
 typedef struct CheckpointPages {

@@ -21,6 +21,10 @@
  * The bitmap ioctls keep working on such a slot and each page goes to whoever
  * asks first; they are what remains if a log cannot be opened or harvested.
  *
+ * There is also a file of all logs of the VM, which is for another process: it
+ * needs no new file for a slot that comes, and is told in exchange which logs
+ * there are and, as what they had may be found later, were.
+ *
  * All of this runs with kvm_slots_lock() held.
  */
 
@@ -43,6 +47,7 @@ static struct kvm_dirty_run dirty_runs[16384];
 /* Protected by the BQL */
 static unsigned int log_version;
 static bool logs_held;
+static GArray *gone_logs;       /* of KVMDirtySlotLog; NULL if nobody follows */
 
 int kvm_dirty_slot_ring_init(KVMState *s)
 {
@@ -168,6 +173,23 @@ bool kvm_dirty_slot_log_harvest(KVMSlot *slot)
     return ret == 0;
 }
 
+/* Its file knows more than a slot that is being removed: that has no size */
+static KVMDirtySlotLog kvm_dirty_slot_log_of(const KVMSlot *slot)
+{
+    struct kvm_dirty_slot_log_info info = { 0 };
+
+    if (ioctl(slot->dirty_log_fd, KVM_DIRTY_SLOT_LOG_INFO, &info) < 0) {
+        error_report_once("%s: KVM_DIRTY_SLOT_LOG_INFO failed: %s",
+                          __func__, strerror(errno));
+    }
+    return (KVMDirtySlotLog) {
+        .slot = slot->slot | (slot->as_id << 16),
+        .log = info.log,
+        .start = slot->ram_start_offset,
+        .size = info.npages * qemu_real_host_page_size(),
+    };
+}
+
 /**
  * kvm_dirty_slot_log_update - Follow a change of the slot in the kernel
  *
@@ -183,6 +205,11 @@ void kvm_dirty_slot_log_update(KVMState *s, KVMSlot *slot, bool logging)
     if (!logging && slot->dirty_log_fd >= 0) {
         /* Pages dirtied since the last harvest outlive the slot in its log */
         kvm_dirty_slot_log_harvest(slot);
+        if (gone_logs) {
+            KVMDirtySlotLog log = kvm_dirty_slot_log_of(slot);
+
+            g_array_append_val(gone_logs, log);
+        }
         close(slot->dirty_log_fd);
         slot->dirty_log_fd = -1;
         log_version++;
@@ -222,17 +249,43 @@ void kvm_dirty_slot_log_foreach(void (*fn)(const KVMDirtySlotLog *log,
 
         for (j = 0; kml && j < kml->nr_slots_allocated; j++) {
             KVMSlot *slot = &kml->slots[j];
-            KVMDirtySlotLog log = {
-                .fd = slot->dirty_log_fd,
-                .slot = slot->slot | (slot->as_id << 16),
-                .start = slot->ram_start_offset,
-                .size = slot->memory_size,
-            };
 
             if (slot->memory_size && slot->dirty_log_fd >= 0) {
+                KVMDirtySlotLog log = kvm_dirty_slot_log_of(slot);
+
                 fn(&log, opaque);
             }
         }
+    }
+
+    for (i = 0; gone_logs && i < gone_logs->len; i++) {
+        fn(&g_array_index(gone_logs, KVMDirtySlotLog, i), opaque);
+    }
+    if (gone_logs) {
+        g_array_set_size(gone_logs, 0);
+    }
+}
+
+int kvm_dirty_slot_vm_log_follow(void)
+{
+    struct kvm_dirty_slot_log_fd arg = { .slot = KVM_DIRTY_SLOT_ALL };
+    int fd;
+
+    if (!kvm_dirty_slot_ring_enabled()) {
+        return -EOPNOTSUPP;
+    }
+    fd = kvm_vm_ioctl(kvm_state, KVM_GET_DIRTY_SLOT_LOG_FD, &arg);
+    if (fd >= 0) {
+        gone_logs = g_array_new(false, false, sizeof(KVMDirtySlotLog));
+    }
+    return fd;
+}
+
+void kvm_dirty_slot_vm_log_unfollow(void)
+{
+    if (gone_logs) {
+        g_array_free(gone_logs, true);
+        gone_logs = NULL;
     }
 }
 

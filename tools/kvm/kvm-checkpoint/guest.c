@@ -137,7 +137,7 @@ void guest_close(struct guest *g)
 {
 	unsigned int i;
 
-	guest_forget_logs(g);
+	guest_close_log(g);
 	for (i = 0; i < g->id.nr_blocks; i++) {
 		if (g->blocks[i].map) {
 			munmap((void *)g->blocks[i].map, g->block_ids[i].npages * KC_PAGE_SIZE);
@@ -161,52 +161,6 @@ void guest_close(struct guest *g)
 /*
  * Collecting
  */
-
-struct harvest {
-	struct guest *g;
-	const struct guest_log *log;
-	uint64_t pages;
-};
-
-/* Pages are re-armed by now: what is written to them after the copy will be found again */
-static int add_run(const struct kvmdirty_run *run, void *arg)
-{
-	struct harvest *h = arg;
-
-	if (run->offset > h->log->npages || run->npages > h->log->npages - run->offset)
-		return -ERANGE;
-	h->pages += run->npages;
-	return dirty_add(&h->g->dirty, h->log->block, h->log->page + run->offset, run->npages);
-}
-
-static int harvest_log(struct guest *g, struct guest_log *log, struct kc_err *err)
-{
-	struct harvest h = { .g = g, .log = log };
-	/* Of a guest that stands still, a log has a page once: this is no limit then */
-	uint64_t budget = 2 * log->npages;
-	int rc;
-
-	/* The library takes a budget of 0 for none */
-	do {
-		rc = kvmdirty_harvest_each(log->slot, add_run, &h, budget - h.pages, 0, NULL);
-	} while (h.pages < budget && (rc > 0 || rc == -EINTR));
-	if (rc > 0 || rc == -EINTR)
-		rc = 0;
-	/* The slot is gone.  The next layout is without it. */
-	if (rc == -ENODEV)
-		rc = 0;
-	return rc ? kc_fail(err, -rc, "cannot harvest a dirty log: %s", strerror(-rc)) : 0;
-}
-
-int guest_harvest(struct guest *g, struct kc_err *err)
-{
-	unsigned int i;
-	int rc = 0;
-
-	for (i = 0; i < g->nr_logs && !rc; i++)
-		rc = harvest_log(g, &g->logs[i], err);
-	return rc;
-}
 
 static int read_buffer(struct guest *g, void *to, size_t size, uint64_t offset, struct kc_err *err)
 {
@@ -232,11 +186,23 @@ static int send_collect(struct guest *g, bool state, struct kc_err *err)
 	return qmp_send(&g->qmp, "x-checkpoint-collect", args, -1, err);
 }
 
-/* The answer to send_collect(): QEMU's pages become dirty, and new logs are opened */
+int guest_refresh_layout(struct guest *g, struct kc_err *err)
+{
+	struct json_object *layout = NULL;
+	int rc;
+
+	rc = qmp_call(&g->qmp, "x-checkpoint-layout", NULL, &layout, err);
+	if (!rc)
+		rc = guest_take_layout(g, layout, err);
+	json_object_put(layout);
+	return rc;
+}
+
+/* The answer to send_collect(): QEMU's pages become dirty, and new slots known */
 static int finish_collect(struct guest *g, uint64_t *state_len, uint64_t *collect_us,
 			  struct kc_err *err)
 {
-	struct json_object *info = NULL, *layout = NULL;
+	struct json_object *info = NULL;
 	struct qemu_run runs[256];
 	uint64_t nr, offset, generation;
 	int rc;
@@ -278,13 +244,7 @@ static int finish_collect(struct guest *g, uint64_t *state_len, uint64_t *collec
 		offset += n * sizeof(*runs);
 	}
 
-	if (generation != g->generation) {
-		rc = qmp_call(&g->qmp, "x-checkpoint-layout", NULL, &layout, err);
-		if (!rc)
-			rc = guest_take_layout(g, layout, err);
-		json_object_put(layout);
-	}
-	return rc;
+	return generation != g->generation ? guest_refresh_layout(g, err) : 0;
 }
 
 int guest_collect(struct guest *g, struct kc_err *err)
@@ -320,8 +280,9 @@ static int take_paused(struct guest *g, struct guest_epoch *e, uint64_t t[], str
 	uint64_t state_len = 0, collect_us = 0;
 	int rc;
 
-	rc = guest_harvest(g, err);
-	if (rc)
+	/* QEMU cannot be asked about slots that have come, as it works: they come below */
+	rc = guest_harvest_known(g, err);
+	if (rc && rc != -ESTALE)
 		return rc;
 	t[2] = kc_now_us();
 	if (guest_copy_dirty(g, &e->copy, UINT64_MAX))
@@ -330,8 +291,8 @@ static int take_paused(struct guest *g, struct guest_epoch *e, uint64_t t[], str
 	rc = finish_collect(g, &state_len, &collect_us, err);
 	t[4] = kc_now_us();
 	/*
-	 * Once more: pages that were written while the state was saved, and logs of slots that are
-	 * new.  If a page is in both copies, the later one comes later.
+	 * Once more: pages that were written while the state was saved, and slots that are new.
+	 * If a page is in both copies, the later one comes later.
 	 */
 	if (!rc)
 		rc = guest_harvest(g, err);

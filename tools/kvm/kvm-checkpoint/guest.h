@@ -3,8 +3,8 @@
  * The guest that is protected: its memory, mapped; which of its pages were written; its device
  * state.
  *
- * A page is written by a vCPU, or by QEMU for a device.  What vCPUs write is found in KVM's logs of
- * memory slots, harvested here through file descriptors that QEMU sent.  What else QEMU knows about
+ * A page is written by a vCPU, or by QEMU for a device.  What vCPUs write is found in KVM's log of
+ * all memory slots, harvested here through a file descriptor that QEMU sent.  What else QEMU knows about
  * comes from x-checkpoint-collect; with a kernel without slot rings that is everything.
  *
  * The order in which an epoch is taken is what makes it a point in time: stop the guest, save the
@@ -50,13 +50,15 @@ struct copy {
 struct guest_block {
 	const uint8_t *map;
 	int fd;
+	uint64_t inode;
 	uint32_t qemu_nr;
 };
 
-struct guest_log {
-	struct kvmdirty_slot *slot;
-	int fd;				/* the slot's, to poll */
-	uint32_t block;
+/* A memory slot of KVM, as long as it has had one log */
+struct guest_slot {
+	uint32_t log;			/* its number */
+	int block;			/* that it shows, -1 if that is not shared */
+	bool gone;			/* what it had may still come */
 	uint64_t page, npages;
 };
 
@@ -91,8 +93,10 @@ struct guest {
 	struct kc_guest id;
 	struct kc_block block_ids[KC_MAX_BLOCKS];
 	struct guest_block blocks[KC_MAX_BLOCKS];
-	struct guest_log *logs;
-	unsigned int nr_logs;
+	struct kvmdirty *log;		/* of all slots; NULL: QEMU reads what KVM has */
+	int log_fd;			/* to poll */
+	struct guest_slot *slots;
+	unsigned int nr_slots;
 	char dirty_log[32];		/* "dirty-slot-ring", "dirty-ring" or "bitmap" */
 	uint64_t lease_us;		/* see guest_lease() */
 	bool lease_first;
@@ -140,12 +144,13 @@ void guest_close(struct guest *g);
  */
 
 /**
- * guest_harvest() - move what the logs hold to g->dirty
+ * guest_harvest() - move what the log holds to g->dirty
  * @g: the guest, running or not.
  * @err: why not.
  *
  * A running guest may write faster than this harvests: it ends when it has had each page twice, and
- * what remains in the logs is for the next time.  Without slot rings there is nothing to do.
+ * what remains in the log is for the next time.  Without slot rings there is nothing to do.  It may
+ * have to ask QEMU for the layout.
  *
  * Return: 0 or a negative errno.
  */
@@ -232,13 +237,23 @@ int guest_check_devices(const struct guest *g, const char *before, struct kc_err
 /* layout.c */
 
 /*
- * Takes in the layout and the fds that came with it.  Blocks are mapped the first time and must be
- * the same later.
+ * Takes in the layout, the first time with the fds that came with it: blocks are mapped, the log is
+ * opened.  Later, blocks must be the same.
  */
 int guest_take_layout(struct guest *g, struct json_object *layout, struct kc_err *err);
-void guest_forget_logs(struct guest *g);
 /* Ours for QEMU's block, or -1 if it is not shared */
 int guest_block_of(const struct guest *g, uint64_t qemu_nr);
+
+/* logs.c */
+int guest_open_log(struct guest *g, int fd, struct kc_err *err);
+void guest_close_log(struct guest *g);
+/* The slots of a layout; those of before that it does not have are gone */
+int guest_take_slots(struct guest *g, struct json_object *list, struct kc_err *err);
+/* As guest_harvest(), but -ESTALE without a reason if there are pages of slots that are not known */
+int guest_harvest_known(struct guest *g, struct kc_err *err);
+
+/* guest.c */
+int guest_refresh_layout(struct guest *g, struct kc_err *err);
 
 /* guard.c */
 /* Refuses what has disks or devices whose state would not be in an epoch */

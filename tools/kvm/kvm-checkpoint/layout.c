@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * How the guest's memory is laid out: its blocks are mapped, and the logs of its slots opened.
+ * How the guest's memory is laid out: its blocks are mapped, and KVM's log opened.
  */
 #include <errno.h>
 #include <stdio.h>
@@ -15,17 +15,6 @@
 
 /* RAM that is not shared is part of the state, each time */
 #define MAX_UNSHARED	(4u << 20)
-
-void guest_forget_logs(struct guest *g)
-{
-	unsigned int i;
-
-	for (i = 0; i < g->nr_logs; i++)
-		kvmdirty_untrack(g->logs[i].slot, 0);
-	free(g->logs);
-	g->logs = NULL;
-	g->nr_logs = 0;
-}
 
 /* File descriptors arrive some at a time, each time with one byte */
 static int receive_fds(int sock, int *fds, unsigned int n, struct kc_err *err)
@@ -92,6 +81,7 @@ static int map_block(struct guest *g, unsigned int nr, int fd, struct kc_err *er
 	kc_no_dump(map, id->npages * KC_PAGE_SIZE);
 	g->blocks[nr].map = map;
 	g->blocks[nr].fd = fd;
+	g->blocks[nr].inode = st.st_ino;
 	return 0;
 }
 
@@ -109,7 +99,7 @@ int guest_block_of(const struct guest *g, uint64_t qemu_nr)
 int guest_take_layout(struct guest *g, struct json_object *layout, struct kc_err *err)
 {
 	struct json_object *blocks = NULL, *slots = NULL, *devices = NULL, *o;
-	size_t i, nr_blocks, nr_slots, nr_fds, nr_shared = 0;
+	size_t i, nr_blocks, nr_fds = 0, nr_shared = 0;
 	uint64_t unshared = 0;
 	bool first = !g->id.nr_blocks;
 	int *fds = NULL, rc;
@@ -125,7 +115,6 @@ int guest_take_layout(struct guest *g, struct json_object *layout, struct kc_err
 		return kc_fail(err, EPROTO, "the guest's pages are not of %u bytes", KC_PAGE_SIZE);
 
 	nr_blocks = json_object_array_length(blocks);
-	nr_slots = json_object_array_length(slots);
 	for (i = 0; i < nr_blocks; i++) {
 		o = json_object_array_get_idx(blocks, i);
 		if (qmp_bool(o, "shared"))
@@ -133,7 +122,9 @@ int guest_take_layout(struct guest *g, struct json_object *layout, struct kc_err
 		else
 			unshared += qmp_u64(o, "pages") * KC_PAGE_SIZE;
 	}
-	nr_fds = nr_shared + nr_slots;
+	/* Files only come with the first one. */
+	if (first)
+		nr_fds = nr_shared + qmp_bool(layout, "vm-log");
 	fds = calloc(nr_fds + 1, sizeof(int));
 	if (!fds)
 		return kc_fail(err, ENOMEM, "no memory");
@@ -173,40 +164,18 @@ int guest_take_layout(struct guest *g, struct json_object *layout, struct kc_err
 			if (rc)
 				goto fail;
 			fds[nr_shared] = -1;
-		} else if (strcmp(id->name, name) || id->npages != qmp_u64(o, "pages")) {
+		} else if (strcmp(id->name, name) || id->npages != qmp_u64(o, "pages") ||
+			   g->blocks[nr_shared].inode != qmp_u64(o, "inode")) {
 			goto changed;
 		}
 		nr_shared++;
 	}
 
-	guest_forget_logs(g);
-	g->logs = calloc(nr_slots + 1, sizeof(*g->logs));
-	if (!g->logs) {
-		rc = kc_fail(err, ENOMEM, "no memory");
+	rc = guest_take_slots(g, slots, err);
+	if (!rc && nr_fds > nr_shared)
+		rc = guest_open_log(g, fds[nr_shared], err);
+	if (rc)
 		goto fail;
-	}
-	for (i = 0; i < nr_slots; i++) {
-		struct guest_log *log = &g->logs[g->nr_logs];
-		int block;
-
-		o = json_object_array_get_idx(slots, i);
-		block = guest_block_of(g, qmp_u64(o, "block"));
-		log->page = qmp_u64(o, "page");
-		log->npages = qmp_u64(o, "pages");
-		if (block < 0 || log->page > g->block_ids[block].npages ||
-		    log->npages > g->block_ids[block].npages - log->page) {
-			rc = kc_fail(err, EPROTO, "QEMU's memory slots are not in its memory");
-			goto fail;
-		}
-		log->block = block;
-		rc = kvmdirty_attach(fds[nr_shared + i], &log->slot);
-		if (rc) {
-			rc = kc_fail(err, -rc, "cannot use a dirty log: %s", strerror(-rc));
-			goto fail;
-		}
-		log->fd = kvmdirty_fd(log->slot);
-		g->nr_logs++;
-	}
 	snprintf(g->dirty_log, sizeof(g->dirty_log), "%s", qmp_str(layout, "dirty-log"));
 	g->generation = qmp_u64(layout, "generation");
 	rc = guest_take_devices(g, devices, err);

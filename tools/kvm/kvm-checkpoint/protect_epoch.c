@@ -25,14 +25,13 @@
 enum where kc_epoch_wait(struct protect *p, uint64_t until_us, int *rc, struct kc_err *err)
 {
 	struct guest *g = &p->guest;
-	bool watch = p->max_dirty && g->nr_logs;
-	struct pollfd fds[3 + g->nr_logs];
+	bool watch = p->max_dirty && g->log;
+	struct pollfd fds[4];
 	enum where where;
-	unsigned int i;
 
 	for (;;) {
 		uint64_t now = kc_now_us();
-		bool ready, full = false;
+		bool ready, full = false, watch_now;
 
 		kc_wake_clear();
 		where = kc_link_look(p, rc, err);
@@ -48,19 +47,16 @@ enum where kc_epoch_wait(struct protect *p, uint64_t until_us, int *rc, struct k
 		fds[0] = (struct pollfd){ .fd = g->qmp.fd, .events = POLLIN };
 		fds[1] = (struct pollfd){ .fd = kc_sink_fd(p->sink), .events = POLLIN };
 		fds[2] = (struct pollfd){ .fd = kc_wake_fd(), .events = POLLIN };
-		for (i = 0; i < g->nr_logs; i++)
-			fds[3 + i] = (struct pollfd){ .fd = g->logs[i].fd, .events = POLLIN };
+		fds[3] = (struct pollfd){ .fd = g->log_fd, .events = POLLIN };
+		watch_now = watch && !full;
 		/* When it is due, it waits for an acknowledgement. */
-		if (poll(fds, watch && !full ? 3 + g->nr_logs : 3,
+		if (poll(fds, watch_now ? 4 : 3,
 			 kc_sleep_ms(p, now < until_us ? until_us : UINT64_MAX)) <= 0)
 			continue;
-		for (i = 0; watch && !full && i < g->nr_logs; i++) {
-			if (!(fds[3 + i].revents & POLLIN))
-				continue;
+		if (watch_now && fds[3].revents & POLLIN) {
 			*rc = guest_harvest(g, err);
 			if (*rc)
 				return GUEST;
-			break;
 		}
 	}
 }

@@ -269,9 +269,6 @@ static int drain_all(struct vm_file *f, struct kvm *kvm,
 		} else {
 			r = drain_log(log, kvm, sink, flush);
 			++*nr_logs;
-			/* One that always has more must not keep others from their turn. */
-			if (!r)
-				next = at % VM_MAX_LOGS;
 		}
 		log_put(log);
 		if (r || sink->more) {

@@ -9,6 +9,7 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <sys/un.h>
 #include <unistd.h>
 
@@ -214,19 +215,22 @@ void send_layout(struct qemu *q, const char *instead)
 	size_t n = 0;
 	int i;
 
-	send_fds(q);
 	if (instead) {
 		say(q, instead);
 		return;
 	}
-	for (i = 0; i < NR_BLOCKS; i++)
+	for (i = 0; i < NR_BLOCKS; i++) {
+		struct stat st = { 0 };
+
+		CHECK(!q->blocks[i].shared || !fstat(q->blocks[i].fd, &st), "no memory");
 		n += snprintf(text + n, sizeof(text) - n,
-			      "%s{\"name\": \"%s\", \"pages\": %" PRIu64 ", \"shared\": %s}",
+			      "%s{\"name\": \"%s\", \"pages\": %" PRIu64 ", \"shared\": %s, \"inode\": %lu}",
 			      i ? ", " : "", q->blocks[i].name, q->blocks[i].npages,
-			      q->blocks[i].shared ? "true" : "false");
+			      q->blocks[i].shared ? "true" : "false", st.st_ino);
+	}
 	answer(q,
 	       "{\"generation\": %" PRIu64 ", \"page-size\": 4096, \"dirty-log\": \"bitmap\", "
-	       "\"blocks\": [%s], \"slots\": [], \"devices\": [\"cpu 0 1\", \"apic 0 3\"%s]}",
+	       "\"blocks\": [%s], \"vm-log\": false, \"slots\": [], \"devices\": [\"cpu 0 1\", \"apic 0 3\"%s]}",
 	       q->generation, text, q->plugged ? q->plugged : "");
 }
 
@@ -250,6 +254,7 @@ static void do_attach(struct qemu *q)
 		if (q->blocks[i].shared)
 			memset(q->blocks[i].dirty, 0, q->blocks[i].npages);
 	}
+	send_fds(q);
 	send_layout(q, q->layout);
 }
 

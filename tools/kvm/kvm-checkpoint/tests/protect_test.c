@@ -533,14 +533,16 @@ static void test_disks(void)
 
 /* --- Garbage -------------------------------------------------------------- */
 
-#define LAID_OUT(size, blocks, slots) \
+#define LAYOUT_OF(size, blocks, log, slots) \
 	"{\"return\": {\"generation\": 77, \"page-size\": " #size \
-	", \"dirty-log\": \"bitmap\", \"blocks\": [" blocks "], \"slots\": [" slots \
-	"], \"devices\": []}}\n"
+	", \"dirty-log\": \"bitmap\", \"blocks\": [" blocks "], \"vm-log\": " log \
+	", \"slots\": [" slots "], \"devices\": []}}\n"
+#define LAID_OUT(size, blocks) LAYOUT_OF(size, blocks, "false", "")
+#define LOGGED(blocks, slots) LAYOUT_OF(4096, blocks, "true", slots)
 #define BLOCK(name, pages, shared) \
 	"{\"name\": \"" name "\", \"pages\": " #pages ", \"shared\": " #shared "}"
 #define SLOT(block, page, pages) \
-	"{\"slot\": 0, \"block\": " #block ", \"page\": " #page ", \"pages\": " #pages "}"
+	"{\"slot\": 0, \"log\": 1, \"block\": " #block ", \"page\": " #page ", \"pages\": " #pages "}"
 #define COLLECTED(size, at, runs) \
 	"{\"return\": {\"generation\": 1, \"state-size\": " #size ", \"offset\": " #at \
 	", \"runs\": " #runs ", \"collect-us\": 1}}\n"
@@ -557,29 +559,32 @@ static const struct garbage {
 	{ "qom-list", "{\"return\": {}}\n", "QEMU's answer to qom-list makes no sense" },
 	{ "query-cpus-fast", "{\"return\": 7}\n", "QEMU's answer to query-cpus-fast makes no sense" },
 	{ ATTACH, "{\"return\": {}}\n", "QEMU's layout makes no sense" },
-	{ ATTACH, LAID_OUT(8192, BLOCK("a", 9, true), ""), "the guest's pages are not of 4096 bytes" },
+	{ ATTACH, LAID_OUT(8192, BLOCK("a", 9, true)), "the guest's pages are not of 4096 bytes" },
 	{ ATTACH,
 	  "{\"return\": {\"generation\": 7, \"page-size\": 4096, \"blocks\": ["
 	  BLOCK("a", 9, true) "], \"slots\": [], \"devices\": 3}}\n",
 	  "QEMU does not say which devices the guest has" },
-	{ ATTACH, LAID_OUT(4096, "1, []", ""), "MiB of the guest's memory are not shared" },
-	{ ATTACH, LAID_OUT(4096, BLOCK("a", 9, true) "," BLOCK("b", 2000, false), ""),
+	{ ATTACH, LAID_OUT(4096, "1, []"), "MiB of the guest's memory are not shared" },
+	{ ATTACH, LAID_OUT(4096, BLOCK("a", 9, true) "," BLOCK("b", 2000, false)),
 	  "7 MiB of the guest's memory are not shared" },
-	{ ATTACH, LAID_OUT(4096, BLOCK("a", 9, true) "," BLOCK("b", 9, true), SLOT(0, 0, 9)),
+	{ ATTACH, LOGGED(BLOCK("a", 9, true) "," BLOCK("b", 9, true), SLOT(0, 0, 9)),
 	  "QEMU sent fewer file descriptors than it said" },
-	{ ATTACH, LAID_OUT(4096, BLOCK("a", 129, true), ""), "the file of a is smaller" },
+	{ ATTACH, LAID_OUT(4096, BLOCK("a", 129, true)), "the file of a is smaller" },
 	/* 1 page if only 64 bits of bytes are counted */
-	{ ATTACH, LAID_OUT(4096, BLOCK("a", 4503599627370497, true), ""), "the file of a is smaller" },
-	{ ATTACH, LAID_OUT(4096, BLOCK("a", 0, true), ""), "cannot map a" },
-	{ ATTACH, LAID_OUT(4096, BLOCK("a", 9, true) "," BLOCK("a", 9, true), ""), "two blocks" },
-	{ ATTACH, LAID_OUT(4096, BLOCK("a", 9, true), SLOT(1, 0, 1)), "slots are not in its memory" },
-	{ ATTACH, LAID_OUT(4096, BLOCK("a", 9, true), SLOT(0, 5, 5)), "slots are not in its memory" },
-	{ ATTACH, LAID_OUT(4096, BLOCK("a", 9, true), SLOT(0, 0, 9)), "cannot use a dirty log" },
-	{ LAYOUT, LAID_OUT(4096, BLOCK("pc.ram", 100, true) "," BLOCK("/objects/ram1", 77, true), ""),
+	{ ATTACH, LAID_OUT(4096, BLOCK("a", 4503599627370497, true)), "the file of a is smaller" },
+	{ ATTACH, LAID_OUT(4096, BLOCK("a", 0, true)), "cannot map a" },
+	{ ATTACH, LAID_OUT(4096, BLOCK("a", 9, true) "," BLOCK("a", 9, true)), "two blocks" },
+	{ ATTACH, LOGGED(BLOCK("a", 9, true), SLOT(1, 0, 1)), "slots are not in its memory" },
+	{ ATTACH, LOGGED(BLOCK("a", 9, true), SLOT(0, 5, 5)), "slots are not in its memory" },
+	{ ATTACH, LOGGED(BLOCK("a", 9, true), SLOT(0, 0, 9)), "cannot use the dirty log" },
+	{ LAYOUT, LAID_OUT(4096, BLOCK("pc.ram", 100, true) "," BLOCK("/objects/ram1", 77, true)),
 	  CHANGED },
-	{ LAYOUT, LAID_OUT(4096, BLOCK("pc.ram", 128, true) "," BLOCK("/objects/ram2", 77, true), ""),
+	{ LAYOUT, LAID_OUT(4096, BLOCK("pc.ram", 128, true) "," BLOCK("/objects/ram2", 77, true)),
 	  CHANGED },
-	{ LAYOUT, LAID_OUT(4096, BLOCK("pc.ram", 128, true), ""), CHANGED },
+	{ LAYOUT, LAID_OUT(4096, BLOCK("pc.ram", 128, true)), CHANGED },
+	/* The same names and sizes, but other files */
+	{ LAYOUT, LAID_OUT(4096, BLOCK("pc.ram", 128, true) "," BLOCK("/objects/ram1", 77, true)),
+	  CHANGED },
 	{ LAYOUT, "{\"error\": {\"desc\": \"not now\"}}\n", "QEMU refuses x-checkpoint-layout: not now" },
 	{ COLLECT, "{\"error\": {\"desc\": \"a full disk\"}}\n", COLLECT ": a full disk" },
 	{ COLLECT, COLLECTED(16, 64, 1000000), "QEMU wrote less to the buffer than it said" },
