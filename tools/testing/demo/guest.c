@@ -19,6 +19,8 @@
  *	status	-> "status STEPS STEPS STEPS", steps of each writer so far
  *	verify	-> "verify ok PAGES" or "verify bad COUNT of PAGES, first: ..."
  *	time	-> "time REALTIME MONOTONIC CLOCKSOURCE", in microseconds
+ *	slots	-> "slots TIMES", after the host bridge was told as often to show the firmware's
+ *		   shadow as RAM or as ROM, so that the VMM has to lay out all memory anew
  *
  * usage: kernel parameters demo.work= and demo.still= (MiB), demo.rate= (pages
  * written in a second by each thread)
@@ -237,6 +239,30 @@ static void tell_time(void)
 		source);
 }
 
+/* PAM0 of Q35 and i440FX: of 0xf0000 to 0xfffff, whether reads and writes go to RAM */
+#define PAM0		0x90
+#define PAM_RAM		0x30
+#define PAM_ROM		0x10
+
+static void change_slots(void)
+{
+	int fd = open("/sys/bus/pci/devices/0000:00:00.0/config", O_RDWR), times;
+	unsigned char old, now;
+
+	if (fd < 0 || pread(fd, &old, 1, PAM0) != 1)
+		die("the host bridge");
+	for (times = 0; times < 60; times++) {
+		now = times % 2 ? PAM_ROM : PAM_RAM;
+		if (pwrite(fd, &now, 1, PAM0) != 1)
+			die("the host bridge");
+		usleep(20000);
+	}
+	if (pwrite(fd, &old, 1, PAM0) != 1)
+		die("the host bridge");
+	close(fd);
+	fprintf(ctl, "slots %d\n", times);
+}
+
 static void hold_writers(void)
 {
 	int i;
@@ -317,6 +343,8 @@ int main(void)
 			atomic_store(&hold, false);
 		} else if (!strncmp(line, "time", 4)) {
 			tell_time();
+		} else if (!strncmp(line, "slots", 5)) {
+			change_slots();
 		} else {
 			fprintf(ctl, "error what? %s", line);
 		}
