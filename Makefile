@@ -6,7 +6,7 @@
 MINUTES ?= 30
 
 .PHONY: help deps kernel qemu test test-debug test-vmx test-checkpoint demo bench plots patch check clean
-.PHONY: tools tools-install model soak
+.PHONY: tools tools-install model soak test-all
 
 help:
 	@echo 'make demo     live-migrate a Linux guest with the bitmap, the dirty ring and slot rings'
@@ -15,6 +15,7 @@ help:
 	@echo 'make test-debug   the kernel tests with KASAN, lockdep, kmemleak, UBSAN, faults; then with KCSAN'
 	@echo 'make test-vmx     the kernel tests in Bochs with PML, without PML, without EPT; and other ways to run'
 	@echo 'make test-checkpoint   kvm-checkpoint, when others do something to its guest, its QEMU and its processes'
+	@echo 'make test-all     all of these, some hours'
 	@echo 'make bench    what it costs beside the bitmap and the upstream ring: tables and plots'
 	@echo
 	@echo 'make deps     install the Debian packages that are missing'
@@ -52,6 +53,12 @@ tools-install: tools
 test:
 	@scripts/deps
 	@scripts/test
+
+# One after the other, whatever fails; the last word is whether anything did.
+test-all:
+	@failed=; for t in test test-debug test-vmx test-checkpoint model soak bench; do \
+		echo "==> make $$t"; $(MAKE) --no-print-directory $$t || failed="$$failed $$t"; \
+	done; [ -z "$$failed" ] || { echo "failed:$$failed" >&2; exit 1; }
 
 model:
 	@scripts/deps model
