@@ -97,6 +97,8 @@ static int log_add_ring(struct kvm_dirty_slot_log *log, u32 n,
 	}
 	ring->user = (void *)*page +
 		     n % CONSUMERS_PER_PAGE * KVM_DIRTY_SLOT_CONSUMER_STRIDE;
+	/* Userspace may have been here: the page came with the first ring in it. */
+	WRITE_ONCE(ring->user->consumer, 0);
 
 	smp_store_release(&log->rings[n + 1], ring); /* F */
 	smp_store_release(&log->nr_rings, n + 1); /* F */
