@@ -763,6 +763,7 @@ int sim_create_slot(int id, gfn_t base_gfn, unsigned long npages, void *test)
 	mutex_lock(&kvm->slots_lock);
 	if (kvm_dirty_slot_ring_enabled(kvm)) {
 		r = kvm_dirty_slot_log_create(kvm, slot);
+		shim_jitter();
 		/* As kvm_prepare_memory_region() does it. */
 		for (i = 0; !r && kvm->init_set && i < npages; i++)
 			set_bit(i, slot->dirty_bitmap);
