@@ -23,7 +23,7 @@ static inline void log_hold(struct kvm_dirty_slot_log *log)
 
 static inline void log_unhold(struct kvm_dirty_slot_log *log)
 {
-	smp_mb__before_atomic();
+	smp_mb__before_atomic(); /* with kvm_dirty_slot_log_look_at() */
 	atomic_dec(&log->outstanding);
 }
 

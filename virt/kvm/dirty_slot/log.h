@@ -41,8 +41,8 @@
  *    to get in between, it would find nothing to protect, and later writes
  *    through that SPTE would be lost.
  * 6. Who has taken pages out holds log->outstanding until they are their caller's,
- *    or back in the log; and so does who marks pages for userspace, from before it
- *    looks whether the slot still logs.  Else there could be pages in a log of which
+ *    or back in the log; and so does who marks pages for userspace, from when it
+ *    finds that the slot still logs.  Else there could be pages in a log of which
  *    it had been said that none would come.  log->mutex is not held then, as it may
  *    wait for userspace.
  * 7. A ring that is not in busy has no entry that is not stale, and no mark in

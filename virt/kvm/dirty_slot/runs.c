@@ -89,6 +89,19 @@ static unsigned int mark_word(struct kvm_dirty_slot_log *log,
 	return kvm_dirty_slot_log_mark_word(log, c->kvm, word, mask);
 }
 
+/* Holds the log if its slot logs; not otherwise, as -ENODEV is final. */
+static bool mark_begin(struct kvm_dirty_slot_log *log)
+{
+	bool held;
+
+	spin_lock(&log->kvm_lock);
+	held = log->kvm;
+	if (held)
+		log_hold(log);
+	spin_unlock(&log->kvm_lock);
+	return held;
+}
+
 static unsigned int discard_word(struct kvm_dirty_slot_log *log,
 				 struct kvm_dirty_slot_call *c,
 				 unsigned long word, unsigned long mask)
@@ -110,6 +123,7 @@ static long log_runs(struct kvm_dirty_slot_log *log, void __user *argp,
 {
 	struct kvm_dirty_slot_runs args;
 	struct kvm_dirty_slot_call *c;
+	bool held;
 	int r;
 
 	if (copy_from_user(&args, argp, sizeof(args)))
@@ -124,8 +138,7 @@ static long log_runs(struct kvm_dirty_slot_log *log, void __user *argp,
 	if (!c)
 		return -ENOMEM;
 	batch_reset(c, 0);
-	if (fn == mark_word)
-		log_hold(log);
+	held = fn == mark_word && mark_begin(log);
 	c->kvm = kvm_dirty_slot_log_get_kvm(log, NULL);
 	if (!c->kvm) {
 		r = -ENODEV;
@@ -151,7 +164,7 @@ static long log_runs(struct kvm_dirty_slot_log *log, void __user *argp,
 	if (copy_to_user(argp, &args, sizeof(args)) && !r)
 		r = -EFAULT;
 put_call:
-	if (fn == mark_word)
+	if (held)
 		log_unhold(log);
 	kvm_dirty_slot_call_put(log, c);
 	return r;

@@ -257,7 +257,7 @@ struct bounds log_count(const struct mlog *l);
 struct bounds log_collect(struct mlog *l);
 bool log_must_overflow(const struct mlog *l);
 void log_heal(struct mlog *l);
-void runs_bounds(const struct mlog *l, uint32_t *lo, uint32_t *hi);
+void runs_bounds(const struct mlog *l, uint32_t capacity, uint32_t *lo, uint32_t *hi);
 void check_answer(struct mlog *l, const struct kvm_dirty_run *runs, uint32_t nr,
 		  uint64_t nr_pages);
 void check_nothing_left(const struct mlog *l);

@@ -186,7 +186,7 @@ void step_all_harvest(struct mall *a)
 		b = log_count(l);
 		yes += b.yes;
 		maybe += b.maybe;
-		runs_bounds(l, &lo, &hi);
+		runs_bounds(l, 0, &lo, &hi);
 		runs += hi;
 	}
 	if (ret && errno == EFAULT) {

@@ -142,7 +142,7 @@ static void harvest(struct mlog *l, int ex, const struct harvest *h)
 
 	collected = log_collect(l);
 	b = log_count(l);
-	runs_bounds(l, &lo, &hi);
+	runs_bounds(l, h->capacity, &lo, &hi);
 	if (ret && errno == ENODEV) {
 		CHECK(l->dead && !b.yes && !collected.yes,
 		      "%u pages left, %u collected, dead %d", b.yes, collected.yes, l->dead);

@@ -159,8 +159,9 @@ void log_heal(struct mlog *l)
 }
 
 /* How many runs HARVEST can make of what is in the log. */
-void runs_bounds(const struct mlog *l, uint32_t *lo, uint32_t *hi)
+void runs_bounds(const struct mlog *l, uint32_t capacity, uint32_t *lo, uint32_t *hi)
 {
+	struct bounds b = log_count(l);
 	bool maybe = false;
 	uint32_t i;
 
@@ -175,12 +176,11 @@ void runs_bounds(const struct mlog *l, uint32_t *lo, uint32_t *hi)
 		if (!i || !l->in[i - 1] || !(i % 64))
 			++*hi;
 	}
-	if (maybe) {
-		struct bounds b = log_count(l);
-
+	if (maybe)
 		*lo = !!b.yes;
+	/* With room for fewer runs than a word can have, neighbours are not taken together. */
+	if (maybe || *hi + 32 > capacity)
 		*hi = b.yes + b.maybe;
-	}
 }
 
 void check_answer(struct mlog *l, const struct kvm_dirty_run *runs, uint32_t nr,

@@ -839,6 +839,7 @@ TEST(vm_mixed)
 	struct all_logs *a = all_new(v);
 	int fd = slot_new(v, OTHER_SLOT, OTHER_GPA, v->npages), i;
 	struct dsr other = *v;
+	uint64_t reset, first;
 
 	other.fd = fd;
 	all_add(a, v->fd);
@@ -862,9 +863,12 @@ TEST(vm_mixed)
 
 		/* Collected from the mapping: re-armed, and not reported again. */
 		guest_write_step(v, 0, 1, 60, 2);
-		dsr_set_consumer(&ring, dsr_reset_marker(&ring) + 20);
+		reset = dsr_reset_marker(&ring);
+		dsr_set_consumer(&ring, reset + 20);
+		/* A buffer of the CPU's (PML) is emptied from its end. */
+		first = ring.runs[reset % ring.entries].offset == 1 ? 41 : 1;
 		all_harvest(a, 0, 16);
-		log_check(a, 0, 41, 40, 2);
+		log_check(a, 0, first, 40, 2);
 		CHECK_EQ(dsr_reset_marker(&ring), dsr_producer(&ring));
 		CHECK_EQ(dsr_consumer(&ring), dsr_producer(&ring));
 		guest_write_step(v, 0, 1, 60, 2);
