@@ -123,6 +123,8 @@ static void run_round(void)
 	for (v = 0; v < m.nr_vcpus; v++)
 		close(m.stats[v]);
 	kvm_vm_free(m.vm);
+	/* Whoever says that a check failed must not look for them any more. */
+	m.nr_vcpus = 0;
 	m.gone = true;
 	for (s = 0; s < NR_SLOTS; s++)
 		model_log_dies(&m.slot[s]);

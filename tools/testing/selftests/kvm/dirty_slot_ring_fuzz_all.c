@@ -41,8 +41,6 @@ static struct mlog *next_log(struct mlog *l)
 	return NULL;
 }
 
-#define for_each_log(l)	for ((l) = next_log(NULL); (l); (l) = next_log(l))
-
 /* What userspace had collected leaves the log where the harvest was. */
 static unsigned int collect(struct mlog *l)
 {
@@ -91,7 +89,7 @@ static void all_moved(bool nothing_left)
 {
 	struct mlog *l;
 
-	for_each_log(l) {
+	for (l = next_log(NULL); l; l = next_log(l)) {
 		moved(l);
 		l->spill = !nothing_left;
 		if (!nothing_left)
@@ -161,7 +159,7 @@ void step_all_harvest(struct mall *a)
 		einval = true;
 
 	capacity = good->nr_runs;
-	for_each_log(l)
+	for (l = next_log(NULL); l; l = next_log(l))
 		log_bad_consumer(l);
 	out = *good;
 	t = note("VM_HARVEST file, capacity, flags, room", a - m.all, capacity, good->flags,
@@ -181,7 +179,7 @@ void step_all_harvest(struct mall *a)
 		return;
 	}
 
-	for_each_log(l) {
+	for (l = next_log(NULL); l; l = next_log(l)) {
 		collected += collect(l);
 		b = log_count(l);
 		yes += b.yes;
@@ -229,7 +227,7 @@ static void step_all_poll(struct mall *a)
 	int ret;
 
 	nr_ops++;
-	for_each_log(l) {
+	for (l = next_log(NULL); l; l = next_log(l)) {
 		level = l->dead ? 1 : DIV_ROUND_UP(l->entries, 2);
 		ring = false;
 		for (r = l->ring; r < l->ring + l->nr_rings; r++)

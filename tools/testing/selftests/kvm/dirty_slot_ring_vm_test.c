@@ -175,11 +175,11 @@ static void __none_check(struct all_logs *a, const char *file, int line)
 /* All that came has been looked at. */
 #define none_check(a)	__none_check(a, __FILE__, __LINE__)
 
-#define all_nothing(a)					\
-do {							\
-	CHECK_EQ(all_harvest(a, 0, MANY_RUNS), 0);	\
-	CHECK_EQ((a)->flags, 0);			\
-} while (0)
+static void all_nothing(struct all_logs *a)
+{
+	CHECK_EQ(all_harvest(a, 0, MANY_RUNS), 0);
+	CHECK_EQ(a->flags, 0);
+}
 
 /* Another slot that logs; its own file. */
 static int slot_new(struct dsr *v, uint32_t slot, uint64_t gpa, uint32_t npages)
