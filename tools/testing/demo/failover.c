@@ -649,6 +649,23 @@ static void reset_log(void)
 	nr_samples = 0;
 }
 
+/* All there is to say of a guest that does not answer */
+static bool silent(struct vm *vm, const char *asked)
+{
+	bool known = qmp(vm, "query-status");
+	char path[64];
+
+	fail("no word from the guest%s", asked);
+	note("its QEMU says: %s", known ? vm->buf : "nothing");
+	snprintf(path, sizeof(path), "/tmp/protect-%u.err", vm->gen);
+	show_file(path);
+	snprintf(path, sizeof(path), "/tmp/%u.err", vm->gen);
+	show_file(path);
+	snprintf(path, sizeof(path), "/tmp/%u.console", vm->gen);
+	show_file(path);
+	return false;
+}
+
 /* Asks the guest how far it is, again and again */
 static bool watch_guest(struct vm *vm, unsigned int ms)
 {
@@ -658,7 +675,7 @@ static bool watch_guest(struct vm *vm, unsigned int ms)
 		struct sample *s = &samples[nr_samples % MAX_SAMPLES];
 
 		if (!get_steps(vm, s->steps))
-			return fail("no word from the guest");
+			return silent(vm, "");
 		s->us = now_us();
 		nr_samples++;
 		usleep(20000);
@@ -690,7 +707,7 @@ static bool check_guest(struct vm *vm, const struct sample *least)
 	int i;
 
 	if (!get_steps(vm, steps))
-		return fail("no word from the guest");
+		return silent(vm, "");
 	for (i = 0; least && i < 3; i++) {
 		if (steps[i] < least->steps[i])
 			return fail("writer %d is at step %lu, an acknowledged epoch had %lu", i,
@@ -698,7 +715,7 @@ static bool check_guest(struct vm *vm, const struct sample *least)
 	}
 	answer = ask(vm, "verify", ANSWER_TIMEOUT);
 	if (!answer)
-		return fail("no word from the guest, asked to verify its memory");
+		return silent(vm, ", asked to verify its memory");
 	if (strncmp(answer, "verify ok", 9))
 		return fail("the guest says: %s", answer);
 	return true;
@@ -1036,7 +1053,7 @@ static bool guest_goes_on(void)
 
 	for (i = 0; i < 50; i++) {
 		if (!get_steps(&vm, i ? after : before))
-			return fail("no word from the guest");
+			return silent(&vm, "");
 		if (i && after[0] > before[0] + 10 && after[1] > before[1] + 10)
 			return true;
 		usleep(100000);

@@ -527,6 +527,91 @@ static void step_pair(const struct step *a, const struct step *b)
 		fail("%s has no more than %u steps", a->name, n);
 }
 
+/*
+ * The tree alone: a thing gets something while its neighbour, which shares all that
+ * is above the two of them, is looked at; and the other way round.
+ */
+#define STEP_THING	70
+
+static struct kvm_dirty_summary step_tree;
+
+static void thing_gets(void)
+{
+	kvm_dirty_summary_set(&step_tree, STEP_THING);
+}
+
+static void neighbour_is_taken(void)
+{
+	kvm_dirty_summary_clear(&step_tree, STEP_THING + 1);
+}
+
+static void step_summary(void (*a)(void), void (*b)(void), const char *what)
+{
+	unsigned int n;
+	bool more = true;
+
+	for (n = 1; more; n++) {
+		kvm_dirty_summary_set(&step_tree, STEP_THING + 1);
+		more = do_with(a, b, false, n);
+		if (!more)
+			b();
+		if (kvm_dirty_summary_next(&step_tree, 0) != STEP_THING)
+			fail("%s at step %u: the tree does not have it", what, n);
+		kvm_dirty_summary_clear(&step_tree, STEP_THING);
+	}
+	if (n < 4)
+		fail("%s has no more than %u steps", what, n);
+}
+
+/*
+ * A mark without a vCPU stands still, with mark_lock, and another thread's harvest
+ * has what that mark has put into the bitmap.
+ */
+static bool stand_still;
+
+static void still(void)
+{
+	step_inner++;
+	__atomic_store_n(&stand_still, true, __ATOMIC_RELEASE);
+	usleep(20000);
+}
+
+static void *mark_and_stand_still(void *n)
+{
+	shim_calm = true;
+	shim_step_spins = true;
+	shim_at_step = still;
+	shim_steps = (uintptr_t)n;
+	mark(-1, STEP_PAGE);
+	shim_steps = 0;
+	/* A mark that has no such step, and is over. */
+	__atomic_store_n(&stand_still, true, __ATOMIC_RELEASE);
+	return NULL;
+}
+
+static void step_still(void (*harvest)(void))
+{
+	unsigned int n;
+	pthread_t t;
+
+	step_inner = 1;
+	for (n = 1; step_inner; n++) {
+		step_inner = 0;
+		step_at = n;
+		__atomic_store_n(&stand_still, false, __ATOMIC_RELEASE);
+		if (pthread_create(&t, NULL, mark_and_stand_still, (void *)(uintptr_t)n))
+			fail("no thread");
+		while (!__atomic_load_n(&stand_still, __ATOMIC_ACQUIRE))
+			usleep(100);
+		harvest();
+		pthread_join(t, NULL);
+		harvest_vm_once();
+		seen[STEP_PAGE] = 0;
+	}
+	if (n < 4)
+		fail("a mark without a vCPU has no more than %u steps", n);
+}
+
 static void run_steps(unsigned int ms)
 {
 	static const struct sim_config c = {
@@ -544,6 +629,13 @@ static void run_steps(unsigned int ms)
 				step_pair(&step_harvests[j], &step_marks[i]);
 		}
 	}
+	step_still(harvest_vm_once);
+	step_still(harvest_slot_once);
+	if (kvm_dirty_summary_init(&step_tree, 64 * 64 * 2))
+		fail("no memory");
+	step_summary(neighbour_is_taken, thing_gets, "what comes while its neighbour is taken");
+	step_summary(thing_gets, neighbour_is_taken, "what comes, with its neighbour taken");
+	kvm_dirty_summary_free(&step_tree);
 	sim_close(vm_fd);
 	sim_close(slot_fd);
 	end();

@@ -63,10 +63,10 @@ extern __thread void (*shim_before_copy)(void);
 
 /*
  * Per thread: no delays, but shim_at_step() once, at the shim_steps'th place where one
- * could be; it is put off while the thread holds spinlocks, or mutexes if it wants
- * them itself.
+ * could be; it is put off while the thread holds spinlocks, unless shim_step_spins, or
+ * mutexes if it wants them itself.
  */
-extern __thread bool shim_calm, shim_step_locks;
+extern __thread bool shim_calm, shim_step_locks, shim_step_spins;
 extern __thread unsigned int shim_steps;
 extern __thread void (*shim_at_step)(void);
 extern __thread int shim_spinlocks, shim_mutexes;	/* held */

@@ -23,7 +23,7 @@ __thread void (*shim_preempted)(void);
 long shim_allocated;
 
 __thread void (*shim_before_copy)(void);
-__thread bool shim_calm, shim_step_locks;
+__thread bool shim_calm, shim_step_locks, shim_step_spins;
 __thread unsigned int shim_steps;
 __thread void (*shim_at_step)(void);
 __thread int shim_spinlocks, shim_mutexes;
@@ -62,7 +62,8 @@ void shim_jitter(void)
 	u32 r, n;
 
 	if (shim_calm) {
-		if (!shim_steps || shim_spinlocks || (shim_step_locks && shim_mutexes))
+		if (!shim_steps || (shim_spinlocks && !shim_step_spins) ||
+		    (shim_step_locks && shim_mutexes))
 			return;
 		if (!--shim_steps)
 			shim_at_step();

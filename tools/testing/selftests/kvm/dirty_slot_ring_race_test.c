@@ -205,6 +205,11 @@ static void guests_start(struct dsr *v, int nr, uint64_t npages, uint64_t apart)
 		});
 	}
 	CHECK_OK(setpriority(PRIO_PROCESS, 0, 0));
+	/* All of them have written something before the first call, and go on. */
+	for (i = 0; i < nr; i++) {
+		while (!READ_ONCE(v->mb[i]->done))
+			usleep(1000);
+	}
 }
 
 static void guests_join(struct dsr *v, int nr)
@@ -272,11 +277,6 @@ TEST(harvest_is_fair)
 	for (k = 0; k < nr; k++)
 		ring[k] = dsr_map(v->fd, k);
 	guests_start(v, nr, 128, 128);
-	/* All of them have something before the first call, and go on. */
-	for (k = 0; k < nr; k++) {
-		while (!dsr_producer(&ring[k]))
-			usleep(1000);
-	}
 	for (i = 0; i < rounds(2000); i++) {
 		/* Those that wait are those that had something before the call. */
 		for (k = 0; k < nr; k++) {
