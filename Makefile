@@ -57,7 +57,7 @@ test:
 # One after the other, whatever fails; the last word is whether anything did.
 test-all:
 	@failed=; for t in test test-debug test-vmx test-checkpoint model soak bench; do \
-		echo "==> make $$t"; $(MAKE) --no-print-directory $$t || failed="$$failed $$t"; \
+		echo "==> make $$t"; TEST_LONG=1 $(MAKE) --no-print-directory $$t || failed="$$failed $$t"; \
 	done; [ -z "$$failed" ] || { echo "failed:$$failed" >&2; exit 1; }
 
 model:
