@@ -82,8 +82,8 @@ void kvm_dirty_slot_call_put(struct kvm_dirty_slot_log *log,
 }
 
 /* Those of the pages for whose runs there is room. */
-unsigned long kvm_dirty_slot_batch_fit(const struct kvm_dirty_slot_call *c,
-				       u32 offset, unsigned long mask)
+static unsigned long batch_fit(const struct kvm_dirty_slot_call *c, u32 offset,
+			       unsigned long mask)
 {
 	int room = c->max_runs - c->nr_runs;
 	unsigned long left = mask;
@@ -105,6 +105,47 @@ void kvm_dirty_slot_batch_put_back(struct kvm_dirty_slot_log *log,
 	atomic_long_or(mask, (atomic_long_t *)&log->bitmap[word]);
 	smp_mb__after_atomic(); /* D, where level 0 is above the bitmap */
 	kvm_dirty_slot_log_spill(log, word);
+}
+
+/**
+ * kvm_dirty_slot_batch_take_some - take what there is room for
+ * @log: the log
+ * @c: the call, whose runs may soon be all
+ * @word: of the bitmap
+ * @own: its pages to take
+ *
+ * Return: true if that was all of them.
+ */
+bool kvm_dirty_slot_batch_take_some(struct kvm_dirty_slot_log *log,
+				    struct kvm_dirty_slot_call *c,
+				    unsigned long word, unsigned long own)
+{
+	unsigned long *p = &log->bitmap[word], taken, left;
+	u32 offset = word * BITS_PER_LONG;
+	bool all;
+
+	/* The next batch has plenty. */
+	if (c->max_runs == BATCH_RUNS)
+		return false;
+
+	own &= READ_ONCE(*p);
+	taken = batch_fit(c, offset, own);
+	all = taken == own;
+	taken &= atomic_long_fetch_andnot(taken, (atomic_long_t *)p);
+	if (!taken)
+		return all;
+
+	left = batch_emit(c, offset, taken, false);
+	/* Only if the bitmap ioctls broke a run that would have fitted. */
+	if (unlikely(left)) {
+		kvm_dirty_slot_batch_put_back(log, word, left);
+		all = false;
+		taken &= ~left;
+		if (!taken)
+			return false;
+	}
+	batch_add(c, word, taken, true);
+	return all;
 }
 
 /**

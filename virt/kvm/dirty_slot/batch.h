@@ -27,7 +27,7 @@ static inline void log_unhold(struct kvm_dirty_slot_log *log)
 	atomic_dec(&log->outstanding);
 }
 
-/* Start a batch; without @max_runs it does not turn pages into runs. */
+/* Start a batch of @max_runs. */
 static inline void batch_reset(struct kvm_dirty_slot_call *c,
 			       unsigned int max_runs)
 {
@@ -36,15 +36,18 @@ static inline void batch_reset(struct kvm_dirty_slot_call *c,
 	c->nr_pages = 0;
 	c->run_end = U32_MAX;	/* more than any page */
 	c->max_runs = min_t(unsigned int, max_runs, BATCH_RUNS);
-	c->plenty = max_runs ? c->max_runs - BITS_PER_LONG / 2 : INT_MAX;
+	c->plenty = c->max_runs - BITS_PER_LONG / 2;
 }
 
-/* Turn pages into runs; returns those for which there was no room. */
+/*
+ * Turn pages into runs; returns those for which there was no room, which cannot be
+ * if there is plenty.
+ */
 static __always_inline unsigned long batch_emit(struct kvm_dirty_slot_call *c,
-						u32 offset, unsigned long mask)
+						u32 offset, unsigned long mask,
+						bool plenty)
 {
 	struct kvm_dirty_run *run = &c->runs[c->nr_runs];
-	const struct kvm_dirty_run *end = &c->runs[c->max_runs];
 	u32 run_end = c->run_end, first, n;
 	unsigned long sum;
 
@@ -56,7 +59,7 @@ static __always_inline unsigned long batch_emit(struct kvm_dirty_slot_call *c,
 		first += offset;
 		if (first == run_end) {
 			run[-1].npages += n;
-		} else if (run != end) {
+		} else if (plenty || run != &c->runs[c->max_runs]) {
 			run->offset = first;
 			run->npages = n;
 			run++;
@@ -72,8 +75,26 @@ static __always_inline unsigned long batch_emit(struct kvm_dirty_slot_call *c,
 	return mask;
 }
 
-unsigned long kvm_dirty_slot_batch_fit(const struct kvm_dirty_slot_call *c,
-				       u32 offset, unsigned long mask);
+/* These pages are the call's; @more of the same word may be already. */
+static __always_inline void batch_add(struct kvm_dirty_slot_call *c,
+				      unsigned long word, unsigned long taken,
+				      bool more)
+{
+	struct kvm_dirty_slot_mask *next = &c->masks[c->nr_masks];
+
+	c->nr_pages += hweight_long(taken);
+	if (more && c->nr_masks && next[-1].offset == word * BITS_PER_LONG) {
+		next[-1].mask |= taken;
+	} else {
+		next->offset = word * BITS_PER_LONG;
+		next->mask = taken;
+		c->nr_masks++;
+	}
+}
+
+bool kvm_dirty_slot_batch_take_some(struct kvm_dirty_slot_log *log,
+				    struct kvm_dirty_slot_call *c,
+				    unsigned long word, unsigned long own);
 void kvm_dirty_slot_batch_put_back(struct kvm_dirty_slot_log *log,
 				   unsigned long word, unsigned long mask);
 
@@ -88,54 +109,38 @@ static __always_inline bool batch_take(struct kvm_dirty_slot_log *log,
 				       unsigned long word, unsigned long own,
 				       unsigned long want)
 {
-	unsigned long *p = &log->bitmap[word], seen, taken, left = 0;
-	struct kvm_dirty_slot_mask *next;
-	bool all = true;
+	unsigned long *p = &log->bitmap[word], taken;
 
-	seen = READ_ONCE(*p);
-	if (!(seen & own))
+	if (!(READ_ONCE(*p) & own))
 		return true;
 	if (unlikely(c->nr_masks == BATCH_MASKS))
 		return false;
+	if (unlikely(c->nr_runs > c->plenty))
+		return kvm_dirty_slot_batch_take_some(log, c, word, own);
 
-	if (unlikely(c->nr_runs > c->plenty)) {
-		if (c->max_runs == BATCH_RUNS)
-			return false;
-		seen &= own;
-		taken = kvm_dirty_slot_batch_fit(c, word * BITS_PER_LONG, seen);
-		all = taken == seen;
-		taken &= atomic_long_fetch_andnot(taken, (atomic_long_t *)p);
-	} else if (want == ~0UL) {
+	if (want == ~0UL)
 		taken = xchg(p, 0);
-	} else {
+	else
 		taken = want & atomic_long_fetch_andnot(want, (atomic_long_t *)p);
+	if (likely(taken)) {
+		batch_emit(c, word * BITS_PER_LONG, taken, true);
+		batch_add(c, word, taken, want != ~0UL);
 	}
-	if (unlikely(!taken))
-		return all;
+	return true;
+}
 
-	if (c->max_runs) {
-		left = batch_emit(c, word * BITS_PER_LONG, taken);
-		/* Only if the bitmap ioctls broke a run that would have fitted. */
-		if (unlikely(left)) {
-			kvm_dirty_slot_batch_put_back(log, word, left);
-			all = false;
-			taken &= ~left;
-			if (!taken)
-				return false;
-		}
-	}
+/* The same for who knows the pages: no runs, and there is room for a mask. */
+static inline void batch_take_known(struct kvm_dirty_slot_log *log,
+				    struct kvm_dirty_slot_call *c,
+				    unsigned long word, unsigned long want)
+{
+	unsigned long *p = &log->bitmap[word], taken;
 
-	c->nr_pages += hweight_long(taken);
-	next = &c->masks[c->nr_masks];
-	if (want != ~0UL && c->nr_masks &&
-	    next[-1].offset == word * BITS_PER_LONG) {
-		next[-1].mask |= taken;
-	} else {
-		next->offset = word * BITS_PER_LONG;
-		next->mask = taken;
-		c->nr_masks++;
-	}
-	return all;
+	if (!(READ_ONCE(*p) & want))
+		return;
+	taken = want & atomic_long_fetch_andnot(want, (atomic_long_t *)p);
+	if (taken)
+		batch_add(c, word, taken, true);
 }
 
 #endif /* __KVM_DIRTY_SLOT_BATCH_H */

@@ -39,6 +39,26 @@ static void ring_give_back(struct kvm_dirty_slot_ring *ring, u64 cursor)
 	smp_store_release(&ring->kern->reset, cursor); /* B */
 }
 
+/* Take the entries from @cursor to @end; returns the one for which there was no room. */
+static __always_inline u64 take_entries(struct kvm_dirty_slot_log *log,
+					struct kvm_dirty_slot_call *c,
+					const struct kvm_dirty_slot_ring *ring,
+					u64 cursor, u64 end, bool neighbours)
+{
+	const struct kvm_dirty_run *runs = ring->runs;
+	u32 offset, last = log->entries - 1;
+	unsigned long own;
+
+	for (; cursor != end; cursor++) {
+		offset = runs[cursor & last].offset;
+		own = BIT(offset % BITS_PER_LONG);
+		if (!batch_take(log, c, offset / BITS_PER_LONG, own,
+				neighbours ? ~0UL : own))
+			break;
+	}
+	return cursor;
+}
+
 /*
  * Take what a ring's entries say.  Taken is also what else is logged in the words
  * of those pages: neighbours get into one run without sorting, and a walk of the
@@ -56,25 +76,20 @@ static enum take take_ring(struct kvm_dirty_slot_log *log,
 			   struct kvm_dirty_slot_span *span)
 {
 	struct kvm_dirty_slot_ring *ring = log_nth_ring(log, span->ring);
-	const struct kvm_dirty_run *runs = ring->runs;
 	u64 reset = ring->kern->reset, cursor = reset, end;
 	enum take took = TAKE_DONE;
-	u32 offset, last = log->entries - 1;
 	unsigned long own;
+	u32 offset;
 
 	/* Others may have got further meanwhile. */
 	while ((s64)(span->limit - cursor) > 0) {
-		unsigned long want = c->ahead < CALL_AHEAD ? ~0UL : 0;
 		u64 from = cursor, pages = c->nr_pages;
 
 		end = cursor + min_t(u64, span->limit - cursor, c->budget);
-		for (; cursor != end; cursor++) {
-			offset = runs[cursor & last].offset;
-			own = BIT(offset % BITS_PER_LONG);
-			if (!batch_take(log, c, offset / BITS_PER_LONG, own,
-					own | want))
-				break;
-		}
+		if (likely(c->ahead < CALL_AHEAD))
+			cursor = take_entries(log, c, ring, cursor, end, true);
+		else
+			cursor = take_entries(log, c, ring, cursor, end, false);
 		c->ahead += (s64)(c->nr_pages - pages) - (s64)(cursor - from);
 		if (cursor != end)
 			took = TAKE_FULL;
@@ -203,9 +218,8 @@ static int log_reset_collected(struct kvm_dirty_slot_log *log,
 				*nr_pages += c->nr_pages;
 				batch_reset(c, 0);
 			}
-			batch_take(log, c, offset / BITS_PER_LONG,
-				   BIT(offset % BITS_PER_LONG),
-				   BIT(offset % BITS_PER_LONG));
+			batch_take_known(log, c, offset / BITS_PER_LONG,
+					 BIT(offset % BITS_PER_LONG));
 			ring->cursor++;
 			stop = call_spend(c, 1);
 		}

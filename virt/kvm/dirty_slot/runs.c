@@ -114,7 +114,7 @@ static unsigned int discard_word(struct kvm_dirty_slot_log *log,
 		batch_reset(c, 0);
 	}
 	before = c->nr_pages;
-	batch_take(log, c, word, mask, mask);
+	batch_take_known(log, c, word, mask);
 	return c->nr_pages - before;
 }
 
