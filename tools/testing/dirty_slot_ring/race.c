@@ -10,11 +10,15 @@
  *			KVM_CLEAR_DIRTY_LOG of each 64 Ki pages that have a dirty one
  *	ring		the kernel's dirty ring, virt/kvm/dirty_ring.c
  *	slot-ring	virt/kvm/dirty_slot/
+ *	tree		its overflow log alone: a bitmap, and a tree of bits over it
+ *	tree+sorted	slot-ring, but with all that rings have put into the tree
+ *			first, and so collected in the order of the pages
  *
  * In each round the vCPUs write to a set of pages that are write-protected.
  * "apart": then, when they are done, the collector collects.  "together": they
  * write to the next set while it collects the one before.  What is told are
- * nanoseconds of CPU time for each page, in the lower quartile of the rounds: of
+ * nanoseconds of CPU time for each page, in the lower quartile of the rounds, the
+ * least of several runs in which the ways to log take turns (--runs): of
  * the fault (finding the SPTE, making it writable, logging the page) and of
  * collecting (finding the page, write-protecting it, giving it to userspace).
  *
@@ -31,6 +35,7 @@
 #include <time.h>
 
 #include "sim.h"
+#include "log.h"
 
 #define MAX_PAGES	65536
 #define MAX_SETS	4
@@ -38,31 +43,51 @@
 #define RING_ENTRIES	65536		/* the most that the kernel's ring can have */
 #define CLEAR_CHUNK	65536		/* pages in a KVM_CLEAR_DIRTY_LOG */
 
-enum mechanism { FLOOR, BITMAP_GET, BITMAP_CLEAR, RING, SLOT_RING, NR_MECHANISMS };
+enum mechanism {
+	FLOOR, BITMAP_GET, BITMAP_CLEAR, RING, SLOT_RING, TREE, TREE_SORTED, NR_MECHANISMS
+};
 
 static const char * const names[NR_MECHANISMS] = {
-	"floor", "bitmap-get", "bitmap-clear", "ring", "slot-ring",
+	"floor", "bitmap-get", "bitmap-clear", "ring", "slot-ring", "tree", "tree+sorted",
 };
+
+enum order { RANDOM, IN_ORDER, CLUSTERS };
+
+#define CLUSTER		16		/* pages, one after the other */
 
 struct point {
 	unsigned int mib;
 	unsigned int pages;
-	bool in_order;
+	enum order order;
 	unsigned int vcpus;
 };
 
-/* Those that the guests' benchmark has, and some that no rig here can hold. */
+/*
+ * Those that the guests' benchmark has, some that no rig here can hold, and from 8
+ * GiB on those where checkpoints live.
+ */
 static const struct point points[] = {
-	{ 64, 1000, false, 1 },
-	{ 64, 16384, true, 1 },
-	{ 1 << 10, 1000, false, 1 },
-	{ 1 << 10, 20000, false, 1 },
-	{ 1 << 10, 20000, false, 4 },
-	{ 64 << 10, 100, false, 1 },
-	{ 64 << 10, 1000, false, 1 },
-	{ 512 << 10, 1000, false, 1 },
-	{ 1 << 20, 1000, false, 1 },
-	{ 1 << 20, 20000, false, 1 },
+	{ 64, 1000, RANDOM, 1 },
+	{ 64, 16384, IN_ORDER, 1 },
+	{ 64, 16384, RANDOM, 1 },
+	{ 1 << 10, 1000, RANDOM, 1 },
+	{ 1 << 10, 20000, RANDOM, 1 },
+	{ 1 << 10, 20000, RANDOM, 4 },
+	{ 8 << 10, 500, RANDOM, 1 },
+	{ 8 << 10, 500, CLUSTERS, 1 },
+	{ 8 << 10, 5000, RANDOM, 1 },
+	{ 8 << 10, 5000, RANDOM, 2 },
+	{ 8 << 10, 5000, RANDOM, 4 },
+	{ 8 << 10, 5000, CLUSTERS, 1 },
+	{ 8 << 10, 50000, RANDOM, 1 },
+	{ 8 << 10, 50000, CLUSTERS, 1 },
+	{ 64 << 10, 100, RANDOM, 1 },
+	{ 64 << 10, 1000, RANDOM, 1 },
+	{ 64 << 10, 20000, RANDOM, 1 },
+	{ 64 << 10, 20000, RANDOM, 4 },
+	{ 512 << 10, 1000, RANDOM, 1 },
+	{ 1 << 20, 1000, RANDOM, 1 },
+	{ 1 << 20, 20000, RANDOM, 1 },
 };
 
 /* Cache misses as the CPU counts them, if it does and one may look. */
@@ -74,8 +99,11 @@ struct side {
 	u64 misses[NR_COUNTERS], pages;
 };
 
+#define ALL_MECHANISMS	(BIT(NR_MECHANISMS) - 1)
+
 static u32 entries = 4096;
-static unsigned int budget_ms = 150;
+static unsigned long wanted = ALL_MECHANISMS;
+static unsigned int budget_ms = 50, nr_runs = 3;
 static enum mechanism mechanism;
 static const struct point *point;
 static unsigned long npages;
@@ -108,12 +136,27 @@ static double now_ns(void)
 	return t.tv_sec * 1e9 + t.tv_nsec;
 }
 
-/* As the kernel's, for the ways to log that there are here. */
+/* All pages are in each set: "together" is not possible. */
+static bool whole(void)
+{
+	return point->pages == npages;
+}
+
+/* A mark that knows of no rings. */
+static void mark_tree(struct kvm_dirty_slot_log *log, unsigned long offset)
+{
+	if (!test_and_set_bit_le(offset, log->bitmap))
+		kvm_dirty_slot_log_spill(log, offset / BITS_PER_LONG);
+}
+
+/* As the kernel's fast page fault, for the ways to log that there are here. */
 void mark_page_dirty_in_slot(struct kvm *kvm, const struct kvm_memory_slot *memslot,
 			     struct kvm_vcpu *vcpu, gfn_t gfn)
 {
-	if (memslot->dirty_slot_log)
-		kvm_dirty_slot_log_mark(kvm, memslot, vcpu, gfn - memslot->base_gfn);
+	if (mechanism == TREE)
+		mark_tree(memslot->dirty_slot_log, gfn - memslot->base_gfn);
+	else if (memslot->dirty_slot_log)
+		kvm_dirty_slot_log_mark_vcpu(memslot, vcpu, gfn - memslot->base_gfn);
 	else if (kvm->dirty_ring_size)
 		kvm_dirty_ring_push(vcpu, 0, gfn - memslot->base_gfn);
 	else if (memslot->dirty_bitmap)
@@ -223,6 +266,8 @@ static unsigned int mark_set(unsigned int set)
 
 	for (i = 0; i < point->pages; i++) {
 		sim_fault(sim_kvm->vcpus[vcpu], pages[i]);
+		if (point->order == CLUSTERS && (i + 1) % CLUSTER)
+			continue;
 		if (++vcpu == point->vcpus)
 			vcpu = 0;
 	}
@@ -411,39 +456,79 @@ static unsigned int collect_slot_ring(unsigned int set)
 	return args.nr_pages;
 }
 
+/* What rings have goes into the tree, and is collected from there. */
+static unsigned int collect_sorted(unsigned int set)
+{
+	struct kvm_dirty_slot_log *log = sim_slot(0)->dirty_slot_log;
+	struct kvm_dirty_slot_ring *ring;
+	u64 producer, reset;
+	unsigned int i;
+
+	mutex_lock(&log->mutex);
+	for (i = 0; i < log_nr_rings(log); i++) {
+		ring = log_nth_ring(log, i);
+		producer = smp_load_acquire(&ring->kern->producer);
+		for (reset = ring->kern->reset; reset != producer; reset++)
+			kvm_dirty_slot_log_spill(log, ring->runs[reset & (log->entries - 1)].offset /
+						      BITS_PER_LONG);
+		WRITE_ONCE(ring->user->consumer, reset);
+		smp_store_release(&ring->kern->reset, reset);
+	}
+	mutex_unlock(&log->mutex);
+	return collect_slot_ring(set);
+}
+
 static unsigned int (* const collect[NR_MECHANISMS])(unsigned int set) = {
 	collect_floor, collect_bitmap_get, collect_bitmap_clear, collect_ring, collect_slot_ring,
+	collect_slot_ring, collect_sorted,
 };
 
 /*
  * A point.
  */
 
+static u64 rnd;
+
+static unsigned long random_below(unsigned long n)
+{
+	rnd ^= rnd << 13;
+	rnd ^= rnd >> 7;
+	rnd ^= rnd << 17;
+	return (rnd >> 20) % n;
+}
+
+/* Each page is in one set at most; or all are in each, in an order of its own. */
 static void choose_pages(void)
 {
-	u64 rnd = 88172645463325252ULL;
+	unsigned int step = point->order == CLUSTERS ? CLUSTER : 1, set, i, j;
 	unsigned char *taken = calloc(npages / 8 + 1, 1);
-	unsigned int set, i;
 	u32 page;
 
+	rnd = 88172645463325252ULL;
 	for (set = 0; set < nr_sets; set++) {
-		sets[set] = calloc(point->pages, sizeof(u32));
-		for (i = 0; i < point->pages; i++) {
+		sets[set] = calloc(point->pages + CLUSTER, sizeof(u32));
+		for (i = 0; i < point->pages; i += step) {
 			page = i;
-			/* In order: all pages are in each set, which "together" cannot. */
-			while (!point->in_order) {
-				rnd ^= rnd << 13;
-				rnd ^= rnd >> 7;
-				rnd ^= rnd << 17;
-				page = (rnd >> 20) % npages;
+			while (point->order != IN_ORDER && !whole()) {
+				page = random_below(npages / step) * step;
 				if (!(taken[page / 8] & 1 << page % 8))
 					break;
 			}
 			taken[page / 8] |= 1 << page % 8;
-			sets[set][i] = page;
+			for (j = 0; j < step; j++)
+				sets[set][i + j] = page + j;
+		}
+		for (i = point->pages - 1; point->order == RANDOM && whole() && i; i--) {
+			j = random_below(i + 1);
+			swap(sets[set][i], sets[set][j]);
 		}
 	}
 	free(taken);
+}
+
+static bool has_log(void)
+{
+	return mechanism >= SLOT_RING;
 }
 
 static void create(void)
@@ -456,8 +541,9 @@ static void create(void)
 
 	config->npages = npages;
 	config->nr_vcpus = point->vcpus;
-	config->entries = mechanism == SLOT_RING ? entries : 0;
+	config->entries = has_log() ? entries : 0;
 	config->fast_fault = true;
+	config->huge_tables = true;
 	sim_create(config);
 	memslot = sim_slot(0);
 	switch (mechanism) {
@@ -474,6 +560,8 @@ static void create(void)
 		collect_ring(UINT_MAX);
 		break;
 	case SLOT_RING:
+	case TREE:
+	case TREE_SORTED:
 		log_fd = kvm_vm_ioctl_get_dirty_slot_log_fd(sim_kvm, &arg);
 		if (log_fd < 0)
 			die("no log");
@@ -499,7 +587,7 @@ static void destroy(void)
 	if (mechanism == RING)
 		for (i = 0; i < point->vcpus; i++)
 			kvm_dirty_ring_free(&sim_kvm->vcpus[i]->dirty_ring);
-	if (mechanism == SLOT_RING)
+	if (has_log())
 		sim_close(log_fd);
 	sim_destroy();
 }
@@ -610,6 +698,12 @@ static void run(bool together, struct result *r)
 	}
 }
 
+static const char *order_name(void)
+{
+	return point->order == IN_ORDER ? "in-order" :
+	       point->order == CLUSTERS ? "clusters" : "random";
+}
+
 static void print_json(FILE *f, const char *mode, const struct result *r)
 {
 	static const char * const sides[] = { "fault", "collect" };
@@ -618,9 +712,9 @@ static void print_json(FILE *f, const char *mode, const struct result *r)
 	fprintf(f, "{\"test\": \"native-race\", \"slot_mib\": %u, \"pages\": %u, ",
 		point->mib, point->pages);
 	fprintf(f, "\"order\": \"%s\", \"vcpus\": %u, \"mechanism\": \"%s\", ",
-		point->in_order ? "in-order" : "random", point->vcpus, names[mechanism]);
-	fprintf(f, "\"mode\": \"%s\", \"rounds\": %u, \"fault_ns\": %.1f, \"collect_ns\": %.1f",
-		mode, r->rounds, r->mark, r->harvest);
+		order_name(), point->vcpus, names[mechanism]);
+	fprintf(f, "\"mode\": \"%s\", \"runs\": %u, \"rounds\": %u, ", mode, nr_runs, r->rounds);
+	fprintf(f, "\"fault_ns\": %.1f, \"collect_ns\": %.1f", r->mark, r->harvest);
 	for (i = 0; i < ARRAY_SIZE(sides) && !no_counters; i++)
 		fprintf(f, ", \"%s_llc_misses\": %.2f, \"%s_l1d_misses\": %.2f",
 			sides[i], r->misses[i][LLC_MISSES], sides[i], r->misses[i][L1D_MISSES]);
@@ -628,15 +722,42 @@ static void print_json(FILE *f, const char *mode, const struct result *r)
 	fflush(f);
 }
 
-static void print_row(const struct result *apart, const struct result *together,
-		      double slot_ring)
+/* The least of each. */
+static void merge(struct result *r, const struct result *other)
+{
+	unsigned int side, i;
+
+	r->mark = min(r->mark, other->mark);
+	r->harvest = min(r->harvest, other->harvest);
+	r->rounds += other->rounds;
+	for (side = 0; side < 2; side++)
+		for (i = 0; i < NR_COUNTERS; i++)
+			r->misses[side][i] = min(r->misses[side][i], other->misses[side][i]);
+}
+
+/* What slot rings have to do with the best of the kernel's ways to log. */
+static void print_verdict(const char *mode, const struct result *r)
+{
+	double fault = INFINITY, harvest = INFINITY, sum = INFINITY;
+	const struct result *ours = &r[SLOT_RING];
+	unsigned int i;
+
+	for (i = BITMAP_GET; i <= RING; i++) {
+		fault = min(fault, r[i].mark);
+		harvest = min(harvest, r[i].harvest);
+		sum = min(sum, r[i].mark + r[i].harvest);
+	}
+	printf("  ours / best peer, %-8s  fault %.2f, collect %.2f, sum %.2f\n", mode,
+	       ours->mark / fault, ours->harvest / harvest, (ours->mark + ours->harvest) / sum);
+}
+
+static void print_row(const struct result *apart, const struct result *together)
 {
 	printf("  %-14s %8.1f %9.1f", names[mechanism], apart->mark, apart->harvest);
 	if (together)
 		printf("   %8.1f %9.1f", together->mark, together->harvest);
 	else
 		printf("   %8s %9s", "-", "-");
-	printf("   %7.2f", apart->harvest / slot_ring);
 	if (!no_counters)
 		printf("   %6.2f %6.2f", apart->misses[0][LLC_MISSES],
 		       apart->misses[1][LLC_MISSES]);
@@ -645,23 +766,27 @@ static void print_row(const struct result *apart, const struct result *together,
 
 static void run_point(FILE *json)
 {
-	struct result apart[NR_MECHANISMS], together[NR_MECHANISMS];
-	unsigned int set;
+	struct result apart[NR_MECHANISMS], together[NR_MECHANISMS], r;
+	unsigned int set, n;
 
 	npages = (unsigned long)point->mib << (20 - PAGE_SHIFT);
 	nr_sets = point->pages > 5000 ? 2 : MAX_SETS;
 	choose_pages();
-	for (mechanism = 0; mechanism < NR_MECHANISMS; mechanism++) {
-		create();
-		run(false, &apart[mechanism]);
-		if (json)
-			print_json(json, "apart", &apart[mechanism]);
-		if (!point->in_order) {
-			run(true, &together[mechanism]);
-			if (json)
-				print_json(json, "together", &together[mechanism]);
+	for (n = 0; n < nr_runs; n++) {
+		for (mechanism = 0; mechanism < NR_MECHANISMS; mechanism++) {
+			if (!(wanted & BIT(mechanism)))
+				continue;
+			create();
+			run(false, n ? &r : &apart[mechanism]);
+			if (n)
+				merge(&apart[mechanism], &r);
+			if (!whole()) {
+				run(true, n ? &r : &together[mechanism]);
+				if (n)
+					merge(&together[mechanism], &r);
+			}
+			destroy();
 		}
-		destroy();
 	}
 
 	if (point->mib < 1024)
@@ -669,11 +794,24 @@ static void run_point(FILE *json)
 	else
 		printf("\n%u GiB", point->mib >> 10);
 	printf(", %u pages %s, %u vCPU%s\n", point->pages,
-	       point->in_order ? "in order" : "at random", point->vcpus,
+	       point->order == IN_ORDER ? "in order" :
+	       point->order == CLUSTERS ? "in clusters of 16" : "at random", point->vcpus,
 	       point->vcpus > 1 ? "s" : "");
-	for (mechanism = 0; mechanism < NR_MECHANISMS; mechanism++)
-		print_row(&apart[mechanism], point->in_order ? NULL : &together[mechanism],
-			  apart[SLOT_RING].harvest);
+	for (mechanism = 0; mechanism < NR_MECHANISMS; mechanism++) {
+		if (!(wanted & BIT(mechanism)))
+			continue;
+		print_row(&apart[mechanism], whole() ? NULL : &together[mechanism]);
+		if (!json)
+			continue;
+		print_json(json, "apart", &apart[mechanism]);
+		if (!whole())
+			print_json(json, "together", &together[mechanism]);
+	}
+	if (wanted == ALL_MECHANISMS) {
+		print_verdict("apart", apart);
+		if (!whole())
+			print_verdict("together", together);
+	}
 	for (set = 0; set < nr_sets; set++)
 		free(sets[set]);
 	fflush(stdout);
@@ -699,11 +837,18 @@ static void choose_cpus(void)
 
 static void usage(FILE *f)
 {
-	fprintf(f, "race [-e ENTRIES] [-t MS] [-m MIB] [-j FILE]\n\n"
-		"  -e ENTRIES  of each slot ring, a power of two (default: %u)\n"
-		"  -t MS       time for each measurement (default: %u)\n"
-		"  -m MIB      no slots larger than this (default: all, up to 1 TiB)\n"
-		"  -j FILE     write JSON lines there as well\n", entries, budget_ms);
+	unsigned int i;
+
+	fprintf(f, "race [-e ENTRIES] [-r N] [-t MS] [-m MIB] [-p N]... [-w NAME]... [-j FILE]\n\n"
+		"  -e ENTRIES      of each slot ring, a power of two (default: %u)\n"
+		"  -r, --runs N    the least of so many runs (default: %u)\n"
+		"  -t MS           time for each measurement (default: %u)\n"
+		"  -m MIB          no slots larger than this (default: all, up to 1 TiB)\n"
+		"  -p, --point N   only the Nth point\n"
+		"  -w, --way NAME  only this way to log:", entries, nr_runs, budget_ms);
+	for (i = 0; i < NR_MECHANISMS; i++)
+		fprintf(f, " %s", names[i]);
+	fprintf(f, "\n  -j FILE         write JSON lines there as well\n");
 }
 
 static unsigned long number(const char *arg, unsigned long max)
@@ -722,13 +867,17 @@ int main(int argc, char **argv)
 {
 	static const struct option options[] = {
 		{ "help", no_argument, NULL, 'h' },
+		{ "runs", required_argument, NULL, 'r' },
+		{ "point", required_argument, NULL, 'p' },
+		{ "way", required_argument, NULL, 'w' },
 		{ }
 	};
 	unsigned int max_mib = 1 << 20, i;
+	u64 only = 0;
 	FILE *json = NULL;
 	int c;
 
-	while ((c = getopt_long(argc, argv, "he:t:m:j:", options, NULL)) != -1) {
+	while ((c = getopt_long(argc, argv, "he:r:t:m:p:w:j:", options, NULL)) != -1) {
 		switch (c) {
 		case 'h':
 			usage(stdout);
@@ -742,6 +891,21 @@ int main(int argc, char **argv)
 			break;
 		case 't':
 			budget_ms = number(optarg, 60000);
+			break;
+		case 'r':
+			nr_runs = number(optarg, 1000);
+			break;
+		case 'p':
+			only |= BIT_ULL(number(optarg, ARRAY_SIZE(points)) - 1);
+			break;
+		case 'w':
+			for (i = 0; i < NR_MECHANISMS && strcmp(optarg, names[i]); i++)
+				;
+			if (i == NR_MECHANISMS) {
+				usage(stderr);
+				return 2;
+			}
+			wanted = (wanted == ALL_MECHANISMS ? 0 : wanted) | BIT(i);
 			break;
 		case 'm':
 			max_mib = number(optarg, 1 << 20);
@@ -768,21 +932,21 @@ int main(int argc, char **argv)
 	time_the_clocks();
 	open_counters(&collector);
 	close_counters(&collector);
-	printf("ns for each page, vCPUs on CPU %d, collector on CPU %d, slot rings of %u entries\n",
-	       cpus[0], cpus[1], entries);
+	printf("ns for each page, the least of %u runs, vCPUs on CPU %d, collector on CPU %d, "
+	       "slot rings of %u entries\n", nr_runs, cpus[0], cpus[1], entries);
 	if (no_counters)
 		printf("Cache misses are not shown: this machine does not count them (%s).\n",
 		       no_counters);
-	printf("\n  %-14s %18s   %18s   %7s%s\n", "", "apart      ", "together    ", "collect",
+	printf("\n  %-14s %18s   %18s%s\n", "", "apart      ", "together    ",
 	       no_counters ? "" : "     LLC misses");
-	printf("  %-14s %8s %9s   %8s %9s   %7s%s\n", "", "fault", "collect", "fault", "collect",
-	       "/ ours", no_counters ? "" : "    fault collect");
+	printf("  %-14s %8s %9s   %8s %9s%s\n", "", "fault", "collect", "fault", "collect",
+	       no_counters ? "" : "    fault collect");
 
 	runs = calloc(MAX_PAGES, sizeof(*runs));
 	list = calloc(2 * MAX_PAGES, sizeof(*list));
 	for (i = 0; i < ARRAY_SIZE(points); i++) {
 		point = &points[i];
-		if (point->mib <= max_mib)
+		if (point->mib <= max_mib && (!only || only & BIT_ULL(i)))
 			run_point(json);
 	}
 	if (json)

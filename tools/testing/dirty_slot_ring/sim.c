@@ -339,6 +339,55 @@ static u64 *table_of(u64 spte)
 	return __va(spte & SPTE_BASE_ADDR_MASK);
 }
 
+/*
+ * Where page tables come from that shall not cost misses of this machine's TLB which
+ * the kernel's do not have: it maps its memory by huge pages.  One thread at a time.
+ */
+#define ARENA_CHUNK	(16UL << 20)
+
+static struct {
+	char *chunk[4096];
+	unsigned int nr_chunks;
+	unsigned long used;	/* of the last one */
+} arena;
+
+static void *arena_alloc(void)
+{
+	void *p;
+
+	if (!arena.nr_chunks || arena.used == ARENA_CHUNK) {
+		if (arena.nr_chunks == ARRAY_SIZE(arena.chunk) ||
+		    posix_memalign(&p, 2UL << 20, ARENA_CHUNK)) {
+			fprintf(stderr, "no memory for page tables\n");
+			exit(1);
+		}
+		madvise(p, ARENA_CHUNK, MADV_HUGEPAGE);
+		memset(p, 0, ARENA_CHUNK);
+		arena.chunk[arena.nr_chunks++] = p;
+		arena.used = 0;
+	}
+	p = arena.chunk[arena.nr_chunks - 1] + arena.used;
+	arena.used += PAGE_SIZE;
+	return p;
+}
+
+static void arena_free(void)
+{
+	while (arena.nr_chunks)
+		free(arena.chunk[--arena.nr_chunks]);
+}
+
+static void *table_alloc(void)
+{
+	return sim_config->huge_tables ? arena_alloc() : shim_alloc(PAGE_SIZE);
+}
+
+static void table_free(void *table)
+{
+	if (!sim_config->huge_tables)
+		shim_free(table);
+}
+
 /* The entry of @gfn at @level; NULL if there is no table, and shall be none. */
 static u64 *sptep_of(gfn_t gfn, int level, bool make)
 {
@@ -357,12 +406,12 @@ static u64 *sptep_of(gfn_t gfn, int level, bool make)
 		}
 		if (!make)
 			return NULL;
-		new = shim_alloc(PAGE_SIZE);
+		new = table_alloc();
 		/* A huge page is split; it is protected, or there had been no fault. */
 		for (i = 0; is_large_pte(spte) && i < SPTE_ENT_PER_PAGE; i++)
 			new[i] = gfn_spte(round_down(gfn, SPTE_ENT_PER_PAGE) + i, 0);
 		if (cmpxchg(sptep, spte, (uintptr_t)new | SPTE_MMU_PRESENT_MASK) != spte)
-			shim_free(new);
+			table_free(new);
 		pt = table_of(smp_load_acquire(sptep));
 	}
 }
@@ -406,7 +455,7 @@ static void free_tables(u64 *pt, int level)
 		if (is_shadow_present_pte(pt[i]) && !is_large_pte(pt[i]))
 			free_tables(table_of(pt[i]), level - 1);
 	}
-	shim_free(pt);
+	table_free(pt);
 }
 
 /* As it was before there was a memslot. */
@@ -878,7 +927,7 @@ struct kvm *sim_create(const struct sim_config *config)
 	INIT_LIST_HEAD(&kvm->arch.tdp_mmu_roots);
 	sim_old_root = (struct kvm_mmu_page){ .role = { .level = 4, .invalid = true } };
 	sim_root = (struct kvm_mmu_page){
-		.role = { .level = PT64_ROOT_4LEVEL }, .spt = shim_alloc(PAGE_SIZE),
+		.role = { .level = PT64_ROOT_4LEVEL }, .spt = table_alloc(),
 	};
 	list_add_tail(&sim_old_root.link, &kvm->arch.tdp_mmu_roots);
 	list_add_tail(&sim_root.link, &kvm->arch.tdp_mmu_roots);
@@ -920,6 +969,7 @@ void shim_destroy_vm(struct kvm *kvm)
 		munmap(sim_memory, sim_nr_gfns * sizeof(u64));
 	sim_memory = NULL;
 	free_tables(sim_root.spt, sim_root.role.level);
+	arena_free();
 	shim_free(kvm);
 }
 

@@ -20,6 +20,7 @@ struct sim_config {
 	bool huge;		/* memslots start out mapped with huge pages */
 	bool init_set;		/* KVM_DIRTY_LOG_INITIALLY_SET */
 	bool memory;		/* there is memory behind the pages */
+	bool huge_tables;	/* page tables are mapped as the kernel's are, by huge pages */
 };
 
 /* What a CPU keeps to itself. */
