@@ -448,7 +448,7 @@ static unsigned int collect_ring(unsigned int set)
 
 static unsigned int collect_slot_ring(unsigned int set)
 {
-	struct kvm_dirty_slot_runs args = { .runs = (uintptr_t)runs, .nr_runs = MAX_PAGES };
+	struct kvm_dirty_slot_runs args = { .runs = (uintptr_t)runs, .nr_runs = 2 * MAX_PAGES };
 
 	(void)set;
 	if (sim_ioctl(log_fd, KVM_DIRTY_SLOT_LOG_HARVEST, &args))
@@ -942,7 +942,7 @@ int main(int argc, char **argv)
 	printf("  %-14s %8s %9s   %8s %9s%s\n", "", "fault", "collect", "fault", "collect",
 	       no_counters ? "" : "    fault collect");
 
-	runs = calloc(MAX_PAGES, sizeof(*runs));
+	runs = calloc(2 * MAX_PAGES, sizeof(*runs));
 	list = calloc(2 * MAX_PAGES, sizeof(*list));
 	for (i = 0; i < ARRAY_SIZE(points); i++) {
 		point = &points[i];
