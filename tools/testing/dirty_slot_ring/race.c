@@ -136,10 +136,16 @@ static double now_ns(void)
 	return t.tv_sec * 1e9 + t.tv_nsec;
 }
 
-/* All pages are in each set: "together" is not possible. */
+/* All pages are in each set. */
 static bool whole(void)
 {
 	return point->pages == npages;
+}
+
+/* A page must not be in two sets, and two sets have to fit the kernel's ring. */
+static bool can_together(void)
+{
+	return !whole() && 2 * point->pages < RING_ENTRIES;
 }
 
 /* A mark that knows of no rings. */
@@ -780,7 +786,7 @@ static void run_point(FILE *json)
 			run(false, n ? &r : &apart[mechanism]);
 			if (n)
 				merge(&apart[mechanism], &r);
-			if (!whole()) {
+			if (can_together()) {
 				run(true, n ? &r : &together[mechanism]);
 				if (n)
 					merge(&together[mechanism], &r);
@@ -800,16 +806,16 @@ static void run_point(FILE *json)
 	for (mechanism = 0; mechanism < NR_MECHANISMS; mechanism++) {
 		if (!(wanted & BIT(mechanism)))
 			continue;
-		print_row(&apart[mechanism], whole() ? NULL : &together[mechanism]);
+		print_row(&apart[mechanism], can_together() ? &together[mechanism] : NULL);
 		if (!json)
 			continue;
 		print_json(json, "apart", &apart[mechanism]);
-		if (!whole())
+		if (can_together())
 			print_json(json, "together", &together[mechanism]);
 	}
 	if (wanted == ALL_MECHANISMS) {
 		print_verdict("apart", apart);
-		if (!whole())
+		if (can_together())
 			print_verdict("together", together);
 	}
 	for (set = 0; set < nr_sets; set++)
