@@ -118,8 +118,7 @@ static const char *no_counters;
 static double clock_ns[2];		/* what it takes to look at the clock */
 
 /* The producer's order: "mark set n", and that it did. */
-static int go, done;
-static bool quit;
+static int go, done, first_round;
 static struct side producer, collector;
 
 static void __noreturn die(const char *what)
@@ -195,14 +194,10 @@ static void open_counters(struct side *s)
 	}
 }
 
-static void close_counters(struct side *s)
+static void forget(struct side *s)
 {
-	unsigned int i;
-
-	for (i = 0; i < NR_COUNTERS; i++) {
-		if (s->counter[i] >= 0)
-			close(s->counter[i]);
-	}
+	s->pages = 0;
+	memset(s->misses, 0, sizeof(s->misses));
 }
 
 static void read_counters(struct side *s, u64 *val)
@@ -295,18 +290,18 @@ static void wait_for(int *p, int val)
 static void *producer_thread(void *arg)
 {
 	unsigned int round;
+	int n;
 
 	(void)arg;
 	pin(cpus[0]);
 	open_counters(&producer);
-	for (round = 0;; round++) {
-		wait_for(&go, round + 1);
-		if (__atomic_load_n(&quit, __ATOMIC_RELAXED))
-			break;
+	/* Until the program ends: SRCU here never forgets a thread. */
+	for (n = 1;; n++) {
+		wait_for(&go, n);
+		round = n - 1 - first_round;
 		measure(&producer, round, mark_set, round % nr_sets);
-		__atomic_store_n(&done, round + 1, __ATOMIC_RELEASE);
+		__atomic_store_n(&done, n, __ATOMIC_RELEASE);
 	}
-	close_counters(&producer);
 	return NULL;
 }
 
@@ -655,31 +650,20 @@ static void run(bool together, struct result *r)
 	u64 marked = 0, got = 0;
 	double end;
 	unsigned int round, i;
-	pthread_t thread;
 
-	memset(&producer, 0, sizeof(producer));
-	memset(&collector, 0, sizeof(collector));
-	go = 0;
-	done = 0;
-	quit = false;
-	open_counters(&collector);
-	if (pthread_create(&thread, NULL, producer_thread, NULL))
-		die("cannot start a thread");
-
+	forget(&producer);
+	forget(&collector);
+	first_round = done;
 	end = now_ns() + budget_ms * 1e6;
 	for (round = 0; round < MAX_ROUNDS && (round < 12 || now_ns() < end); round++) {
-		__atomic_store_n(&go, round + 1, __ATOMIC_RELEASE);
+		__atomic_store_n(&go, first_round + round + 1, __ATOMIC_RELEASE);
 		if (!together || !round)
-			wait_for(&done, round + 1);
+			wait_for(&done, first_round + round + 1);
 		/* The floor's collector has to know whose turn it is. */
 		measure(&collector, round, collect[mechanism],
 			(round + nr_sets - (together && round)) % nr_sets);
-		wait_for(&done, round + 1);
+		wait_for(&done, first_round + round + 1);
 	}
-	__atomic_store_n(&quit, true, __ATOMIC_RELAXED);
-	__atomic_store_n(&go, INT_MAX, __ATOMIC_RELEASE);
-	pthread_join(thread, NULL);
-	close_counters(&collector);
 
 	marked = producer.pages;
 	got = collector.pages;
@@ -879,6 +863,7 @@ int main(int argc, char **argv)
 		{ }
 	};
 	unsigned int max_mib = 1 << 20, i;
+	pthread_t thread;
 	u64 only = 0;
 	FILE *json = NULL;
 	int c;
@@ -937,7 +922,8 @@ int main(int argc, char **argv)
 	choose_cpus();
 	time_the_clocks();
 	open_counters(&collector);
-	close_counters(&collector);
+	if (pthread_create(&thread, NULL, producer_thread, NULL))
+		die("cannot start a thread");
 	printf("ns for each page, the least of %u runs, vCPUs on CPU %d, collector on CPU %d, "
 	       "slot rings of %u entries\n", nr_runs, cpus[0], cpus[1], entries);
 	if (no_counters)
