@@ -117,7 +117,12 @@ typedef unsigned int vm_fault_t;
 #define likely(x)		__builtin_expect(!!(x), 1)
 #define unlikely(x)		__builtin_expect(!!(x), 0)
 #define prefetch(p)		__builtin_prefetch(p)
+/* Not __builtin_prefetch(p, 1), which makes a plain one if not told the CPU. */
+#ifdef __x86_64__
+#define prefetchw(p)		__asm__ __volatile__("prefetchw %0" : : "m" (*(const char *)(p)))
+#else
 #define prefetchw(p)		__builtin_prefetch(p, 1)
+#endif
 #define barrier()		__asm__ __volatile__("" : : : "memory")
 
 #define ARRAY_SIZE(a)		(sizeof(a) / sizeof((a)[0]))

@@ -13,6 +13,7 @@
  */
 
 #include <linux/kvm_host.h>
+#include <linux/prefetch.h>
 #include <linux/sched/signal.h>
 #include <linux/uaccess.h>
 
@@ -33,6 +34,14 @@ static bool call_spend(struct kvm_dirty_slot_call *c, u32 n)
 	return signal_pending(current);
 }
 
+/*
+ * How far ahead of an entry the words of entries to come are asked for: their misses
+ * overlap then, which an atomic operation for each would not let them.  And how many
+ * lines ahead of that the entries, which the vCPU has in its cache.
+ */
+#define TAKE_AHEAD	16
+#define LINES_AHEAD	8
+
 /* Give entries that were read back to the vCPU. */
 static void ring_give_back(struct kvm_dirty_slot_ring *ring, u64 cursor)
 {
@@ -46,10 +55,14 @@ static __always_inline u64 take_entries(struct kvm_dirty_slot_log *log,
 					u64 cursor, u64 end, bool neighbours)
 {
 	const struct kvm_dirty_run *runs = ring->runs;
-	u32 offset, last = log->entries - 1;
+	u32 offset, next, last = log->entries - 1;
 	unsigned long own;
 
 	for (; cursor != end; cursor++) {
+		next = min(cursor + TAKE_AHEAD, end - 1) & last;
+		prefetchw(&log->bitmap[runs[next].offset / BITS_PER_LONG]);
+		if (!(next % ENTRIES_PER_LINE))
+			prefetch(&runs[(next + LINES_AHEAD * ENTRIES_PER_LINE) & last]);
 		offset = runs[cursor & last].offset;
 		own = BIT(offset % BITS_PER_LONG);
 		if (!batch_take(log, c, offset / BITS_PER_LONG, own,

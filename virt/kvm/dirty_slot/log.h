@@ -144,6 +144,9 @@ static inline bool kvm_dirty_summary_empty(const struct kvm_dirty_summary *s)
 	return !READ_ONCE(*s->level[s->nr_levels - 1]);
 }
 
+/* Entries in a line of a cache. */
+#define ENTRIES_PER_LINE	(L1_CACHE_BYTES / sizeof(struct kvm_dirty_run))
+
 /* One ring: of one vCPU, in the log of one memslot. */
 struct kvm_dirty_slot_ring {
 	/* Mapped by userspace: what their types say. */

@@ -7,6 +7,7 @@
 #include <linux/bitops.h>
 #include <linux/delay.h>
 #include <linux/kvm_host.h>
+#include <linux/prefetch.h>
 #include <linux/rcupdate.h>
 
 #define CREATE_TRACE_POINTS
@@ -90,8 +91,15 @@ static __always_inline void ring_push(struct kvm_dirty_slot_log *log,
 				      struct kvm_vcpu *vcpu, u64 producer,
 				      unsigned long offset, u64 used)
 {
-	struct kvm_dirty_run *run = &ring->runs[producer & (log->entries - 1)];
+	u32 i = producer & (log->entries - 1);
+	struct kvm_dirty_run *run = &ring->runs[i];
 
+	/*
+	 * Who read a line of entries has it still.  Own the one after the next, well
+	 * before it is written to: the next atomic operation waits for that.
+	 */
+	if (!(i % ENTRIES_PER_LINE))
+		prefetchw(run + 2 * ENTRIES_PER_LINE);
 	run->offset = offset;
 	run->npages = 1;
 	smp_store_release(&ring->kern->producer, producer + 1); /* A */

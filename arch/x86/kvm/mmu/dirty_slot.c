@@ -10,6 +10,7 @@
  */
 
 #include <linux/kvm_host.h>
+#include <linux/prefetch.h>
 
 #include "mmu.h"
 #include "mmu_internal.h"
@@ -18,6 +19,42 @@
 
 #include <trace/events/kvm.h>
 #include "mmutrace.h"
+
+/*
+ * The SPTEs of pages at random are in nobody's cache, or in that of the vCPU that
+ * wrote them last.  So that their misses, and those of the level above, overlap
+ * instead of waiting for each other, each mask is met three times: first its entry
+ * in level 2 is asked for, then its SPTE, then it is done.
+ */
+#define AHEAD_PT	16
+#define AHEAD_PD	(2 * AHEAD_PT)
+
+/* The entry of a gfn in level 2; NULL if it is not that simple. */
+static __always_inline u64 *find_pde(const struct kvm_mmu_page *root, gfn_t gfn)
+{
+	int shift = (root->role.level - 1) * SPTE_LEVEL_BITS;
+	u64 *pt = root->spt, spte;
+
+	for (; shift > SPTE_LEVEL_BITS; shift -= SPTE_LEVEL_BITS) {
+		spte = READ_ONCE(pt[(gfn >> shift) % SPTE_ENT_PER_PAGE]);
+		if (unlikely(!is_shadow_present_pte(spte) || is_large_pte(spte)))
+			return NULL;
+		pt = __va(spte & SPTE_BASE_ADDR_MASK);
+	}
+	return &pt[(gfn >> shift) % SPTE_ENT_PER_PAGE];
+}
+
+static __always_inline u64 *find_pt(const u64 *pde)
+{
+	u64 spte;
+
+	if (unlikely(!pde))
+		return NULL;
+	spte = READ_ONCE(*pde);
+	if (unlikely(!is_shadow_present_pte(spte) || is_large_pte(spte)))
+		return NULL;
+	return __va(spte & SPTE_BASE_ADDR_MASK);
+}
 
 /*
  * No iterator, but straight to each page table, which stays one as long as
@@ -29,18 +66,37 @@ static unsigned int protect_root(struct kvm *kvm, struct kvm_mmu_page *root,
 				 unsigned int nr, u64 dbit)
 {
 	const int top = (root->role.level - 1) * SPTE_LEVEL_BITS;
-	gfn_t first, gfn, table = ~0ULL;
-	u64 *pt = NULL, *sptep, spte;
-	unsigned int i = 0;
+	unsigned int i = 0, pds = 0, pts = 0;
+	u64 *way[AHEAD_PD], *pt, *sptep, spte;
+	gfn_t first, gfn, table;
 	unsigned long mask;
 	int shift;
 
 	do {
+		for (; pds < nr && pds < i + AHEAD_PD; pds++) {
+			first = base_gfn + masks[pds].offset;
+			gfn = first + __ffs(masks[pds].mask);
+			sptep = find_pde(root, gfn);
+			prefetch(sptep);
+			way[pds % AHEAD_PD] = sptep;
+		}
+		for (; pts < nr && pts < i + AHEAD_PT; pts++) {
+			first = base_gfn + masks[pts].offset;
+			gfn = first + __ffs(masks[pts].mask);
+			pt = find_pt(way[pts % AHEAD_PD]);
+			if (likely(pt))
+				prefetchw(&pt[gfn % SPTE_ENT_PER_PAGE]);
+			way[pts % AHEAD_PD] = pt;
+		}
+
+		mask = masks[i].mask;
 		first = base_gfn + masks[i].offset;
-		for (mask = masks[i].mask; mask; mask &= mask - 1) {
+		pt = way[i % AHEAD_PD];
+		table = pt ? (first + __ffs(mask)) >> SPTE_LEVEL_BITS : ~0ULL;
+		for (; mask; mask &= mask - 1) {
 			gfn = first + __ffs(mask);
 
-			if (gfn >> SPTE_LEVEL_BITS != table) {
+			if (unlikely(gfn >> SPTE_LEVEL_BITS != table)) {
 				table = gfn >> SPTE_LEVEL_BITS;
 				pt = root->spt;
 				for (shift = top; shift; shift -= SPTE_LEVEL_BITS) {
