@@ -30,12 +30,14 @@ struct module;
  * @entries: entries of each ring.  Zero, and everything is off, until
  *	KVM_CAP_DIRTY_SLOT_RING is enabled, then never changes.  Written under
  *	kvm->lock and kvm->slots_lock
+ * @by_slot: nobody said how many: @entries is the most, each slot has its own
  * @flags: KVM_DIRTY_SLOT_RING_*
  * @nr_rings: vCPUs that have a ring in every log.  Protected by slots_lock
  * @vm: all logs, from when it is enabled on
  */
 struct kvm_dirty_slot_ring_vm {
 	u32 entries;
+	bool by_slot;
 	u32 flags;
 	u32 nr_rings;
 	struct kvm_dirty_slot_vm *vm;

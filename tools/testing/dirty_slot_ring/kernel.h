@@ -138,6 +138,7 @@ typedef unsigned int vm_fault_t;
 	({ type _a = (a), _b = (b); _a < _b ? _a : _b; })
 #define max_t(type, a, b) \
 	({ type _a = (a), _b = (b); _a > _b ? _a : _b; })
+#define clamp_t(type, v, lo, hi)	min_t(type, max_t(type, v, lo), hi)
 #define min(a, b)		min_t(__typeof__(a), a, b)
 #define max(a, b)		max_t(__typeof__(a), a, b)
 #define swap(a, b) \

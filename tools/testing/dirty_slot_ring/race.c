@@ -101,7 +101,7 @@ struct side {
 
 #define ALL_MECHANISMS	(BIT(NR_MECHANISMS) - 1)
 
-static u32 entries = 4096;
+static u32 entries = SIM_BY_SLOT;
 static unsigned long wanted = ALL_MECHANISMS;
 static unsigned int budget_ms = 50, nr_runs = 3;
 static enum mechanism mechanism;
@@ -830,12 +830,12 @@ static void usage(FILE *f)
 	unsigned int i;
 
 	fprintf(f, "race [-e ENTRIES] [-r N] [-t MS] [-m MIB] [-p N]... [-w NAME]... [-j FILE]\n\n"
-		"  -e ENTRIES      of each slot ring, a power of two (default: %u)\n"
+		"  -e ENTRIES      of each slot ring, a power of two (default: KVM's)\n"
 		"  -r, --runs N    the least of so many runs (default: %u)\n"
 		"  -t MS           time for each measurement (default: %u)\n"
 		"  -m MIB          no slots larger than this (default: all, up to 1 TiB)\n"
 		"  -p, --point N   only the Nth point\n"
-		"  -w, --way NAME  only this way to log:", entries, nr_runs, budget_ms);
+		"  -w, --way NAME  only this way to log:", nr_runs, budget_ms);
 	for (i = 0; i < NR_MECHANISMS; i++)
 		fprintf(f, " %s", names[i]);
 	fprintf(f, "\n  -j FILE         write JSON lines there as well\n");
@@ -924,8 +924,11 @@ int main(int argc, char **argv)
 	open_counters(&collector);
 	if (pthread_create(&thread, NULL, producer_thread, NULL))
 		die("cannot start a thread");
-	printf("ns for each page, the least of %u runs, vCPUs on CPU %d, collector on CPU %d, "
-	       "slot rings of %u entries\n", nr_runs, cpus[0], cpus[1], entries);
+	printf("ns for each page, the least of %u runs, vCPUs on CPU %d, collector on CPU %d",
+	       nr_runs, cpus[0], cpus[1]);
+	if (entries != SIM_BY_SLOT)
+		printf(", slot rings of %u entries", entries);
+	printf("\n");
 	if (no_counters)
 		printf("Cache misses are not shown: this machine does not count them (%s).\n",
 		       no_counters);

@@ -903,7 +903,8 @@ int sim_add_vcpu(void)
 struct kvm *sim_create(const struct sim_config *config)
 {
 	struct kvm_enable_cap cap = {
-		.cap = KVM_CAP_DIRTY_SLOT_RING, .args = { config->entries, config->flags },
+		.cap = KVM_CAP_DIRTY_SLOT_RING,
+		.args = { config->entries == SIM_BY_SLOT ? 0 : config->entries, config->flags },
 	};
 	struct kvm *kvm = shim_alloc(sizeof(*kvm));
 	unsigned int i;

@@ -9,11 +9,13 @@
 
 #include "kernel.h"
 
+#define SIM_BY_SLOT	U32_MAX		/* as many as KVM thinks best */
+
 struct sim_config {
 	unsigned long npages;	/* of memslot 0, at gfn 0, which logs from the start */
 	unsigned long nr_gfns;	/* of the guest's memory; 0: npages */
 	unsigned int nr_vcpus;
-	u32 entries;		/* of each slot ring; 0: the VM has none */
+	u32 entries;		/* of each slot ring, or SIM_BY_SLOT; 0: the VM has none */
 	u32 flags;		/* KVM_DIRTY_SLOT_RING_* */
 	bool pml;		/* hardware sets D bits and buffers pages */
 	bool fast_fault;	/* the lockless fast page fault */

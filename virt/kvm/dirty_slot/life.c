@@ -16,7 +16,13 @@
 
 #include "log.h"
 
-#define RING_DEFAULT_ENTRIES	4096
+/*
+ * By default a ring has room for an eighth of its slot's pages, within these bounds:
+ * a page that finds it full costs the vCPU and who harvests more cache misses than
+ * memory is worth, and where more than that is dirty, the overflow's order is better.
+ */
+#define RING_DEFAULT_LEAST	16384
+#define RING_DEFAULT_SHARE	8
 
 /*
  * A call on a log can hold the last reference to a VM, so that the files have to
@@ -249,6 +255,13 @@ static int log_alloc(struct kvm *kvm, struct kvm_dirty_slot_log *log)
 	return r;
 }
 
+static u32 default_entries(unsigned long npages)
+{
+	return clamp_t(unsigned long,
+		       roundup_pow_of_two(npages / RING_DEFAULT_SHARE + 1) / 2,
+		       RING_DEFAULT_LEAST, KVM_DIRTY_SLOT_RING_MAX_ENTRIES);
+}
+
 /**
  * kvm_dirty_slot_log_create - give a memslot a log, and so a dirty bitmap
  * @kvm: the VM, with the capability enabled
@@ -261,6 +274,7 @@ int kvm_dirty_slot_log_create(struct kvm *kvm, struct kvm_memory_slot *memslot)
 {
 	struct kvm_dirty_slot_ring_vm *dsr = &kvm->dirty_slot_ring;
 	struct kvm_dirty_slot_log *log;
+	u32 entries;
 	int r;
 
 	log = kvzalloc(struct_size(log, rings, kvm->max_vcpus + 1),
@@ -270,15 +284,16 @@ int kvm_dirty_slot_log_create(struct kvm *kvm, struct kvm_memory_slot *memslot)
 
 	kref_init(&log->ref);
 	log->slot = memslot->as_id << 16 | memslot->id;
+	entries = dsr->by_slot ? default_entries(memslot->npages) : dsr->entries;
 	/* No ring needs more than one entry for each page. */
-	log->entries = min_t(unsigned long, dsr->entries,
+	log->entries = min_t(unsigned long, entries,
 			     roundup_pow_of_two(memslot->npages));
 	/*
 	 * One with room for all pages is no reason to hold a vCPU up.  It could hold
 	 * it up for good: full with what one instruction writes, which is protected
 	 * again at each exit.
 	 */
-	log->flags = log->entries < dsr->entries ? 0 : dsr->flags;
+	log->flags = log->entries < entries ? 0 : dsr->flags;
 	log->wake_level = DIV_ROUND_UP(log->entries, 2);
 	log->pid = kvm->userspace_pid;
 	log->npages = memslot->npages;
@@ -429,7 +444,7 @@ static struct kvm_dirty_slot_vm *vm_create(struct kvm *kvm)
  */
 int kvm_dirty_slot_ring_enable(struct kvm *kvm, struct kvm_enable_cap *cap)
 {
-	u64 entries = cap->args[0] ?: RING_DEFAULT_ENTRIES;
+	u64 entries = cap->args[0] ?: KVM_DIRTY_SLOT_RING_MAX_ENTRIES;
 	struct kvm_dirty_slot_ring_vm *dsr = &kvm->dirty_slot_ring;
 	int r = -EBUSY;
 
@@ -450,6 +465,7 @@ int kvm_dirty_slot_ring_enable(struct kvm *kvm, struct kvm_enable_cap *cap)
 	if (!dsr->vm)
 		goto unlock;
 	dsr->flags = cap->args[1];
+	dsr->by_slot = !cap->args[0];
 	dsr->nr_rings = atomic_read(&kvm->online_vcpus);
 	WRITE_ONCE(dsr->entries, entries);
 	r = 0;

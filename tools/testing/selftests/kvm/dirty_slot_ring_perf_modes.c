@@ -153,13 +153,13 @@ static bool slot_supported(void)
 
 static void slot_create(struct run *r)
 {
-	r->entries = r->p->entries ?: DSR_DEFAULT_ENTRIES;
-	dsr_enable(r->vm, r->entries, 0);
+	dsr_enable(r->vm, r->p->entries, 0);
 }
 
 static void slot_start(struct run *r)
 {
 	r->log_fd = dsr_open(r->vm, DATA_SLOT);
+	r->entries = dsr_info(r->log_fd).entries;
 }
 
 static void slot_stop(struct run *r)

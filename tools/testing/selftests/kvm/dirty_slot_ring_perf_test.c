@@ -45,7 +45,7 @@ static void show_options(void)
 "  -o, --order ORDER     random or in-order, from the first (default: random)\n"
 "  -c, --vcpus N         they share the pages (default: 1, at most 8)\n"
 "  -i, --iterations N    after one that warms up (default: 5, at most 100)\n"
-"  -r, --ring-size N     entries of each ring (default: upstream 65536, slot 4096);\n"
+"  -r, --ring-size N     entries of each ring (default: upstream 65536, slot KVM's);\n"
 "                        an upstream ring that fills is collected there and then\n"
 "  -S, --seed N          of the random pages (default: 1)\n"
 "  -j, --json[=FILE]     one line of JSON for each mode, appended to FILE or\n"
