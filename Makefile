@@ -6,7 +6,7 @@
 MINUTES ?= 30
 
 .PHONY: help deps kernel qemu test test-debug test-vmx test-checkpoint demo bench plots patch check clean
-.PHONY: tools tools-install model soak test-all
+.PHONY: tools tools-install model soak test-all test-mutants
 
 help:
 	@echo 'make demo     live-migrate a Linux guest with the bitmap, the dirty ring and slot rings'
@@ -15,6 +15,7 @@ help:
 	@echo 'make test-debug   the kernel tests with KASAN, lockdep, kmemleak, UBSAN, faults; then with KCSAN'
 	@echo 'make test-vmx     the kernel tests in Bochs with PML, without PML, without EPT; and other ways to run'
 	@echo 'make test-checkpoint   kvm-checkpoint, when others do something to its guest, its QEMU and its processes'
+	@echo 'make test-mutants   all deliberate errors that the code in userspace has to notice; make test runs most'
 	@echo 'make test-all     all of these, some hours'
 	@echo 'make bench    what it costs beside the bitmap and the upstream ring: tables and plots'
 	@echo
@@ -56,7 +57,7 @@ test:
 
 # One after the other, whatever fails; the last word is whether anything did.
 test-all:
-	@failed=; for t in test test-debug test-vmx test-checkpoint model soak bench; do \
+	@failed=; for t in test test-debug test-vmx test-checkpoint test-mutants model soak bench; do \
 		echo "==> make $$t"; TEST_LONG=1 $(MAKE) --no-print-directory $$t || failed="$$failed $$t"; \
 	done; [ -z "$$failed" ] || { echo "failed:$$failed" >&2; exit 1; }
 
@@ -73,6 +74,9 @@ test-debug:
 
 test-vmx:
 	@scripts/test vmx ways
+
+test-mutants:
+	@scripts/test mutants
 
 test-checkpoint:
 	@scripts/test cases

@@ -439,6 +439,13 @@ static void other_mark_and_harvest(void)
 	harvest_vm_once();
 }
 
+/* What is in no ring is taken, and comes again meanwhile. */
+static void overflow_and_harvest(void)
+{
+	mark(-1, STEP_PAGE);
+	harvest_vm_once();
+}
+
 static void harvest_vm_thrice(void)
 {
 	harvest_vm_once();
@@ -476,6 +483,7 @@ static const struct step step_harvests[] = {
 	{ "three HARVESTs", harvest_slot_thrice, true },
 	{ "both HARVESTs", harvest_both, true },
 	{ "another's mark, and HARVEST of the VM", other_mark_and_harvest, true },
+	{ "a page in no ring, and HARVEST of the VM", overflow_and_harvest, true },
 };
 
 /* Harvests that found nothing, before A: how far rings and the log have left. */
@@ -612,6 +620,41 @@ static void step_still(void (*harvest)(void))
 		fail("a mark without a vCPU has no more than %u steps", n);
 }
 
+/*
+ * A ring gets more than it has room for, and more again after it was harvested.
+ */
+#define FULL_ENTRIES	16
+
+static void more_than_a_ring(void)
+{
+	static const struct sim_config c = {
+		.npages = 3 * FULL_ENTRIES * BITS_PER_LONG, .nr_vcpus = 1,
+		.entries = FULL_ENTRIES,
+	};
+	struct kvm_dirty_slot_ring *ring;
+	unsigned int i, n;
+	int fd;
+
+	begin(&c);
+	fd = open_log(0);
+	ring = log_nth_ring(the_log(), 0);
+	/* One less than it has room for, as many, and so on. */
+	for (n = FULL_ENTRIES - 1; n <= 3 * FULL_ENTRIES; n++) {
+		for (i = 0; i < n; i++) {
+			mark(0, i * BITS_PER_LONG);
+			if (ring_used(ring) > FULL_ENTRIES)
+				fail("a ring of %u has %llu entries", FULL_ENTRIES,
+				     ring_used(ring));
+		}
+		expect("a ring, and what it has no room for", harvest(fd, MAX_RUNS), 0, n);
+		if (ring_used(ring) || ring->user->consumer != ring->kern->reset)
+			fail("a harvest of %u pages left reset at %llu, consumer at %llu of %llu",
+			     n, ring->kern->reset, ring->user->consumer, ring->kern->producer);
+	}
+	sim_close(fd);
+	end();
+}
+
 static void run_steps(unsigned int ms)
 {
 	static const struct sim_config c = {
@@ -639,6 +682,7 @@ static void run_steps(unsigned int ms)
 	sim_close(vm_fd);
 	sim_close(slot_fd);
 	end();
+	more_than_a_ring();
 }
 
 /*
