@@ -133,3 +133,59 @@ kill_host() { kill -9 "$(cat "/tmp/$1.pid")"; kill -9 "$(cat "/tmp/$1.protect")"
 
 # verified NAME: it runs and finds its memory whole
 verified() { ask "$1" verify | grep 'verify ok' || bad "the guest's memory is not whole"; }
+
+# Run states.  stays_in STATE COMMAND...: a protected guest gets into the state by a command; it is
+# called $name then, and its standby s$port.  Its QEMU has QARGS, and that of the standby MORE, too.
+port=7000
+stays_in() {
+	state=$1; shift
+	port=$((port + 1))
+	name=g$port
+	say "--- $state: $*"
+	# shellcheck disable=SC2086
+	boot $name $QARGS
+	up $name
+	standby s$port $port --timeout 3s
+	protect $name tcp:127.0.0.1:$port
+	protected $name
+	more_epochs $name
+	gets_into "$@"
+}
+gets_into() {
+	"$@"
+	wait_for 20 state_is $name "$state" || { qmp $name query-status; bad "the guest is not $state"; }
+}
+no_epochs() {
+	wait_for 10 grep -q "no epochs for now: the guest's run state is $state" "/tmp/$name.protect.log" ||
+		bad "there are epochs of a guest that is $state"
+	sleep 5
+	grep 'failing over' "/tmp/s$port.standby.log" && bad "the standby takes over from a guest that lives"
+	state_is $name "$state" || bad "the guest is not $state any more"
+}
+# There are, and the last one knows that the guest does not run
+epochs_go_on() {
+	more_epochs $name
+	wait_for 30 stopped_epoch $name || bad "the epochs do not know that the guest is $state"
+	more_epochs $name
+	state_is $name "$state" || bad "the guest is not $state any more"
+}
+dies() {
+	kill_host $name
+	taken_over s$port
+}
+goes_on() {
+	verified s$port
+	kill -9 "$(cat "/tmp/s$port.pid")"
+}
+# is_there: as it was here; and it goes on when it is told to
+is_there() {
+	wait_for 20 state_is s$port "$state" || { qmp s$port query-status; bad "it is not $state at the standby"; }
+}
+stays() {
+	is_there
+	kill -9 "$(cat "/tmp/s$port.pid")"
+}
+continued() {
+	qmp s$port cont || bad "the guest cannot go on"
+	wait_for 20 state_is s$port running || { qmp s$port query-status; bad "the guest does not go on"; }
+}

@@ -4,6 +4,7 @@
  *
  * usage: tool qmp SOCKET COMMAND...	gives QMP commands, prints what they return; 1 if one fails
  *	  tool guest SOCKET LINE	says LINE to the guest and prints its answer
+ *	  tool gdb SOCKET PACKET...	tells QEMU's gdbstub, at once, and waits until the guest stops
  *	  tool clock SOCKET		the guest's answer to "time", after the time here
  *	  tool same FILE FILE		compares page by page
  *	  tool disk FILE		makes the guest's disk
@@ -95,6 +96,45 @@ static int guest(const char *path, const char *what)
 	return 0;
 }
 
+/*
+ * All in one write, so that QEMU does all of it without looking elsewhere: to be connected stops the
+ * guest, and nobody sees what is in between.
+ */
+static int gdb(int n, char **packets)
+{
+	int fd = connect_to(*packets);
+	uint64_t until = now_us() + SECONDS * 1000000ull;
+	size_t len = 0;
+
+	while (--n) {
+		const char *p = *++packets;
+		unsigned int sum = 0;
+
+		len += snprintf(buf + len, sizeof(buf) - len, "$%s", p);
+		while (*p)
+			sum += (uint8_t)*p++;
+		len += snprintf(buf + len, sizeof(buf) - len, "#%02x", sum % 256);
+	}
+	say(fd, buf);
+	/* What stops it is a packet that begins with T; others are the answers to ours */
+	*buf = '\0';
+	for (len = 0; now_us() < until && len < sizeof(buf) - 1;) {
+		struct pollfd p = { .fd = fd, .events = POLLIN };
+
+		if (poll(&p, 1, 100) <= 0)
+			continue;
+		if (read(fd, buf + len, 1) != 1)
+			break;
+		buf[++len] = '\0';
+		if (strstr(buf, "$T") && strchr(strstr(buf, "$T"), '#')) {
+			printf("%s\n", buf);
+			return 0;
+		}
+	}
+	printf("the guest does not stop: %s\n", buf);
+	return 1;
+}
+
 /* Of some answers the one that took least, which says best when it was given */
 static int clock_of_guest(const char *path)
 {
@@ -152,12 +192,14 @@ int main(int argc, char **argv)
 		return qmp(argc - 2, argv + 2);
 	if (!strcmp(what, "guest") && argc == 4)
 		return guest(argv[2], argv[3]);
+	if (!strcmp(what, "gdb") && argc > 3)
+		return gdb(argc - 2, argv + 2);
 	if (!strcmp(what, "clock") && argc == 3)
 		return clock_of_guest(argv[2]);
 	if (!strcmp(what, "same") && argc == 4)
 		return same(argv[2], argv[3]);
 	if (!strcmp(what, "disk") && argc == 3)
 		return !make_disk(argv[2]);
-	fprintf(stderr, "usage: tool qmp|guest|clock|same|disk ...\n");
+	fprintf(stderr, "usage: tool qmp|guest|gdb|clock|same|disk ...\n");
 	return 2;
 }

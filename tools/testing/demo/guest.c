@@ -21,6 +21,8 @@
  *	time	-> "time REALTIME MONOTONIC CLOCKSOURCE", in microseconds
  *	slots	-> "slots TIMES", after the host bridge was told as often to show the firmware's
  *		   shadow as RAM or as ROM, so that the VMM has to lay out all memory anew
+ *	broken	-> "broken begun" and, when told again, whether block 256 of a second disk, which has
+ *		   what the first one has, is read by now: "broken begun", "broken ok", "broken bad"
  *
  * usage: kernel parameters demo.work= and demo.still= (MiB), demo.rate= (pages
  * written in a second by each thread)
@@ -48,6 +50,7 @@
 
 #define WRITERS		3
 #define DISK_WRITER	2	/* its "steps" are reads from the disk */
+#define BROKEN_BLOCK	256	/* of the second disk */
 
 struct writer {
 	uint64_t *pages;
@@ -263,6 +266,30 @@ static void change_slots(void)
 	fprintf(ctl, "slots %d\n", times);
 }
 
+static _Atomic(const char *) broken;
+
+static void *read_block(void *arg)
+{
+	uint64_t *page = arg;
+	int fd = open("/dev/vdb", O_RDONLY | O_DIRECT);
+
+	broken = fd >= 0 && pread(fd, page, PAGE, BROKEN_BLOCK * PAGE) == PAGE &&
+		 page_is(page, DISK_ID, BROKEN_BLOCK, 0) ? "ok" : "bad";
+	return NULL;
+}
+
+static void read_broken(void)
+{
+	pthread_t thread;
+
+	if (!broken) {
+		broken = "begun";
+		if (pthread_create(&thread, NULL, read_block, alloc_pages(1)))
+			die("pthread_create");
+	}
+	fprintf(ctl, "broken %s\n", broken);
+}
+
 static void hold_writers(void)
 {
 	int i;
@@ -345,6 +372,8 @@ int main(void)
 			tell_time();
 		} else if (!strncmp(line, "slots", 5)) {
 			change_slots();
+		} else if (!strncmp(line, "broken", 6)) {
+			read_broken();
 		} else {
 			fprintf(ctl, "error what? %s", line);
 		}
