@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-only
 # shellcheck shell=sh
+# shellcheck disable=SC2034,SC2086,SC2154 # QARGS is for lib.sh, name and port from there
 # WHAT: The run states debug and internal-error, of which there are no epochs, and migrations, which are refused.
+# STATES: debug internal-error
 . /bin/lib.sh
 gdb() { tool gdb "/tmp/$name.gdb" "$@"; }
 

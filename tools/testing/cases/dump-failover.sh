@@ -2,6 +2,7 @@
 # shellcheck shell=sh
 # WHAT: The host dies while the guest's memory is dumped, in the run state save-vm: the epoch that is left can
 # be loaded.
+# STATES: save-vm
 . /bin/lib.sh
 boot a
 up a

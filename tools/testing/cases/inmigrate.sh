@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-only
 # shellcheck shell=sh
 # WHAT: While a guest is still on its way to this QEMU, it cannot be protected; when it is here, it can.
+# STATES: inmigrate postmigrate
 . /bin/lib.sh
 boot a
 up a

@@ -2,6 +2,7 @@
 # shellcheck shell=sh
 # WHAT: The run states suspended, paused, shutdown and prelaunch: what the standby has can be loaded, and goes on as
 # the manual says.
+# STATES: suspended paused shutdown prelaunch
 . /bin/lib.sh
 # What the guest's ACPI writes to fall asleep, and to be off
 sleeps() { hmp $name "o /w 0x604 0x2400"; }

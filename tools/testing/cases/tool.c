@@ -6,6 +6,8 @@
  *	  tool guest SOCKET LINE	says LINE to the guest and prints its answer
  *	  tool gdb SOCKET PACKET...	tells QEMU's gdbstub, at once, and waits until the guest stops
  *	  tool clock SOCKET		the guest's answer to "time", after the time here
+ *	  tool fence RAM OUT		succeeds, as a fence, and leaves somebody behind who writes to OUT when
+ *					the guest whose memory is in RAM made its next step, and which
  *	  tool same FILE FILE		compares page by page
  *	  tool disk FILE		makes the guest's disk
  *
@@ -160,6 +162,65 @@ static int clock_of_guest(const char *path)
 	return 0;
 }
 
+#define WRITER		0
+#define MAX_PAGES	8192
+#define MAX_COPIES	8
+
+/*
+ * The guest's first writer has made "last" steps.  Which page the next one writes follows from its
+ * number, so that nothing else has to be looked at; but there may be copies of it, which the guest's
+ * kernel has left where it moved pages away from.
+ */
+static int next_step(const char *ram, const char *out)
+{
+	uint64_t n, i, pages, npages = 0, last = 0, made = 0, copies = 0, fenced, next;
+	volatile uint64_t *copy[MAX_COPIES];
+	int fd = open(ram, O_RDONLY);
+	struct stat st;
+	uint64_t *map;
+	FILE *f;
+
+	if (fd < 0 || fstat(fd, &st))
+		return 1;
+	map = mmap(NULL, st.st_size, PROT_READ, MAP_SHARED, fd, 0);
+	if (map == MAP_FAILED)
+		return 1;
+	pages = st.st_size / PAGE;
+	for (n = 0; n < pages; n++) {
+		uint64_t *p = map + n * PAGE_WORDS, nr = page_number(p);
+
+		if (*p != page_tag(WRITER, nr) || nr >= MAX_PAGES)
+			continue;
+		if (page_step(p) > last)
+			last = page_step(p);
+		if (nr >= npages)
+			npages = nr + 1;
+	}
+	next = npages ? page_tag(WRITER, step_page(WRITER, last + 1, npages)) : 0;
+	for (n = 0; next && n < pages && copies < MAX_COPIES; n++) {
+		if (map[n * PAGE_WORDS] == next)
+			copy[copies++] = map + n * PAGE_WORDS;
+	}
+	if (!copies) {
+		printf("this is no memory of the guest\n");
+		return 1;
+	}
+	fenced = now_us();
+	if (fork())
+		return 0;
+	setsid();
+	while (!made && now_us() - fenced < SECONDS * 1000000ull) {
+		for (i = 0; i < copies; i++)
+			made = *copy[i] == next && copy[i][1] > last ? copy[i][1] : made;
+		usleep(100);
+	}
+	n = now_us() - fenced;
+	f = fopen(out, "w");
+	if (f && made)
+		fprintf(f, "step %lu, which comes after %lu, after %.1f ms\n", made, last, n / 1e3);
+	return f ? fclose(f) : 1;
+}
+
 static int same(const char *a, const char *b)
 {
 	int fd[2] = { open(a, O_RDONLY), open(b, O_RDONLY) };
@@ -196,10 +257,12 @@ int main(int argc, char **argv)
 		return gdb(argc - 2, argv + 2);
 	if (!strcmp(what, "clock") && argc == 3)
 		return clock_of_guest(argv[2]);
+	if (!strcmp(what, "fence") && argc == 4)
+		return next_step(argv[2], argv[3]);
 	if (!strcmp(what, "same") && argc == 4)
 		return same(argv[2], argv[3]);
 	if (!strcmp(what, "disk") && argc == 3)
 		return !make_disk(argv[2]);
-	fprintf(stderr, "usage: tool qmp|guest|gdb|clock|same|disk ...\n");
+	fprintf(stderr, "usage: tool qmp|guest|gdb|clock|fence|same|disk ...\n");
 	return 2;
 }

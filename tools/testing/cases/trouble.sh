@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-only
 # shellcheck shell=sh
-# shellcheck disable=SC2034 # MORE is for standby
+# shellcheck disable=SC2034,SC2086,SC2154 # MORE and QARGS are for lib.sh, name and port from there
 # WHAT: The run states io-error, watchdog and guest-panicked: the standby has the guest as it was, and lets it go on.
+# STATES: running io-error watchdog guest-panicked
 . /bin/lib.sh
 DRIVE="-device virtio-blk-pci,drive=second,rerror=stop"
 

@@ -751,6 +751,7 @@ static const struct test tests[] = {
 	{ "protect_pairs", test_pairs },
 	{ "protect_frozen", test_frozen },
 	{ "protect_run_states", test_run_states },
+	{ "protect_other_run_states", test_other_run_states },
 	{ "protect_first_run_state", test_first_run_state },
 	{ "protect_lost", test_lost },
 	{ "protect_discarded", test_discarded },

@@ -51,6 +51,7 @@ void test_pairs(void);
 /* protect_guest.c */
 void test_frozen(void);
 void test_run_states(void);
+void test_other_run_states(void);
 void test_first_run_state(void);
 void test_lost(void);
 void test_plugged(void);
