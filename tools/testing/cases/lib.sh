@@ -65,8 +65,9 @@ state_is() { qmp "$1" query-status | grep -q "\"status\": \"$2\""; }
 # standby NAME PORT [OPTION]...: the guest is called NAME when it has been taken over
 standby() {
 	name=$1 port=$2; shift 2
+	case " $*" in *" --fence "*) ;; *) set -- --no-fence "$@" ;; esac
 	# shellcheck disable=SC2046,SC2086
-	kvm-checkpoint standby --listen "127.0.0.1:$port" --insecure --ram-dir "/dev/shm/$name.dir" --no-fence \
+	kvm-checkpoint standby --listen "127.0.0.1:$port" --insecure --ram-dir "/dev/shm/$name.dir" \
 		--control "/tmp/$name.standby.ctl" "$@" -- $QEMU $(common "$name" "{ram0}") $MORE \
 		-append "$APPEND" >"/tmp/$name.standby.log" 2>&1 &
 	echo $! >"/tmp/$name.standby"
