@@ -23,7 +23,7 @@ port=7002 name=g7002 state=internal-error
 strays() { gdb P12=00a00000 P10=0000000000000000 c; }
 say "--- $state"
 boot $name -S -gdb unix:/tmp/$name.gdb,server=on,wait=off
-standby s$port $port --timeout 3s
+standby s$port $port --timeout 5s
 protect $name tcp:127.0.0.1:$port
 protected $name
 gets_into strays

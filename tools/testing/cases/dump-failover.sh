@@ -6,14 +6,14 @@
 . /bin/lib.sh
 boot a
 up a
-standby s 7001 --timeout 3s
+standby s 7001 --timeout 5s
 protect a tcp:127.0.0.1:7001
 protected a
 more_epochs a
 drain
 slow_dump a detach
 state_is a save-vm || bad "the guest is not dumped"
-sleep 5
+sleep 8
 grep -q "no epochs for now: the guest's run state is save-vm" /tmp/a.protect.log || bad "protect does not say so"
 grep -q "the primary says: the guest's run state is save-vm" /tmp/s.standby.log || bad "the standby does not know"
 grep 'failing over' /tmp/s.standby.log && bad "the standby takes over from a guest that lives"

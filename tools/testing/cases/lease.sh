@@ -50,7 +50,7 @@ state_is a paused || bad "two guests run"
 taken_over s
 state_is a paused || bad "two guests run"
 go_on /tmp/a.protect
-sleep 5
+sleep 8
 state_is a running && bad "two guests run"
 verified s
 kill_host a
@@ -69,7 +69,7 @@ go_on /tmp/s.pid
 # Not even for a moment: its lease was over long ago
 wait_for 5 state_is s paused || bad "two guests run"
 go_on /tmp/s.protect
-sleep 5
+sleep 8
 state_is s running && bad "two guests run"
 verified t
 echo "$before, then it was stopped"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-# shellcheck shell=sh
+# shellcheck shell=dash
 #
 # What the cases share; they run in the rig, each in a shell of its own, and scripts/cases says how.
 # A guest has a name; of the guest NAME there are
@@ -26,15 +26,18 @@ good() { say "RIGHT: $*"; exit 0; }
 bad() { say "WRONG: $*"; show /tmp/*.log; exit 1; }
 show() { for f; do echo "--- $f"; tail -n 12 "$f"; done; }
 
-# wait_for SECONDS COMMAND...: until it succeeds
+# wait_for SECONDS COMMAND...: until it succeeds; twice at least, however long it takes.  SECONDS are those of a
+# quiet machine.
+uptime() { read -r up _ </proc/uptime; echo "${up%.*}"; }
 wait_for() {
-	n=$(($1 * 5)); shift
-	while [ $n -gt 0 ]; do
-		"$@" >/dev/null 2>&1 && return 0
+	local n=$(($(uptime) + 4 * $1))
+
+	shift
+	until "$@" >/dev/null 2>&1; do
+		[ $n -gt 0 ] || return 1
+		[ "$(uptime)" -le $n ] || n=0
 		sleep 0.2
-		n=$((n - 1))
 	done
-	return 1
 }
 
 # common NAME MEMORY: the arguments of its QEMU, at both sides
@@ -51,20 +54,27 @@ common() {
 
 # boot NAME [ARG]...: a guest with more arguments of QEMU
 boot() {
-	name=$1; shift
+	local name=$1
+
+	shift
 	# shellcheck disable=SC2046
 	$QEMU $(common "$name" "/dev/shm/$name.ram") -append "$APPEND" "$@" >"/tmp/$name.log" 2>&1 &
 }
 # up NAME: it answers
-up() { wait_for "${2:-100}" ask "$1" status || bad "guest $1 does not answer"; }
+up() {
+	wait_for "${2:-100}" ask "$1" status || { tail -n 3 "/tmp/$1.console"; qmp "$1" query-status; bad "guest $1 does not answer"; }
+	say "guest $1 answers"
+}
 ask() { tool guest "/tmp/$1.ctl" "$2"; }
-qmp() { name=$1; shift; tool qmp "/tmp/$name.mon" "$@"; }
+qmp() { local name=$1; shift; tool qmp "/tmp/$name.mon" "$@"; }
 hmp() { qmp "$1" "{'execute': 'human-monitor-command', 'arguments': {'command-line': '$2'}}"; }
 state_is() { qmp "$1" query-status | grep -q "\"status\": \"$2\""; }
 
 # standby NAME PORT [OPTION]...: the guest is called NAME when it has been taken over
 standby() {
-	name=$1 port=$2; shift 2
+	local name=$1 port=$2
+
+	shift 2
 	case " $*" in *" --fence "*) ;; *) set -- --no-fence "$@" ;; esac
 	# shellcheck disable=SC2046,SC2086
 	kvm-checkpoint standby --listen "127.0.0.1:$port" --insecure --ram-dir "/dev/shm/$name.dir" \
@@ -76,20 +86,30 @@ standby() {
 
 # protect NAME WHERE [OPTION]...
 protect() {
-	name=$1 where=$2; shift 2
+	local name=$1 where=$2
+
+	shift 2
 	case $where in tcp:*) set -- --insecure "$@" ;; esac
 	kvm-checkpoint protect --qmp "/tmp/$name.qmp" --to "$where" --interval 50ms --json \
 		--control "/tmp/$name.protect.ctl" "$@" >"/tmp/$name.json" 2>"/tmp/$name.protect.log" &
 	echo $! >"/tmp/$name.protect"
 }
-protected() { wait_for "${2:-120}" grep -q '"event":"synced"' "/tmp/$1.json" || bad "guest $1 is not protected"; }
+protected() {
+	wait_for "${2:-100}" grep -q '"event":"synced"' "/tmp/$1.json" || bad "guest $1 is not protected"
+	say "guest $1 is protected"
+}
 # Its end is there until somebody waits for it
 protects() { grep -qs '^State:.*[RSDT] ' "/proc/$(cat "/tmp/$1.protect")/status"; }
 acked() { grep '"event":"acked"' "/tmp/$1.json" | tail -n 1 | sed 's/.*"epoch"://; s/}.*//'; }
 
 # newer NAME EPOCH; more_epochs NAME: wait until two more are acknowledged
 newer() { [ "$(acked "$1")" -gt "$2" ]; }
-more_epochs() { e=$(acked "$1"); wait_for 30 newer "$1" $((e + 1)) || bad "there are no more epochs after $e"; }
+more_epochs() {
+	local e
+
+	e=$(acked "$1")
+	wait_for 30 newer "$1" $((e + 1)) || bad "there are no more epochs after $e"
+}
 
 # equal NAME STANDBY: stop the guest, and compare with the epoch that has all of it
 stopped_epoch() { grep '"event":"epoch"' "/tmp/$1.json" | tail -n 1 | grep -q '"was_running":false'; }
@@ -102,7 +122,8 @@ equal() {
 }
 # catch NAME: stop protect in the midst of an epoch
 catch() {
-	n=0
+	local n=0
+
 	while [ $n -lt 200 ]; do
 		kill -STOP "$(cat "/tmp/$1.protect")"
 		sleep 0.2
@@ -116,7 +137,8 @@ catch() {
 
 # slow_dump NAME detach|wait: dump its memory, into a pipe that is read as fast as drain says
 slow_dump() {
-	d=false
+	local d=false
+
 	[ "$2" = wait ] || d=true
 	qmp "$1" "{'execute': 'dump-guest-memory', 'arguments': {'paging': false, 'protocol': 'file:/tmp/dump.fifo', 'detach': $d}}"
 }
@@ -129,7 +151,10 @@ drain() {
 }
 
 # taken_over NAME
-taken_over() { wait_for 60 grep -q 'taken over at epoch' "/tmp/$1.standby.log" || bad "the standby has not taken over"; }
+taken_over() {
+	wait_for 60 grep -q 'taken over at epoch' "/tmp/$1.standby.log" || bad "the standby has not taken over"
+	say "the guest is at standby $1"
+}
 kill_host() { kill -9 "$(cat "/tmp/$1.pid")"; kill -9 "$(cat "/tmp/$1.protect")" 2>/dev/null; }
 
 # verified NAME: it runs and finds its memory whole
@@ -144,34 +169,34 @@ stays_in() {
 	name=g$port
 	say "--- $state: $*"
 	# shellcheck disable=SC2086
-	boot $name $QARGS
-	up $name
-	standby s$port $port --timeout 3s
-	protect $name tcp:127.0.0.1:$port
-	protected $name
-	more_epochs $name
+	boot "$name" $QARGS
+	up "$name"
+	standby s$port $port --timeout 5s
+	protect "$name" tcp:127.0.0.1:$port
+	protected "$name"
+	more_epochs "$name"
 	gets_into "$@"
 }
 gets_into() {
 	"$@"
-	wait_for 20 state_is $name "$state" || { qmp $name query-status; bad "the guest is not $state"; }
+	wait_for 20 state_is "$name" "$state" || { qmp "$name" query-status; bad "the guest is not $state"; }
 }
 no_epochs() {
 	wait_for 10 grep -q "no epochs for now: the guest's run state is $state" "/tmp/$name.protect.log" ||
 		bad "there are epochs of a guest that is $state"
-	sleep 5
+	sleep 8
 	grep 'failing over' "/tmp/s$port.standby.log" && bad "the standby takes over from a guest that lives"
-	state_is $name "$state" || bad "the guest is not $state any more"
+	state_is "$name" "$state" || bad "the guest is not $state any more"
 }
 # There are, and the last one knows that the guest does not run
 epochs_go_on() {
-	more_epochs $name
-	wait_for 30 stopped_epoch $name || bad "the epochs do not know that the guest is $state"
-	more_epochs $name
-	state_is $name "$state" || bad "the guest is not $state any more"
+	more_epochs "$name"
+	wait_for 30 stopped_epoch "$name" || bad "the epochs do not know that the guest is $state"
+	more_epochs "$name"
+	state_is "$name" "$state" || bad "the guest is not $state any more"
 }
 dies() {
-	kill_host $name
+	kill_host "$name"
 	taken_over s$port
 }
 goes_on() {

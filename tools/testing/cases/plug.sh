@@ -7,7 +7,7 @@ ended() { ! protects "$1"; }
 SMP=1,maxcpus=2
 boot a
 up a
-standby s 7001 --timeout 3s
+standby s 7001 --timeout 5s
 protect a tcp:127.0.0.1:7001
 protected a
 more_epochs a
@@ -17,7 +17,7 @@ say "--- it is plugged"
 wait_for 60 ended a || bad "protect goes on"
 grep -q "the guest's devices have been changed (new is" /tmp/a.protect.log || bad "it does not say what is new"
 wait_for 5 grep -q 'ends the protection: detached' /tmp/s.standby.log || bad "the standby was not told"
-sleep 5
+sleep 8
 grep 'failing over' /tmp/s.standby.log && bad "the standby takes over from a guest that lives"
 state_is a running || bad "the guest does not run on"
 say "--- with a standby that has it, too"

@@ -6,7 +6,7 @@
 SMP=1
 boot a -trace kvm_set_user_memory
 up a
-standby s 7001 --timeout 3s
+standby s 7001 --timeout 5s
 protect a tcp:127.0.0.1:7001
 protected a
 more_epochs a

@@ -4,7 +4,7 @@
 . /bin/lib.sh
 boot a
 up a
-standby s 7001 --timeout 3s
+standby s 7001 --timeout 5s
 protect a tcp:127.0.0.1:7001
 protected a
 drain
