@@ -18,6 +18,8 @@
  * It is talked to over ttyS1, in lines:
  *	status	-> "status STEPS STEPS STEPS", steps of each writer so far
  *	verify	-> "verify ok PAGES" or "verify bad COUNT of PAGES, first: ..."
+ *	holder	-> "holder TIMES WRITES", how often somebody else had written to the second disk, if
+ *		   there is one, where this guest alone may write, and how often it did itself
  *	time	-> "time REALTIME MONOTONIC CLOCKSOURCE", in microseconds
  *	slots	-> "slots TIMES", after the host bridge was told as often to show the firmware's
  *		   shadow as RAM or as ROM, so that the VMM has to lay out all memory anew
@@ -221,6 +223,41 @@ static void check_memory(void)
 		fprintf(ctl, "verify ok %lu\n", total);
 }
 
+/*
+ * What only one may hold: the first block of a disk.  Each copy of this guest has all that is in its
+ * memory in common with the others, so they all take themselves for the one, but a copy that runs
+ * finds what another one wrote there.  Then it takes a new name, which another copy cannot have had
+ * the same idea of: it would have to do so at the same tick of the TSC.  Who goes on from an
+ * epoch finds the last write of who was there before, once.
+ */
+static struct {
+	int disk;
+	atomic_ulong foreign, writes;
+} holder = { .disk = -1 };
+
+static void *holder_thread(void *arg)
+{
+	static uint64_t mine[PAGE_WORDS] __attribute__((aligned(PAGE)));
+	static uint64_t there[PAGE_WORDS] __attribute__((aligned(PAGE)));
+
+	(void)arg;
+	for (;; usleep(20000)) {
+		if (mine[1]) {
+			if (pread(holder.disk, there, PAGE, 0) != PAGE)
+				die("read of the second disk");
+			if (memcmp(mine, there, PAGE)) {
+				holder.foreign++;
+				mine[0] = mix(mine[0] + __builtin_ia32_rdtsc());
+			}
+		}
+		mine[1]++;
+		if (pwrite(holder.disk, mine, PAGE, 0) != PAGE)
+			die("write to the second disk");
+		holder.writes++;
+	}
+	return NULL;
+}
+
 static uint64_t clock_us(clockid_t id)
 {
 	struct timespec ts;
@@ -357,6 +394,10 @@ int main(void)
 			die("pthread_create");
 	}
 
+	holder.disk = open("/dev/vdb", O_RDWR | O_DIRECT);
+	if (holder.disk >= 0 && pthread_create(&thread, NULL, holder_thread, NULL))
+		die("pthread_create");
+
 	fprintf(ctl, "ready\n");
 	while (fgets(line, sizeof(line), in)) {
 		if (!strncmp(line, "status", 6)) {
@@ -368,6 +409,9 @@ int main(void)
 			hold_writers();
 			check_memory();
 			atomic_store(&hold, false);
+		} else if (!strncmp(line, "holder", 6)) {
+			fprintf(ctl, "holder %lu %lu\n", atomic_load(&holder.foreign),
+				atomic_load(&holder.writes));
 		} else if (!strncmp(line, "time", 4)) {
 			tell_time();
 		} else if (!strncmp(line, "slots", 5)) {

@@ -1,0 +1,174 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * Runs inside the rig: protects a guest with kvm-checkpoint, kills what can be killed, and asks the
+ * guest that goes on elsewhere whether its memory is what it should be and how far it had come.
+ *
+ * usage: failover QEMU FIRMWARE KERNEL INITRD KVM-CHECKPOINT TEST...
+ *
+ * scripts/failover says which tests there are.
+ *
+ * What an acknowledged epoch promises: the guest has been asked for its step counts all the time,
+ * so it is known that it had come at least so far when the epoch was taken.  The one that goes on
+ * must not know less.
+ *
+ * That there is one copy: the guest keeps writing to a disk that all copies of it have in common,
+ * and reads back what it wrote.  Who takes over may see one write of another, the last one of who
+ * had it before; whoever sees more is not alone.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <sys/stat.h>
+
+#include "failover.h"
+
+const char *qemu, *firmware, *kernel, *initrd, *checkpoint, *self = "/bin/failover";
+/* Small rings, so that they get full */
+const char *accel = "kvm,dirty-slot-ring-size=512";
+bool tls;
+const char *max_dirty, *chain;
+uint64_t started, seed;
+unsigned int last_gen;
+struct vm vm;
+pid_t standby;
+
+static void make_files(void)
+{
+	uint64_t n;
+	FILE *f;
+
+	if (!make_disk(DISK_FILE))
+		fatal(DISK_FILE);
+	f = fopen(HOLDER_FILE, "w");
+	if (!f || ftruncate(fileno(f), 1 << 20) || fclose(f))
+		fatal(HOLDER_FILE);
+	umask(077);
+	f = fopen(PSK_FILE, "w");
+	if (!f)
+		fatal(PSK_FILE);
+	fprintf(f, "demo:");
+	for (n = 0; n < 4; n++)
+		fprintf(f, "%016lx", mix(now_us() + n));
+	fprintf(f, "\n");
+	if (fclose(f))
+		fatal(PSK_FILE);
+}
+
+static const struct test {
+	const char *name;
+	bool (*run)(unsigned int n);
+	bool own_guests;		/* boots what it needs */
+} tests[] = {
+	{ "kills", test_kills, false },
+	{ "seconds", test_seconds, false },
+	{ "paused", test_paused, false },
+	{ "equal", test_equal, false },
+	{ "meddles", test_meddles, false },
+	{ "resets", test_resets, false },
+	{ "daemons", test_daemons, false },
+	{ "chains", test_chains, false },
+	{ "early", test_early, false },
+	{ "boots", test_boot, true },
+	{ "links", test_links, false },
+	{ "measure", test_measure, true },
+	{ "copies", test_copies, false },
+	{ "faults", test_faults, false },
+};
+
+/* The -accel of the guest that is there, NULL if there is none */
+static const char *booted;
+
+static bool new_guest(void)
+{
+	leave(&vm);
+	remove_ram(vm.ram);
+	kill_now(&standby, true);
+	booted = accel;
+	return boot(&vm);
+}
+
+static bool run_test(const struct test *t, const struct fault_kind *kind, unsigned int n)
+{
+	bool own = t && t->own_guests, ok = own || booted == accel || new_guest();
+
+	ok = ok && (t ? t->run(n) : test_fault(kind, n));
+	if (own)
+		booted = NULL;
+	return ok;
+}
+
+/* What it says is what was asked for, for who repeats it */
+static void set_seed(uint64_t n)
+{
+	seed = n;
+	note("seed=%lu", seed);
+}
+
+int main(int argc, char **argv)
+{
+	bool ok = true;
+	size_t k;
+	int i;
+
+	if (argc == 3 && !strcmp(argv[1], "fence"))
+		return be_fence(argv[2]);
+	if (argc == 2 && !strcmp(argv[1], "list")) {
+		for (k = 0; k < ARRAY_SIZE(tests); k++)
+			printf("%s\n", tests[k].name);
+		list_faults();
+		return 0;
+	}
+	if (argc < 7) {
+		fprintf(stderr,
+			"usage: failover QEMU FIRMWARE KERNEL INITRD KVM-CHECKPOINT TEST...\n");
+		return 2;
+	}
+	qemu = argv[1];
+	firmware = argv[2];
+	kernel = argv[3];
+	initrd = argv[4];
+	checkpoint = argv[5];
+	started = now_us();
+	signal(SIGPIPE, SIG_IGN);
+	vm.ctl = -1;
+	vm.mon = -1;
+	make_files();
+	if (strncmp(argv[6], "seed=", 5))
+		set_seed(mix(now_us() ^ time(NULL)) % 1000000);
+
+	for (i = 6; i < argc && ok; i++) {
+		char *value = strchr(argv[i], '=');
+		size_t len = value ? value - argv[i] : 0;
+		uint64_t n = value ? strtoull(value + 1, NULL, 10) : 0;
+		const struct fault_kind *kind = find_fault(argv[i], len);
+
+		if (!strncmp(argv[i], "accel=", 6)) {
+			accel = value + 1;
+			continue;
+		}
+		if (!strncmp(argv[i], "tls=", 4)) {
+			tls = n;
+			continue;
+		}
+		if (!strncmp(argv[i], "seed=", 5)) {
+			set_seed(n);
+			continue;
+		}
+		for (k = 0; k < ARRAY_SIZE(tests); k++) {
+			if (strlen(tests[k].name) == len && !strncmp(tests[k].name, argv[i], len))
+				break;
+		}
+		if (!n || (k == ARRAY_SIZE(tests) && !kind)) {
+			fprintf(stderr, "failover: %s: not TEST=NUMBER\n", argv[i]);
+			return 2;
+		}
+		ok = run_test(kind ? NULL : &tests[k], kind, n);
+		printf("%s %s\n", ok ? "PASSED" : "FAILED", argv[i]);
+		fflush(stdout);
+	}
+	leave(&vm);
+	kill_now(&standby, true);
+	return ok ? 0 : 1;
+}
