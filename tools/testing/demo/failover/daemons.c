@@ -50,6 +50,11 @@ pid_t start_standby(struct pair *x)
 	} else {
 		a.v[a.n++] = "--no-fence";
 	}
+	/* A busy machine may be slow, and that is no fault */
+	a.v[a.n++] = "--io-timeout";
+	a.v[a.n++] = "60s";
+	a.v[a.n++] = "--load-timeout";
+	a.v[a.n++] = "120s";
 	a.v[a.n++] = "--control";
 	arg(&a, "/tmp/standby-%u.ctl", x->gen);
 	a.v[a.n++] = "--ram-dir";
@@ -213,6 +218,8 @@ void start_protect(struct protect *p, struct vm *vm, struct pair *x, const char 
 		a.v[a.n++] = "--lease";
 		arg(&a, "%u", x->timeout_ms / 10 * 9);
 	}
+	a.v[a.n++] = "--io-timeout";
+	a.v[a.n++] = "60s";
 	a.v[a.n++] = "--disk";
 	a.v[a.n++] = "external";
 	a.v[a.n++] = "--json";
