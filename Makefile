@@ -5,7 +5,7 @@
 .DEFAULT_GOAL := help
 MINUTES ?= 30
 
-.PHONY: help deps kernel qemu test test-debug test-vmx test-checkpoint demo bench plots patch check clean
+.PHONY: help deps kernel qemu test test-debug test-vmx test-checkpoint test-failover demo bench plots patch check clean
 .PHONY: tools tools-install model soak test-all test-mutants
 
 help:
@@ -15,6 +15,7 @@ help:
 	@echo 'make test-debug   the kernel tests with KASAN, lockdep, kmemleak, UBSAN, faults; then with KCSAN'
 	@echo 'make test-vmx     the kernel tests in Bochs with PML, without PML, without EPT; and other ways to run'
 	@echo 'make test-checkpoint   kvm-checkpoint, when others do something to its guest, its QEMU and its processes'
+	@echo 'make test-failover     300 times its QEMU is killed, and on 300 bad days its links, daemons, disks and clocks fail'
 	@echo 'make test-mutants   all deliberate errors that the code in userspace has to notice; make test runs most'
 	@echo 'make test-all     all of these, some hours'
 	@echo 'make bench    what it costs beside the bitmap and the upstream ring: tables and plots'
@@ -57,7 +58,7 @@ test:
 
 # One after the other, whatever fails; the last word is whether anything did.
 test-all:
-	@failed=; for t in test test-debug test-vmx test-checkpoint test-mutants model soak bench; do \
+	@failed=; for t in test test-debug test-vmx test-checkpoint test-failover test-mutants model soak bench; do \
 		echo "==> make $$t"; TEST_LONG=1 $(MAKE) --no-print-directory $$t || failed="$$failed $$t"; \
 	done; [ -z "$$failed" ] || { echo "failed:$$failed" >&2; exit 1; }
 
@@ -80,6 +81,9 @@ test-mutants:
 
 test-checkpoint:
 	@scripts/test cases
+
+test-failover:
+	@scripts/test failover-long
 
 demo:
 	@scripts/deps kernel rig qemu tools

@@ -52,9 +52,9 @@ pid_t start_standby(struct pair *x)
 	}
 	/* A busy machine may be slow, and that is no fault */
 	a.v[a.n++] = "--io-timeout";
-	a.v[a.n++] = "60s";
+	a.v[a.n++] = "300s";
 	a.v[a.n++] = "--load-timeout";
-	a.v[a.n++] = "120s";
+	a.v[a.n++] = "600s";
 	a.v[a.n++] = "--control";
 	arg(&a, "/tmp/standby-%u.ctl", x->gen);
 	a.v[a.n++] = "--ram-dir";
@@ -219,7 +219,7 @@ void start_protect(struct protect *p, struct vm *vm, struct pair *x, const char 
 		arg(&a, "%u", x->timeout_ms / 10 * 9);
 	}
 	a.v[a.n++] = "--io-timeout";
-	a.v[a.n++] = "60s";
+	a.v[a.n++] = "300s";
 	a.v[a.n++] = "--disk";
 	a.v[a.n++] = "external";
 	a.v[a.n++] = "--json";

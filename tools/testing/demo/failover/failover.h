@@ -20,10 +20,11 @@
 #define HOLDER_FILE	"/dev/shm/guest-holder"
 #define PSK_FILE	"/tmp/psk"
 
-#define BOOT_TIMEOUT	240	/* seconds */
-#define SYNC_TIMEOUT	180
-#define FAILOVER_TIMEOUT 120
-#define ANSWER_TIMEOUT	60
+/* Seconds, and so many that only what hangs reaches them: a busy machine is slow */
+#define BOOT_TIMEOUT	900
+#define SYNC_TIMEOUT	600
+#define FAILOVER_TIMEOUT 600
+#define ANSWER_TIMEOUT	300
 
 #define MAX_EPOCHS	65536
 
