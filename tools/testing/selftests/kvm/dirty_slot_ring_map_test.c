@@ -11,7 +11,6 @@
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/epoll.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -827,9 +826,6 @@ TEST(poll_wakes)
 	dsr_free(v);
 }
 
-/* A poll() that has not come back by now sleeps on a log that is readable. */
-#define WAKE_UP_MS	15000
-
 static void *poll_and_harvest_thread(void *arg)
 {
 	struct taker *t = arg;
@@ -843,38 +839,20 @@ static void *poll_and_harvest_thread(void *arg)
 	return NULL;
 }
 
-/*
- * Pages are marked while the harvest that the page before them called for takes
- * that one out.  Who of the two has the poller woken is for the kernel to know:
- * each page marked has to be harvested, and no further mark comes to the rescue.
- * Returns how many there were.
- */
+/* Returns how many pages were marked. */
 static uint64_t check_poll_for_marks(void *(*poller)(void *))
 {
 	/* the top of the overflow log is one word of 16 bits */
 	struct dsr *v = dsr_new(.npages = 16 * 64 * 64);
 	struct taker t = { .v = v, .got = set_new(v) };
-	uint64_t marked = 0, since, end = now_ms() + (quick ? 500 : 5000);
-	int i;
+	const struct marked_log log = { .fd = v->fd, .npages = v->npages };
+	uint64_t marked;
 
 	CHECK_OK(pthread_create(&t.thread, NULL, poller, &t));
-	while (now_ms() < end) {
-		for (i = random() % 4; i >= 0; i--) {
-			marked += dsr_mark(v->fd, random() % v->npages, 1);
-			dither(400);
-		}
-		since = now_ms();
-		while (__atomic_load_n(&t.nr, __ATOMIC_ACQUIRE) != marked) {
-			CHECK(now_ms() - since < WAKE_UP_MS,
-			      "poll() sleeps: %lu marked, %lu harvested, readable: %d",
-			      marked, t.nr, poll_log(v->fd, 0));
-			sched_yield();
-		}
-	}
+	marked = mark_for_poller(&log, 1, v->fd, &t.nr);
 	WRITE_ONCE(t.stop, true);
 	dsr_mark(v->fd, 0, 1);
 	CHECK_OK(pthread_join(t.thread, NULL));
-	CHECK(marked, "no page marked");
 	expect_nothing(v);
 	free(t.got);
 	dsr_free(v);
@@ -889,14 +867,12 @@ TEST(poll_wakes_for_marks)
 /* As above, but it is told of changes alone, and of what was there at the start. */
 static void *edge_thread(void *arg)
 {
-	struct epoll_event ev = { .events = EPOLLIN | EPOLLET };
-	int ep = epoll_create1(0);
 	struct taker *t = arg;
+	int ep = edge_open(t->v->fd);
 	uint64_t n;
 
-	CHECK_OK(epoll_ctl(ep, EPOLL_CTL_ADD, t->v->fd, &ev));
 	while (!READ_ONCE(t->stop)) {
-		CHECK(epoll_wait(ep, &ev, 1, 4 * WAKE_UP_MS) >= 0, "epoll_wait");
+		edge_wait(ep);
 		/* until there is no MORE */
 		n = harvest_cap(t->v->fd, t->got, t->v->npages, 0, 64);
 		__atomic_fetch_add(&t->nr, n, __ATOMIC_RELEASE);

@@ -12,7 +12,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/epoll.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/socket.h>
@@ -1242,19 +1241,15 @@ TEST(vm_poll_wakes)
 	free(v);
 }
 
-#define WAKE_UP_MS	15000
-
 /* Who is told of edges alone, and sleeps after each complete harvest, misses nothing. */
 static void *vm_edge_thread(void *arg)
 {
 	struct vm_taker *t = arg;
-	struct epoll_event ev = { .events = EPOLLIN | EPOLLET };
-	int ep = epoll_create1(0), i;
+	int ep = edge_open(t->a->fd), i;
 	uint64_t pages;
 
-	CHECK_OK(epoll_ctl(ep, EPOLL_CTL_ADD, t->a->fd, &ev));
 	while (!READ_ONCE(t->stop)) {
-		CHECK(epoll_wait(ep, &ev, 1, 4 * WAKE_UP_MS) >= 0 || errno == EINTR, "epoll_wait");
+		edge_wait(ep);
 		for (i = 0, pages = 0; i < t->a->nr_logs; i++)
 			pages -= t->a->log[i].pages;
 		all_harvest(t->a, 0, t->cap);
@@ -1270,31 +1265,18 @@ TEST(vm_poll_edge)
 {
 	struct dsr *v = dsr_new(.entries = 64, .npages = 16 * 64 * 64);
 	struct vm_taker t = { .a = all_new(v), .cap = 4 };
-	int fd = slot_new(v, OTHER_SLOT, OTHER_GPA, 64), i;
-	uint64_t marked = 0, since, end = now_ms() + (quick ? 500 : 5000);
+	int fd = slot_new(v, OTHER_SLOT, OTHER_GPA, 64);
+	const struct marked_log logs[] = {
+		{ .fd = v->fd, .npages = v->npages }, { .fd = fd, .npages = 64 },
+	};
 
 	all_add(t.a, v->fd);
 	all_add(t.a, fd);
 	CHECK_OK(pthread_create(&t.thread, NULL, vm_edge_thread, &t));
-	while (now_ms() < end) {
-		for (i = random() % 4; i >= 0; i--) {
-			if (random() & 1)
-				marked += dsr_mark(v->fd, random() % v->npages, 1);
-			else
-				marked += dsr_mark(fd, random() % 64, 1);
-			dither(400);
-		}
-		since = now_ms();
-		while (__atomic_load_n(&t.slot.nr, __ATOMIC_ACQUIRE) != marked) {
-			CHECK(now_ms() - since < WAKE_UP_MS, "no event: %lu marked, %lu harvested",
-			      marked, t.slot.nr);
-			sched_yield();
-		}
-	}
+	mark_for_poller(logs, ARRAY_SIZE(logs), t.a->fd, &t.slot.nr);
 	WRITE_ONCE(t.stop, true);
 	dsr_mark(v->fd, 0, 1);
 	CHECK_OK(pthread_join(t.thread, NULL));
-	CHECK(marked, "no page marked");
 	close(fd);
 	all_free(t.a);
 	dsr_free(v);

@@ -30,6 +30,16 @@ void dither(int max);
 /* What poll() says of a log, or 0 after @timeout_ms. */
 int poll_log(int fd, int timeout_ms);
 
+/* A poll() that has not come back by now sleeps on a log that is readable. */
+#define WAKE_UP_MS	15000
+
+/*
+ * Who is told of changes alone, and of what was there at the start: a descriptor, to
+ * be closed; and the wait for the next change, or longer than for WAKE_UP_MS.
+ */
+int edge_open(int fd);
+void edge_wait(int ep);
+
 /* The signal that reading or writing *@p brings, or 0. */
 int probe(void *p, bool write);
 

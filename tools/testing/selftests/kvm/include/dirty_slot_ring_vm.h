@@ -208,6 +208,21 @@ void liar_start(struct liar *l);
 void liar_stop(struct liar *l);
 
 /* A userfaultfd handler that lets faults through when told to. */
+/* Logs in which mark_for_poller() marks pages. */
+struct marked_log {
+	int fd;
+	uint64_t npages;
+};
+
+/*
+ * A thread polls @fd, harvests and adds to *@harvested what it got.  Pages are marked
+ * while the harvest that the page before them called for takes that one out.  Who of
+ * the two has the poller woken is for the kernel to know: each page marked has to be
+ * harvested, and no further mark comes to the rescue.  Returns how many there were.
+ */
+uint64_t mark_for_poller(const struct marked_log *logs, int nr, int fd,
+			 const uint64_t *harvested);
+
 struct gate {
 	bool open, waiting;
 };

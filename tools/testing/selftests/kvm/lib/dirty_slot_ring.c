@@ -11,6 +11,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/epoll.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/time.h>
@@ -68,6 +69,27 @@ int poll_log(int fd, int timeout_ms)
 
 	CHECK(ret >= 0, "poll gave %d", ret);
 	return ret ? p.revents : 0;
+}
+
+int edge_open(int fd)
+{
+	struct epoll_event ev = { .events = EPOLLIN | EPOLLET };
+	int ep = epoll_create1(0);
+
+	CHECK_OK(epoll_ctl(ep, EPOLL_CTL_ADD, fd, &ev));
+	return ep;
+}
+
+void edge_wait(int ep)
+{
+	struct epoll_event ev;
+	int ret;
+
+	/* A signal is no event: who harvests for it hides one that is missing. */
+	do {
+		ret = epoll_wait(ep, &ev, 1, 4 * WAKE_UP_MS);
+	} while (ret < 0 && errno == EINTR);
+	CHECK(ret >= 0, "epoll_wait gave %d", ret);
 }
 
 static sigjmp_buf probe_env;

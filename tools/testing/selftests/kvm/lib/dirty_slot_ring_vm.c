@@ -517,6 +517,31 @@ void liar_stop(struct liar *l)
 	CHECK_OK(pthread_join(l->thread, NULL));
 }
 
+uint64_t mark_for_poller(const struct marked_log *logs, int nr, int fd,
+			 const uint64_t *harvested)
+{
+	uint64_t marked = 0, since, end = now_ms() + (quick ? 500 : 5000);
+	const struct marked_log *log;
+	int i;
+
+	while (now_ms() < end) {
+		for (i = random() % 4; i >= 0; i--) {
+			log = &logs[random() % nr];
+			marked += dsr_mark(log->fd, random() % log->npages, 1);
+			dither(400);
+		}
+		since = now_ms();
+		while (__atomic_load_n(harvested, __ATOMIC_ACQUIRE) != marked) {
+			CHECK(now_ms() - since < WAKE_UP_MS,
+			      "poll() sleeps: %lu marked, %lu harvested, readable: %d",
+			      marked, *harvested, poll_log(fd, 0));
+			sched_yield();
+		}
+	}
+	CHECK(marked, "no page marked");
+	return marked;
+}
+
 struct gate gate;
 
 int gate_handler(int mode, int uffd, struct uffd_msg *msg)
