@@ -63,25 +63,32 @@ static void mark(int vcpu, gfn_t gfn)
 
 struct result {
 	u64 pages;
-	u32 nr_runs, flags;
+	u32 flags;
 	int r;
 };
+
+static struct result result_of(int r, u64 pages, u32 flags)
+{
+	if (r)
+		return (struct result){ .r = r };
+	return (struct result){ .pages = pages, .flags = flags };
+}
+
+static void count_seen(u32 first, u32 npages)
+{
+	while (npages--)
+		seen[first++]++;
+}
 
 static struct result harvest(int fd, u32 room)
 {
 	struct kvm_dirty_slot_runs args = { .runs = (uintptr_t)runs, .nr_runs = room };
-	struct result res = { .r = sim_ioctl(fd, KVM_DIRTY_SLOT_LOG_HARVEST, &args) };
-	u32 i, j;
+	int r = sim_ioctl(fd, KVM_DIRTY_SLOT_LOG_HARVEST, &args);
+	u32 i;
 
-	if (res.r)
-		return res;
-	res.pages = args.nr_pages;
-	res.nr_runs = args.nr_runs;
-	res.flags = args.flags;
-	for (i = 0; i < args.nr_runs; i++)
-		for (j = 0; j < runs[i].npages; j++)
-			seen[runs[i].offset + j]++;
-	return res;
+	for (i = 0; !r && i < args.nr_runs; i++)
+		count_seen(runs[i].offset, runs[i].npages);
+	return result_of(r, args.nr_pages, args.flags);
 }
 
 /* In fixed.c a slot's number times this is where it begins. */
@@ -90,18 +97,13 @@ static struct result harvest(int fd, u32 room)
 static struct result harvest_vm(int fd, u32 room)
 {
 	struct kvm_dirty_vm_harvest args = { .runs = (uintptr_t)vm_runs, .nr_runs = room };
-	struct result res = { .r = sim_ioctl(fd, KVM_DIRTY_VM_LOG_HARVEST, &args) };
-	u32 i, j;
+	int r = sim_ioctl(fd, KVM_DIRTY_VM_LOG_HARVEST, &args);
+	u32 i;
 
-	if (res.r)
-		return res;
-	res.pages = args.nr_pages;
-	res.nr_runs = args.nr_runs;
-	res.flags = args.flags;
-	for (i = 0; i < args.nr_runs; i++)
-		for (j = 0; j < vm_runs[i].npages; j++)
-			seen[vm_runs[i].slot * SLOT_PAGES + vm_runs[i].offset + j]++;
-	return res;
+	for (i = 0; !r && i < args.nr_runs; i++)
+		count_seen(vm_runs[i].slot * SLOT_PAGES + vm_runs[i].offset,
+			   vm_runs[i].npages);
+	return result_of(r, args.nr_pages, args.flags);
 }
 
 static void expect(const char *what, struct result res, int r, u64 pages)

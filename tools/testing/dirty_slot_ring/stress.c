@@ -24,13 +24,11 @@
 #include <getopt.h>
 #include <signal.h>
 #include <stdarg.h>
-#include <time.h>
 
 #include "stress.h"
 
 #define MAX_CAPACITY	8192
 #define RECENT		32
-#define ROUND_MS	25
 #define MAX_VCPUS	8
 #define MAX_HARVESTERS	4
 
@@ -135,8 +133,6 @@ void (*on_mark)(const struct kvm_memory_slot *memslot, gfn_t gfn);
 
 static const struct test_case *test;
 static int fd;
-static bool stop, stopped_logging;
-static pthread_barrier_t round_ends, round_begins;
 
 /* What consumers made of the reports, the last one of each page's writes. */
 static u64 *copy;
@@ -274,12 +270,6 @@ u64 write_as_vcpu(struct kvm_vcpu *vcpu, gfn_t gfn, gfn_t other)
 	return val;
 }
 
-static void end_of_round(void)
-{
-	pthread_barrier_wait(&round_ends);
-	pthread_barrier_wait(&round_begins);
-}
-
 static void *vcpu_thread(void *arg)
 {
 	struct kvm_vcpu *vcpu = arg;
@@ -288,12 +278,7 @@ static void *vcpu_thread(void *arg)
 	gfn_t gfn = 0;
 	u32 how;
 
-	while (!READ_ONCE(stopped_logging)) {
-		if (READ_ONCE(stop)) {
-			sim_exit(vcpu);
-			end_of_round();
-			continue;
-		}
+	while (rounds_go_on(vcpu)) {
 		gfn = next_page(&rnd, gfn);
 		how = random_u32(&rnd) % 64;
 		if (how % 16 < test->pause) {
@@ -349,11 +334,7 @@ static void *device_thread(void *arg)
 
 	(void)arg;
 	shim_inject = test->inject;
-	while (!READ_ONCE(stopped_logging)) {
-		if (READ_ONCE(stop)) {
-			end_of_round();
-			continue;
-		}
+	while (rounds_go_on(NULL)) {
 		gfn = next_page(&rnd, gfn);
 		if (random_u32(&rnd) % 4)
 			write_as_kvm(NULL, gfn);
@@ -525,11 +506,7 @@ static void *harvest_thread(void *arg)
 	int r;
 
 	shim_inject = test->inject;
-	while (!READ_ONCE(stopped_logging)) {
-		if (READ_ONCE(stop)) {
-			end_of_round();
-			continue;
-		}
+	while (rounds_go_on(NULL)) {
 		if (test->wait) {
 			r = sim_poll(fd, 3);
 			if (r < 0)
@@ -589,11 +566,7 @@ static void *hostile_thread(void *arg)
 	u32 r;
 
 	(void)arg;
-	while (!READ_ONCE(stopped_logging)) {
-		if (READ_ONCE(stop)) {
-			end_of_round();
-			continue;
-		}
+	while (rounds_go_on(NULL)) {
 		r = random_u32(&rnd);
 		reset = __atomic_load_n(&rings[r % test->vm.nr_vcpus].kern->reset,
 					__ATOMIC_ACQUIRE);
@@ -608,12 +581,8 @@ static void *hostile_thread(void *arg)
 
 static void *mapping_thread(void *arg)
 {
-	while (!READ_ONCE(stopped_logging)) {
-		if (READ_ONCE(stop))
-			end_of_round();
-		else
-			read_mapping(arg);
-	}
+	while (rounds_go_on(NULL))
+		read_mapping(arg);
 	return NULL;
 }
 
@@ -632,11 +601,7 @@ static void *steal_thread(void *arg)
 
 	(void)arg;
 	map = calloc(words, sizeof(*map));
-	while (!READ_ONCE(stopped_logging)) {
-		if (READ_ONCE(stop)) {
-			end_of_round();
-			continue;
-		}
+	while (rounds_go_on(NULL)) {
 		memset(map, 0, words * sizeof(*map));
 		mutex_lock(&kvm->slots_lock);
 		memslot = sim_slot(0);
@@ -677,11 +642,7 @@ static void *discard_thread(void *arg)
 
 	(void)arg;
 	shim_inject = test->inject;
-	while (!READ_ONCE(stopped_logging)) {
-		if (READ_ONCE(stop)) {
-			end_of_round();
-			continue;
-		}
+	while (rounds_go_on(NULL)) {
 		run.offset = random_u32(&rnd) % test->vm.npages;
 		run.npages = min_t(u32, 1 + random_u32(&rnd) % 300,
 				   test->vm.npages - run.offset);
@@ -738,8 +699,9 @@ static void check_counts(void)
 }
 
 /* All but the main thread wait. */
-static void check_round(struct consumer *c)
+static void check_round(void *arg)
 {
+	struct consumer *c = arg;
 	u64 nr_pages;
 	unsigned long i;
 
@@ -786,31 +748,13 @@ static void free_consumer(struct consumer *c)
 	free(c->pages);
 }
 
-static void start(pthread_t *threads, unsigned int *n, void *(*fn)(void *), void *arg)
-{
-	if (pthread_create(&threads[(*n)++], NULL, fn, arg))
-		fail("no more threads");
-}
-
-u64 now_ms(void)
-{
-	struct timespec t;
-
-	clock_gettime(CLOCK_MONOTONIC, &t);
-	return t.tv_sec * 1000ULL + t.tv_nsec / 1000000;
-}
-
 static void run_case(unsigned int ms)
 {
 	struct kvm_dirty_slot_log_fd arg = { 0 };
 	struct consumer own, consumers[MAX_HARVESTERS];
-	unsigned int i, nr = 0, rounds = 0, nr_threads;
+	unsigned int i, rounds;
 	unsigned long npages = test->vm.npages, k;
-	pthread_t threads[16];
-	u64 end;
 
-	stop = false;
-	stopped_logging = false;
 	harvested = 0;
 	stolen = 0;
 	memset(recent, 0, sizeof(recent));
@@ -830,40 +774,24 @@ static void run_case(unsigned int ms)
 	for (k = 0; k < npages && test->vm.init_set; k++)
 		marks[k]++;
 
-	nr_threads = test->vm.nr_vcpus + test->harvesters + test->mapped + test->steal +
-		     test->discard + test->device + test->hostile;
-	pthread_barrier_init(&round_ends, NULL, nr_threads + 1);
-	pthread_barrier_init(&round_begins, NULL, nr_threads + 1);
+	rounds_begin(test->vm.nr_vcpus + test->harvesters + test->mapped + test->steal +
+		     test->discard + test->device + test->hostile);
 	for (i = 0; i < test->vm.nr_vcpus; i++)
-		start(threads, &nr, vcpu_thread, sim_kvm->vcpus[i]);
+		rounds_start(vcpu_thread, sim_kvm->vcpus[i]);
 	for (i = 0; i < test->harvesters; i++)
-		start(threads, &nr, harvest_thread, &consumers[i]);
+		rounds_start(harvest_thread, &consumers[i]);
 	if (test->mapped)
-		start(threads, &nr, mapping_thread, &consumers[0]);
+		rounds_start(mapping_thread, &consumers[0]);
 	if (test->hostile)
-		start(threads, &nr, hostile_thread, NULL);
+		rounds_start(hostile_thread, NULL);
 	if (test->steal)
-		start(threads, &nr, steal_thread, NULL);
+		rounds_start(steal_thread, NULL);
 	if (test->discard)
-		start(threads, &nr, discard_thread, NULL);
+		rounds_start(discard_thread, NULL);
 	if (test->device)
-		start(threads, &nr, device_thread, NULL);
+		rounds_start(device_thread, NULL);
 
-	for (end = now_ms() + ms; !rounds || now_ms() < end; rounds++) {
-		usleep(ROUND_MS * 1000);
-		WRITE_ONCE(stop, true);
-		pthread_barrier_wait(&round_ends);
-		check_round(&own);
-		WRITE_ONCE(stop, false);
-		pthread_barrier_wait(&round_begins);
-	}
-	WRITE_ONCE(stop, true);
-	pthread_barrier_wait(&round_ends);
-	WRITE_ONCE(stopped_logging, true);
-	WRITE_ONCE(stop, false);
-	pthread_barrier_wait(&round_begins);
-	for (i = 0; i < nr; i++)
-		pthread_join(threads[i], NULL);
+	rounds = rounds_run(ms, check_round, &own);
 	check_deletion(&own);
 
 	printf("# %s: %u rounds, pages: %llu harvested, %llu reset, %llu stolen\n", test->name,
@@ -876,8 +804,6 @@ static void run_case(unsigned int ms)
 	sim_close(fd);
 	sim_destroy();
 	on_mark = NULL;
-	pthread_barrier_destroy(&round_ends);
-	pthread_barrier_destroy(&round_begins);
 	free_consumer(&own);
 	for (i = 0; i < ARRAY_SIZE(consumers); i++)
 		free_consumer(&consumers[i]);

@@ -24,6 +24,18 @@ void __printf(1, 2) __noreturn fail(const char *fmt, ...);
 u32 random_u32(u64 *state);
 u64 now_ms(void);
 
+/*
+ * rounds.c: threads that do what they do until rounds_go_on() says no.  In it all of
+ * them stand still at the end of each round, a vCPU outside of the guest; round_ends()
+ * tells who should get there soon.  rounds_run() calls @check while they do, goes on for
+ * @ms but for one round at least, joins the threads and returns how many rounds it was.
+ */
+void rounds_begin(unsigned int nr_threads);
+void rounds_start(void *(*fn)(void *), void *arg);
+unsigned int rounds_run(unsigned int ms, void (*check)(void *arg), void *arg);
+bool rounds_go_on(struct kvm_vcpu *vcpu);
+bool round_ends(void);
+
 /* What mark_page_dirty_in_slot() calls beside the log's code; NULL: nothing. */
 extern void (*on_mark)(const struct kvm_memory_slot *memslot, gfn_t gfn);
 

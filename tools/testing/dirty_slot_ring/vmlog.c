@@ -20,8 +20,6 @@
 
 #define STRIDE		256		/* pages of guest memory for each slot... */
 #define MAX_LOGS	4096
-#define MAX_THREADS	16
-#define ROUND_MS	25
 
 struct vm_case {
 	struct sim_config vm;
@@ -50,16 +48,8 @@ struct record {
 static const struct vm_case *test;
 static struct record *records[MAX_LOGS];
 static unsigned int nr_logs;		/* made so far, or being made */
-static bool stop, stopped;
 static int vm_fd;
-static pthread_barrier_t round_ends, round_begins;
 static u64 harvested, changes;
-
-static void end_of_round(void)
-{
-	pthread_barrier_wait(&round_ends);
-	pthread_barrier_wait(&round_begins);
-}
 
 static void count_mark(const struct kvm_memory_slot *memslot, gfn_t gfn)
 {
@@ -80,12 +70,7 @@ static void *vcpu_thread(void *arg)
 	gfn_t gfn = 0;
 	u32 how;
 
-	while (!READ_ONCE(stopped)) {
-		if (READ_ONCE(stop)) {
-			sim_exit(vcpu);
-			end_of_round();
-			continue;
-		}
+	while (rounds_go_on(vcpu)) {
 		how = random_u32(&rnd);
 		gfn = how % 8 ? gfn - gfn % STRIDE + how / 8 % STRIDE : how / 8 % nr;
 		how = random_u32(&rnd) % 64;
@@ -150,11 +135,7 @@ static void *manager_thread(void *arg)
 	int id;
 
 	(void)arg;
-	while (!READ_ONCE(stopped)) {
-		if (READ_ONCE(stop)) {
-			end_of_round();
-			continue;
-		}
+	while (rounds_go_on(NULL)) {
 		id = random_u32(&rnd) % test->slots;
 		if (!sim_slot(id))
 			create(id, &rnd);
@@ -292,11 +273,7 @@ static void *vm_thread(void *arg)
 	shim_inject = test->inject;
 	r.known = __atomic_load_n(&nr_logs, __ATOMIC_ACQUIRE);
 	r.fd = test->one_file ? vm_fd : open_vm();
-	while (!READ_ONCE(stopped)) {
-		if (READ_ONCE(stop)) {
-			end_of_round();
-			continue;
-		}
+	while (rounds_go_on(NULL)) {
 		if (test->wait) {
 			ret = sim_poll(r.fd, 3);
 			if (ret < 0)
@@ -322,7 +299,7 @@ static void harvest_slot(int fd, struct record *rec, struct kvm_dirty_run *runs,
 	u32 i, j;
 	int r;
 
-	while (calls-- && !READ_ONCE(stop)) {
+	while (calls-- && !round_ends()) {
 		if (test->discard && !(random_u32(rnd) % 4)) {
 			run.offset = random_u32(rnd) % rec->npages;
 			run.npages = 1 + random_u32(rnd) % (rec->npages - run.offset);
@@ -370,11 +347,7 @@ static void *slot_thread(void *arg)
 	u64 rnd = (uintptr_t)arg + 1;
 	int fd;
 
-	while (!READ_ONCE(stopped)) {
-		if (READ_ONCE(stop)) {
-			end_of_round();
-			continue;
-		}
+	while (rounds_go_on(NULL)) {
 		shim_inject = 0;
 		which.slot = random_u32(&rnd) % test->slots;
 		fd = kvm_vm_ioctl_get_dirty_slot_log_fd(sim_kvm, &which);
@@ -413,8 +386,9 @@ static void check_record(struct record *rec)
 }
 
 /* All but the main thread wait. */
-static void check_round(struct reader *r)
+static void check_round(void *arg)
 {
+	struct reader *r = arg;
 	u64 nr_pages;
 	unsigned int i;
 
@@ -464,25 +438,15 @@ static void check_end(struct reader *r)
 		fail("poll() of a VM that is gone");
 }
 
-static void start(pthread_t *threads, unsigned int *n, void *(*fn)(void *), void *arg)
-{
-	if (*n == MAX_THREADS || pthread_create(&threads[(*n)++], NULL, fn, arg))
-		fail("no more threads");
-}
-
 static void run_case(const struct vm_case *which, unsigned int ms)
 {
 	struct vm_case now = *which;
 	struct reader own = { 0 };
-	unsigned int i, nr = 0, rounds = 0;
-	pthread_t threads[MAX_THREADS];
-	u64 end;
+	unsigned int i, rounds;
 
 	test = &now;
 	now.vm.memory = true;
 	now.vm.nr_gfns = now.slots * STRIDE;
-	stop = false;
-	stopped = false;
 	harvested = 0;
 	changes = 0;
 	nr_logs = 0;
@@ -493,32 +457,16 @@ static void run_case(const struct vm_case *which, unsigned int ms)
 	own.known = MAX_LOGS;
 	own.runs = calloc(now.capacity, sizeof(*own.runs));
 
-	i = now.vm.nr_vcpus + now.harvesters + now.slot_harvesters + 2;
-	pthread_barrier_init(&round_ends, NULL, i);
-	pthread_barrier_init(&round_begins, NULL, i);
+	rounds_begin(now.vm.nr_vcpus + 1 + now.harvesters + now.slot_harvesters);
 	for (i = 0; i < now.vm.nr_vcpus; i++)
-		start(threads, &nr, vcpu_thread, sim_kvm->vcpus[i]);
-	start(threads, &nr, manager_thread, NULL);
+		rounds_start(vcpu_thread, sim_kvm->vcpus[i]);
+	rounds_start(manager_thread, NULL);
 	for (i = 0; i < now.harvesters; i++)
-		start(threads, &nr, vm_thread, NULL);
+		rounds_start(vm_thread, NULL);
 	for (i = 0; i < now.slot_harvesters; i++)
-		start(threads, &nr, slot_thread, (void *)(uintptr_t)i);
+		rounds_start(slot_thread, (void *)(uintptr_t)i);
 
-	for (end = now_ms() + ms; !rounds || now_ms() < end; rounds++) {
-		usleep(ROUND_MS * 1000);
-		WRITE_ONCE(stop, true);
-		pthread_barrier_wait(&round_ends);
-		check_round(&own);
-		WRITE_ONCE(stop, false);
-		pthread_barrier_wait(&round_begins);
-	}
-	WRITE_ONCE(stop, true);
-	pthread_barrier_wait(&round_ends);
-	WRITE_ONCE(stopped, true);
-	WRITE_ONCE(stop, false);
-	pthread_barrier_wait(&round_begins);
-	for (i = 0; i < nr; i++)
-		pthread_join(threads[i], NULL);
+	rounds = rounds_run(ms, check_round, &own);
 	check_round(&own);
 	printf("# %s: %u rounds, %llu changes of memslots, %llu pages harvested\n", case_name,
 	       rounds, changes, harvested);
@@ -528,8 +476,6 @@ static void run_case(const struct vm_case *which, unsigned int ms)
 
 	on_mark = NULL;
 	sim_close(vm_fd);
-	pthread_barrier_destroy(&round_ends);
-	pthread_barrier_destroy(&round_begins);
 	free(own.runs);
 }
 
