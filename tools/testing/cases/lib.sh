@@ -60,12 +60,12 @@ boot() {
 	# shellcheck disable=SC2046
 	$QEMU $(common "$name" "/dev/shm/$name.ram") -append "$APPEND" "$@" >"/tmp/$name.log" 2>&1 &
 }
-# up NAME: it answers
+# up NAME: it answers.  What it was told before it was ready may be lost.
 up() {
-	wait_for "${2:-100}" ask "$1" status || { tail -n 3 "/tmp/$1.console"; qmp "$1" query-status; bad "guest $1 does not answer"; }
+	wait_for "${2:-100}" ask "$1" status 5 || { tail -n 3 "/tmp/$1.console"; qmp "$1" query-status; bad "guest $1 does not answer"; }
 	say "guest $1 answers"
 }
-ask() { tool guest "/tmp/$1.ctl" "$2"; }
+ask() { tool guest "/tmp/$1.ctl" "$2" ${3+"$3"}; }
 qmp() { local name=$1; shift; tool qmp "/tmp/$name.mon" "$@"; }
 hmp() { qmp "$1" "{'execute': 'human-monitor-command', 'arguments': {'command-line': '$2'}}"; }
 state_is() { qmp "$1" query-status | grep -q "\"status\": \"$2\""; }
@@ -158,7 +158,13 @@ taken_over() {
 kill_host() { kill -9 "$(cat "/tmp/$1.pid")"; kill -9 "$(cat "/tmp/$1.protect")" 2>/dev/null; }
 
 # verified NAME: it runs and finds its memory whole
-verified() { ask "$1" verify | grep 'verify ok' || bad "the guest's memory is not whole"; }
+verified() {
+	local answer
+
+	answer=$(ask "$1" verify) || bad "guest $1 does not say how its memory is"
+	say "guest $1: $answer"
+	case "$answer" in *"verify ok"*) ;; *) bad "the guest's memory is not whole" ;; esac
+}
 
 # Run states.  stays_in STATE COMMAND...: a protected guest gets into the state by a command; it is
 # called $name then, and its standby s$port.  Its QEMU has QARGS, and that of the standby MORE, too.

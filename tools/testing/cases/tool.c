@@ -3,7 +3,7 @@
  * What the cases need and a shell has not.
  *
  * usage: tool qmp SOCKET COMMAND...	gives QMP commands, prints what they return; 1 if one fails
- *	  tool guest SOCKET LINE	says LINE to the guest and prints its answer
+ *	  tool guest SOCKET LINE [N]	says LINE to the guest and prints its answer; waits N seconds for it
  *	  tool gdb SOCKET PACKET...	tells QEMU's gdbstub, at once, and waits until the guest stops
  *	  tool clock SOCKET		the guest's answer to "time", after the time here
  *	  tool fence RAM OUT		succeeds, as a fence, and leaves somebody behind who writes to OUT when
@@ -24,7 +24,7 @@
 
 #include "driver.h"
 
-#define SECONDS 60
+#define SECONDS 300	/* on any machine */
 
 static char buf[1 << 20];
 
@@ -84,14 +84,14 @@ static int qmp(int n, char **commands)
 	return bad;
 }
 
-static int guest(const char *path, const char *what)
+static int guest(const char *path, const char *what, unsigned int seconds)
 {
 	int fd = connect_to(path);
 	char *line;
 
 	say(fd, what);
 	say(fd, "\n");
-	line = read_line(fd, buf, sizeof(buf), what, NULL, SECONDS);
+	line = read_line(fd, buf, sizeof(buf), what, NULL, seconds);
 	if (!line)
 		return 1;
 	printf("%s\n", strstr(line, what));
@@ -251,8 +251,8 @@ int main(int argc, char **argv)
 
 	if (!strcmp(what, "qmp") && argc > 3)
 		return qmp(argc - 2, argv + 2);
-	if (!strcmp(what, "guest") && argc == 4)
-		return guest(argv[2], argv[3]);
+	if (!strcmp(what, "guest") && (argc == 4 || argc == 5))
+		return guest(argv[2], argv[3], argc == 5 ? atoi(argv[4]) : SECONDS);
 	if (!strcmp(what, "gdb") && argc > 3)
 		return gdb(argc - 2, argv + 2);
 	if (!strcmp(what, "clock") && argc == 3)
