@@ -35,12 +35,50 @@ static bool call_spend(struct kvm_dirty_slot_call *c, u32 n)
 }
 
 /*
- * How far ahead of an entry the words of entries to come are asked for: their misses
- * overlap then, which an atomic operation for each would not let them.  And how many
- * lines ahead of that the entries, which the vCPU has in its cache.
+ * What a look at a ring's entries finds before any of it is taken: words of the bitmap,
+ * asked for so that their misses overlap, which an atomic operation for each would not
+ * let them.  Entries of one word that follow one another are one.
  */
-#define TAKE_AHEAD	16
+#define LOOK_WORDS	48
+/* How many lines ahead entries are asked for, which the vCPU has in its cache. */
 #define LINES_AHEAD	8
+
+struct look {
+	u32 word, nr;		/* of the bitmap; entries */
+	unsigned long own;	/* their pages */
+};
+
+/* Look at @nr entries from @at on, or some; returns the words there are in @look. */
+static unsigned int look_ahead(const struct kvm_dirty_slot_log *log,
+			       const struct kvm_dirty_run *runs, u32 at, u32 nr,
+			       struct look *look)
+{
+	u32 last = log->entries - 1, end = at + nr, line, offset;
+	struct look *next = look, *now = NULL;
+	unsigned long *p = NULL, *q;
+
+	while (at != end) {
+		prefetch(&runs[(at + LINES_AHEAD * ENTRIES_PER_LINE) & last]);
+		line = min_t(u32, end - at, ENTRIES_PER_LINE - at % ENTRIES_PER_LINE);
+		for (line += at; at != line; at++) {
+			offset = runs[at & last].offset;
+			q = &log->bitmap[offset / BITS_PER_LONG];
+			if (q != p) {
+				if (next == look + LOOK_WORDS)
+					return LOOK_WORDS;
+				p = q;
+				prefetchw(p);
+				now = next++;
+				now->word = offset / BITS_PER_LONG;
+				now->nr = 0;
+				now->own = 0;
+			}
+			now->own |= BIT(offset % BITS_PER_LONG);
+			now->nr++;
+		}
+	}
+	return next - look;
+}
 
 /* Give entries that were read back to the vCPU. */
 static void ring_give_back(struct kvm_dirty_slot_ring *ring, u64 cursor)
@@ -48,26 +86,48 @@ static void ring_give_back(struct kvm_dirty_slot_ring *ring, u64 cursor)
 	smp_store_release(&ring->kern->reset, cursor); /* B */
 }
 
-/* Take the entries from @cursor to @end; returns the one for which there was no room. */
-static __always_inline u64 take_entries(struct kvm_dirty_slot_log *log,
-					struct kvm_dirty_slot_call *c,
-					const struct kvm_dirty_slot_ring *ring,
-					u64 cursor, u64 end, bool neighbours)
+/*
+ * As long as there is room, in the order of the entries: the pages of a word are not
+ * in that order, and the last of them would never have its turn.
+ */
+static noinline bool take_one_by_one(struct kvm_dirty_slot_log *log,
+				     struct kvm_dirty_slot_call *c,
+				     const struct kvm_dirty_run *runs,
+				     u64 *cursor, u32 nr, bool neighbours)
 {
-	const struct kvm_dirty_run *runs = ring->runs;
-	u32 offset, next, last = log->entries - 1;
 	unsigned long own;
+	u32 offset;
 
-	for (; cursor != end; cursor++) {
-		next = min(cursor + TAKE_AHEAD, end - 1) & last;
-		prefetchw(&log->bitmap[runs[next].offset / BITS_PER_LONG]);
-		if (!(next % ENTRIES_PER_LINE))
-			prefetch(&runs[(next + LINES_AHEAD * ENTRIES_PER_LINE) & last]);
-		offset = runs[cursor & last].offset;
+	for (; nr; nr--, ++*cursor) {
+		offset = runs[*cursor & (log->entries - 1)].offset;
 		own = BIT(offset % BITS_PER_LONG);
 		if (!batch_take(log, c, offset / BITS_PER_LONG, own,
 				neighbours ? ~0UL : own))
-			break;
+			return false;
+	}
+	return true;
+}
+
+/* Take the entries from @cursor to @end; returns the one for which there was no room. */
+static __always_inline u64 take_entries(struct kvm_dirty_slot_log *log,
+					struct kvm_dirty_slot_call *c,
+					const struct kvm_dirty_run *runs,
+					u64 cursor, u64 end, struct look *look,
+					bool neighbours)
+{
+	const struct look *l, *stop;
+
+	while (cursor != end) {
+		stop = look + look_ahead(log, runs, cursor, end - cursor, look);
+		for (l = look; l != stop; l++) {
+			if (likely(c->nr_runs <= c->plenty) &&
+			    batch_take(log, c, l->word, l->own,
+				       neighbours ? ~0UL : l->own))
+				cursor += l->nr;
+			else if (!take_one_by_one(log, c, runs, &cursor, l->nr,
+						  neighbours))
+				return cursor;
+		}
 	}
 	return cursor;
 }
@@ -90,6 +150,7 @@ static enum take take_ring(struct kvm_dirty_slot_log *log,
 {
 	struct kvm_dirty_slot_ring *ring = log_nth_ring(log, span->ring);
 	u64 reset = ring->kern->reset, cursor = reset, end;
+	struct look look[LOOK_WORDS];
 	enum take took = TAKE_DONE;
 	unsigned long own;
 	u32 offset;
@@ -100,9 +161,11 @@ static enum take take_ring(struct kvm_dirty_slot_log *log,
 
 		end = cursor + min_t(u64, span->limit - cursor, c->budget);
 		if (likely(c->ahead < CALL_AHEAD))
-			cursor = take_entries(log, c, ring, cursor, end, true);
+			cursor = take_entries(log, c, ring->runs, cursor, end,
+					      look, true);
 		else
-			cursor = take_entries(log, c, ring, cursor, end, false);
+			cursor = take_entries(log, c, ring->runs, cursor, end,
+					      look, false);
 		c->ahead += (s64)(c->nr_pages - pages) - (s64)(cursor - from);
 		if (cursor != end)
 			took = TAKE_FULL;

@@ -21,7 +21,7 @@
  * a page that finds it full costs the vCPU and who harvests more cache misses than
  * memory is worth, and where more than that is dirty, the overflow's order is better.
  */
-#define RING_DEFAULT_LEAST	16384
+#define RING_DEFAULT_LEAST	4096
 #define RING_DEFAULT_SHARE	8
 
 /*

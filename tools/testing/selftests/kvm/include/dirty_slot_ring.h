@@ -32,8 +32,8 @@ kvm_static_assert(offsetof(struct kvm_dirty_slot_ring_kern, overflowed) == 128);
 
 #define PG			4096ul
 
-/* Of a slot of DSR_MAX_ENTRIES pages; an eighth of its pages if it has more. */
-#define DSR_DEFAULT_ENTRIES	16384
+/* Of a slot of DSR_MAX_ENTRIES pages. */
+#define DSR_DEFAULT_ENTRIES	(DSR_MAX_ENTRIES / 8)
 #define DSR_MAX_ENTRIES		65536
 
 static inline int __dsr_enable(struct kvm_vm *vm, uint64_t entries, uint64_t flags)
