@@ -85,27 +85,25 @@ static char *on_command(void *ctx, const char *line, bool *ok)
 		      "only a standby can go on with a guest, and this one goes to a directory");
 }
 
-int kc_sleep_ms(const struct protect *p, uint64_t until_us)
-{
-	uint64_t now = kc_now_us(), due = p->sink ? kc_sink_due_us(p->sink) : UINT64_MAX;
-
-	if (due > until_us)
-		due = until_us;
-	if (due > now + MAX_SLEEP_MS * 1000)
-		due = now + MAX_SLEEP_MS * 1000;
-	return due > now ? (due - now + 999) / 1000 : 0;
-}
-
-void kc_sleep(struct protect *p, uint64_t until_us)
+bool kc_sleep(struct protect *p, uint64_t until_us, int log_fd)
 {
 	struct pollfd fds[] = {
 		{ .fd = kc_wake_fd(), .events = POLLIN },
 		{ .fd = p->guest.qmp.fd, .events = POLLIN },
 		{ .fd = p->sink ? kc_sink_fd(p->sink) : -1, .events = POLLIN },
+		{ .fd = log_fd, .events = POLLIN },
 	};
+	uint64_t now = kc_now_us(), due = p->sink ? kc_sink_due_us(p->sink) : UINT64_MAX;
+	int n;
 
-	poll(fds, 3, kc_sleep_ms(p, until_us));
+	if (due > until_us)
+		due = until_us;
+	if (due > now + MAX_SLEEP_MS * 1000)
+		due = now + MAX_SLEEP_MS * 1000;
+	n = poll(fds, 4, due > now ? (due - now + 999) / 1000 : 0);
+	/* Before anybody looks for what it was: what comes after that wakes again. */
 	kc_wake_clear();
+	return n > 0 && fds[3].revents & POLLIN;
 }
 
 /* Until something fails or ends it */

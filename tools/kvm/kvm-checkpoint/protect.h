@@ -86,12 +86,11 @@ extern atomic_bool kc_stop_requested, kc_switch_requested;
 extern volatile sig_atomic_t kc_may_exit;
 
 /*
- * How long poll() may wait for what is due then; the sink's heartbeats come before.  kc_wake_fd()
- * has to be among what it waits for.
+ * Waits until then, or until something comes from QEMU or the sink, somebody wants something, or
+ * one of the rings of @log_fd (-1: none) is half full: true.  All that the daemon waits for when
+ * it is not in the midst of something is waited for here; the sink's heartbeats come in time.
  */
-int kc_sleep_ms(const struct protect *p, uint64_t until_us);
-/* Waits until then, or until something comes from QEMU or the sink, or somebody wants something */
-void kc_sleep(struct protect *p, uint64_t until_us);
+bool kc_sleep(struct protect *p, uint64_t until_us, int log_fd);
 
 /* --- protect_show.c: what is shown ---------------------------------------- */
 

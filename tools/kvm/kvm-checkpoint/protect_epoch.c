@@ -3,7 +3,6 @@
  * kvm-checkpoint protect: taking epochs and handing them to the sink.
  */
 #include <errno.h>
-#include <poll.h>
 #include <string.h>
 #include <unistd.h>
 
@@ -26,14 +25,12 @@ enum where kc_epoch_wait(struct protect *p, uint64_t until_us, int *rc, struct k
 {
 	struct guest *g = &p->guest;
 	bool watch = p->max_dirty && g->log;
-	struct pollfd fds[4];
 	enum where where;
 
 	for (;;) {
 		uint64_t now = kc_now_us();
-		bool ready, full = false, watch_now;
+		bool ready, full;
 
-		kc_wake_clear();
 		where = kc_link_look(p, rc, err);
 		if (where != OK)
 			return where;
@@ -44,16 +41,9 @@ enum where kc_epoch_wait(struct protect *p, uint64_t until_us, int *rc, struct k
 		if (ready && !kc_switch_requested && (now >= until_us || full))
 			return OK;
 
-		fds[0] = (struct pollfd){ .fd = g->qmp.fd, .events = POLLIN };
-		fds[1] = (struct pollfd){ .fd = kc_sink_fd(p->sink), .events = POLLIN };
-		fds[2] = (struct pollfd){ .fd = kc_wake_fd(), .events = POLLIN };
-		fds[3] = (struct pollfd){ .fd = g->log_fd, .events = POLLIN };
-		watch_now = watch && !full;
 		/* When it is due, it waits for an acknowledgement. */
-		if (poll(fds, watch_now ? 4 : 3,
-			 kc_sleep_ms(p, now < until_us ? until_us : UINT64_MAX)) <= 0)
-			continue;
-		if (watch_now && fds[3].revents & POLLIN) {
+		if (kc_sleep(p, now < until_us ? until_us : UINT64_MAX,
+			     watch && !full ? g->log_fd : -1)) {
 			*rc = guest_harvest(g, err);
 			if (*rc)
 				return GUEST;

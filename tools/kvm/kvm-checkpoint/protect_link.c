@@ -155,7 +155,7 @@ static enum where wait_ms(struct protect *p, unsigned int ms, int *rc, struct kc
 
 	enum where where = OK;
 
-	for (; where == OK && kc_now_us() < until; kc_sleep(p, until))
+	for (; where == OK && kc_now_us() < until; kc_sleep(p, until, -1))
 		where = kc_link_look(p, rc, err);
 	return where;
 }

@@ -131,7 +131,7 @@ uint64_t epoch_taken(const struct pair *x)
 	return epoch;
 }
 
-bool tell_standby(const struct pair *x, const char *command)
+static bool tell(const struct pair *x, const char *whom, const char *command)
 {
 	char socket[64], *argv[] = {
 		(char *)checkpoint, "status", socket, (char *)command, NULL
@@ -140,10 +140,20 @@ bool tell_standby(const struct pair *x, const char *command)
 	int status;
 	pid_t pid;
 
-	snprintf(socket, sizeof(socket), "/tmp/standby-%u.ctl", x->gen);
+	snprintf(socket, sizeof(socket), "/tmp/%s-%u.ctl", whom, x->gen);
 	err_file(x, path);
 	pid = start(argv, -1, path);
 	return waitpid(pid, &status, 0) == pid && !status;
+}
+
+bool tell_standby(const struct pair *x, const char *command)
+{
+	return tell(x, "standby", command);
+}
+
+bool tell_protect(const struct pair *x, const char *command)
+{
+	return tell(x, "protect", command);
 }
 
 static void *read_protect(void *arg)
@@ -222,6 +232,12 @@ void start_protect(struct protect *p, struct vm *vm, struct pair *x, const char 
 	a.v[a.n++] = "300s";
 	a.v[a.n++] = "--disk";
 	a.v[a.n++] = "external";
+	if (x->leaves) {
+		a.v[a.n++] = "--control";
+		arg(&a, "/tmp/protect-%u.ctl", x->gen);
+		a.v[a.n++] = "--leave-ram";
+		arg(&a, "/dev/shm/standby-%u", x->gen + 1);
+	}
 	a.v[a.n++] = "--json";
 	a.v[a.n] = NULL;
 	if (pipe2(out, O_CLOEXEC))
@@ -313,6 +329,11 @@ bool watch_guest(struct vm *vm, unsigned int ms)
 		usleep(20000);
 	} while (now_us() < until);
 	return true;
+}
+
+const struct sample *last_sample(void)
+{
+	return nr_samples ? &samples[(nr_samples - 1) % MAX_SAMPLES] : NULL;
 }
 
 const struct sample *promised(uint64_t epoch)

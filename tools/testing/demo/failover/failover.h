@@ -148,6 +148,7 @@ struct pair {
 	enum safe safe;
 	unsigned int protects;	/* this generation's QEMU is protected */
 	bool relayed;		/* the link goes through the relay */
+	bool leaves;		/* its memory, on switchover, where the next pair's standby is */
 	unsigned int disk_mb;	/* of a file system of its own for the standby, or 0 */
 };
 
@@ -169,6 +170,7 @@ void reset_log(void);
 uint64_t last_acked(void);
 /* Asks the guest how far it is, again and again */
 bool watch_guest(struct vm *vm, unsigned int ms);
+const struct sample *last_sample(void);
 /* What the guest must know that goes on from an epoch */
 const struct sample *promised(uint64_t epoch);
 bool check_guest(struct vm *vm, const struct sample *least);
@@ -180,8 +182,9 @@ unsigned int standby_said(const struct pair *x, const char *what);
 bool wait_taken_over(const struct pair *x);
 /* Which epoch that was */
 uint64_t epoch_taken(const struct pair *x);
-/* A command for the standby */
+/* A command for the standby, or for protect if it @leaves */
 bool tell_standby(const struct pair *x, const char *command);
+bool tell_protect(const struct pair *x, const char *command);
 bool begin(struct pair *x);
 void end(struct pair *x);
 /* The guest is at the standby now, and @next is it: forget who had it before */
@@ -228,6 +231,7 @@ bool test_boot(unsigned int n);
 bool test_links(unsigned int n);
 bool test_early(unsigned int n);
 bool test_measure(unsigned int n);
+bool test_switches(unsigned int n);
 bool test_copies(unsigned int n);
 bool test_faults(unsigned int n);
 /* One kind of fault; NULL if there is none of that name */

@@ -73,6 +73,7 @@ static const struct test {
 	{ "boots", test_boot, true },
 	{ "links", test_links, false },
 	{ "measure", test_measure, true },
+	{ "switches", test_switches, false },
 	{ "copies", test_copies, false },
 	{ "faults", test_faults, false },
 };
