@@ -89,9 +89,13 @@ static int begin_logging(struct guest *g, struct kc_err *err)
 static int open_guest(struct guest *g, const struct guest_opts *opts, bool again,
 		      struct kc_err *err)
 {
-	/* QEMU was once what it should be: it needs only time */
-	unsigned int timeout_ms = again ? opts->qemu_timeout_ms : QMP_TIMEOUT_MS;
+	/* QEMU was once what it should be, if "again": it needs only time */
+	unsigned int timeout_ms = opts->qemu_timeout_ms;
 	int rc;
+
+	/* Else somebody else may be its client: that is to be told, but not sooner than was asked. */
+	if (!again && timeout_ms < QMP_TIMEOUT_MS)
+		timeout_ms = QMP_TIMEOUT_MS;
 
 	memset(g, 0, sizeof(*g));
 	g->opts = *opts;

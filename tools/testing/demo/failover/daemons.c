@@ -230,6 +230,8 @@ void start_protect(struct protect *p, struct vm *vm, struct pair *x, const char 
 	}
 	a.v[a.n++] = "--io-timeout";
 	a.v[a.n++] = "300s";
+	a.v[a.n++] = "--qemu-timeout";
+	a.v[a.n++] = "300s";
 	a.v[a.n++] = "--disk";
 	a.v[a.n++] = "external";
 	if (x->leaves) {
