@@ -241,7 +241,7 @@ static void *holder_thread(void *arg)
 	static uint64_t there[PAGE_WORDS] __attribute__((aligned(PAGE)));
 
 	(void)arg;
-	for (;; usleep(20000)) {
+	for (;; usleep(40000)) {
 		if (mine[1]) {
 			if (pread(holder.disk, there, PAGE, 0) != PAGE)
 				die("read of the second disk");

@@ -141,7 +141,7 @@ void args_of_qemu(struct args *a, unsigned int gen, const char *ram)
 		"-accel", accel, "-cpu", "host", "-smp", "2", "-no-reboot", "-name", "counter",
 		"-machine", "q35,memory-backend=ram0", "-kernel", kernel, "-initrd", initrd,
 		"-append",
-		"console=ttyS0 quiet panic=-1 tsc=reliable no_timer_check rcupdate.rcu_expedited=1 demo.work=8 demo.still=8 demo.rate=1000",
+		"console=ttyS0 quiet panic=-1 tsc=reliable no_timer_check rcupdate.rcu_expedited=1 demo.work=8 demo.still=8 demo.rate=400",
 		"-drive", "if=virtio,format=raw,readonly=on,file=" DISK_FILE,
 		/* Nothing but the guest itself may notice that there are two of it */
 		"-drive", "if=virtio,format=raw,file.locking=off,file=" HOLDER_FILE,
