@@ -402,7 +402,12 @@ void end(struct pair *x)
 	if (x->protect.pid)
 		kill(x->protect.pid, SIGTERM);
 	wait_protect(&x->protect);
-	kill_now(&x->standby, true);
+	/* Not killed: the QEMU that waits in it would be left */
+	if (x->standby > 0) {
+		kill(x->standby, SIGTERM);
+		waitpid(x->standby, NULL, 0);
+		x->standby = 0;
+	}
 	remove_ram(x->theirs);
 }
 
