@@ -132,6 +132,36 @@ def matrix(rep, res):
                "bitmap", "upstream ring", "slot ring"], rows)
 
 
+def cache(rep, res):
+    points = sorted(res.where("cache"), key=lambda w: (w[0], w[1]))
+    if not points:
+        return
+    rep.heading("Modelled cache misses per dirty page")
+    rep.text("Of a vCPU's core and of a collector's, each with an L1d of 48 KiB and an L2 of 2 MiB: "
+             "L1d misses / L2 misses. A miss is one whether somebody waits for it or not: "
+             "prefetching takes none away. Instructions per dirty page, to find it and to "
+             "re-arm it, in brackets; they have the plug-in's boot options, not those above.")
+    for side, title in (("collect", "to find it and to re-arm it"),
+                        ("guest", "of the guest's write: run, fault and log")):
+        rows = []
+        for w in points:
+            row = [*name_of(w)]
+            for mode in MODES:
+                m = res.get("cache", w, mode)
+                if m is None:
+                    row.append("-")
+                    continue
+                pages = m["dirty_pages"] * m["iterations"]
+                cell = "/".join(f"{m[f'{side}_{level}_misses'] / pages:,.2f}"
+                                for level in ("l1d", "l2"))
+                if side == "collect":
+                    cell += f" ({number(m['ns_per_page']['cost']['median'])})"
+                row.append(cell)
+            rows.append(row)
+        rep.text(title.capitalize() + ":")
+        rep.table(["slot", "dirty pages"] + [TITLES[m] for m in MODES], rows)
+
+
 def density(rep, res):
     points = sorted(res.where("density"), key=lambda w: (w[3], w[2] != "random", w[1]))
     if not points:
@@ -306,6 +336,7 @@ def main():
     rep = Report()
     verdict(rep, res)
     matrix(rep, res)
+    cache(rep, res)
     density(rep, res)
     rings(rep, res)
     stall(rep, res)
