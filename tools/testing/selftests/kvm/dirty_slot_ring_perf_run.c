@@ -63,18 +63,18 @@ static uint64_t ns_since(uint64_t t0)
 	return ns > overhead ? ns - overhead : 0;
 }
 
+enum caches { CACHES_GUEST = 1, CACHES_COLLECT, CACHES_NEITHER, CACHES_FORGET, CACHES_REPORT };
+
 /*
  * Says what comes next to a model of caches, if there is one: a plug-in of the emulator
  * that this runs in.  An instruction that does nothing everywhere else.
  */
+static __always_inline void tell_caches(const enum caches what)
+{
 #ifdef __x86_64__
-#define tell_caches(what) \
-	asm volatile("nopl %c0(%%rax)" : : "i" (0x4b436100 + (what)) : "memory")
-#else
-#define tell_caches(what)	do { } while (0)
+	asm volatile("nopl %c0(%%rax)" : : "i" (0x4b436100 + what) : "memory");
 #endif
-
-enum { CACHES_GUEST = 1, CACHES_COLLECT, CACHES_NEITHER, CACHES_FORGET, CACHES_REPORT };
+}
 
 /* -- the guest ------------------------------------------------------------ */
 
