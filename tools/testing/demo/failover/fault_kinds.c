@@ -12,11 +12,12 @@
 static bool cut_link(struct fault *f)
 {
 	unsigned int cuts = relay_cuts();
-	uint64_t until = now_us() + 20000000;
+	uint64_t until = now_us() + SYNC_TIMEOUT * 1000000ull;
 
 	(void)f;
 	relay_cut(random_from(1, 200000));
-	while (relay_cuts() == cuts && now_us() < until)
+	while (relay_cuts() == cuts && now_us() < until &&
+	       !standby_said(&x, "taken over at epoch"))
 		usleep(5000);
 	return relay_cuts() != cuts || standby_said(&x, "taken over at epoch") ||
 	       fail("nothing went over the link");

@@ -105,11 +105,16 @@ static bool check_stayed(struct fault *f)
 	return x.safe == LEASE || compare_once(x.theirs);
 }
 
-static bool tell_and_wait(struct fault *f)
+/* It may have been started just now */
+static bool promote(void)
 {
-	(void)f;
-	if (!tell_standby(&x, "promote"))
-		return fail("the standby does not take a command");
+	uint64_t until = now_us() + SYNC_TIMEOUT * 1000000ull;
+
+	while (!tell_standby(&x, "promote") && !standby_said(&x, "failing over")) {
+		usleep(200000);
+		if (now_us() > until)
+			return fail("the standby does not take a command");
+	}
 	return wait_taken_over(&x);
 }
 
@@ -123,7 +128,7 @@ static bool settle(struct fault *f, uint64_t acked, const char **at)
 		sleep_ms(TIMEOUT_MS + 500);
 		if (standby_said(&x, "taken over at epoch"))
 			return fail("a standby that was restarted took over without having heard a primary");
-		if (!tell_and_wait(f))
+		if (!promote())
 			return false;
 	}
 	do {
@@ -223,12 +228,17 @@ static bool run(const struct fault_kind *only, unsigned int n)
 		}
 		ok = fault_once(only ? only : &fault_kinds[order[i % nr_fault_kinds]], i + 1, n);
 	}
-	if (have)
+	if (have && ok)
 		end(&x);
 	have = false;
-	if (ok)
+	if (!ok) {
+		/* Whatever state that left them in, also stopped */
+		kill_protect(&x.protect);
+		kill_now(&x.standby, true);
+	} else {
 		note("%u faults, all verified: the guest stayed %u times, went on elsewhere %u times (%u as the machine was busy); %.1f s each",
 		     n, nr_stayed, nr_moved, nr_silent, (now_us() - began) / 1e6 / n);
+	}
 	return ok;
 }
 

@@ -155,7 +155,7 @@ bool test_links(unsigned int times)
 		/* Somewhere in the epochs of the next second */
 		cuts = relay_cuts();
 		relay_cut(random_from(1, 400) * 1000);
-		until = now_us() + 20000000;
+		until = now_us() + SYNC_TIMEOUT * 1000000ull;
 		while (relay_cuts() == cuts && now_us() < until)
 			usleep(5000);
 		if (relay_cuts() == cuts)
