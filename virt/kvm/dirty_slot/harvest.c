@@ -48,36 +48,39 @@ struct look {
 	unsigned long own;	/* their pages */
 };
 
-/* Look at @nr entries from @at on, or some; returns the words there are in @look. */
+/* Look at entries from @at to @end, or some; returns the words there are in @look. */
 static unsigned int look_ahead(const struct kvm_dirty_slot_log *log,
-			       const struct kvm_dirty_run *runs, u32 at, u32 nr,
+			       const struct kvm_dirty_run *runs, u64 at, u64 end,
 			       struct look *look)
 {
-	u32 last = log->entries - 1, end = at + nr, line, offset;
-	struct look *next = look, *now = NULL;
-	unsigned long *p = NULL, *q;
+	u32 offset, word, n = 0, last = log->entries - 1;
+	unsigned long own = 0;
+	struct look l = { };
 
-	while (at != end) {
-		prefetch(&runs[(at + LINES_AHEAD * ENTRIES_PER_LINE) & last]);
-		line = min_t(u32, end - at, ENTRIES_PER_LINE - at % ENTRIES_PER_LINE);
-		for (line += at; at != line; at++) {
-			offset = runs[at & last].offset;
-			q = &log->bitmap[offset / BITS_PER_LONG];
-			if (q != p) {
-				if (next == look + LOOK_WORDS)
-					return LOOK_WORDS;
-				p = q;
-				prefetchw(p);
-				now = next++;
-				now->word = offset / BITS_PER_LONG;
-				now->nr = 0;
-				now->own = 0;
+	do {
+		offset = runs[at & last].offset;
+		word = offset / BITS_PER_LONG;
+		if (word != l.word || !l.nr) {
+			if (l.nr) {
+				l.own = own;
+				look[n++] = l;
+				if (n == LOOK_WORDS)
+					return n;
 			}
-			now->own |= BIT(offset % BITS_PER_LONG);
-			now->nr++;
+			prefetchw(&log->bitmap[word]);
+			l.word = word;
+			l.nr = 0;
+			own = 0;
 		}
-	}
-	return next - look;
+		own |= BIT(offset % BITS_PER_LONG);
+		l.nr++;
+		if (!(at % ENTRIES_PER_LINE))
+			prefetch(&runs[(at + LINES_AHEAD * ENTRIES_PER_LINE) & last]);
+	} while (++at != end);
+
+	l.own = own;
+	look[n++] = l;
+	return n;
 }
 
 /* Give entries that were read back to the vCPU. */
@@ -118,7 +121,7 @@ static __always_inline u64 take_entries(struct kvm_dirty_slot_log *log,
 	const struct look *l, *stop;
 
 	while (cursor != end) {
-		stop = look + look_ahead(log, runs, cursor, end - cursor, look);
+		stop = look + look_ahead(log, runs, cursor, end, look);
 		for (l = look; l != stop; l++) {
 			if (likely(c->nr_runs <= c->plenty) &&
 			    batch_take(log, c, l->word, l->own,

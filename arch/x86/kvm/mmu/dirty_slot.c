@@ -22,38 +22,70 @@
 
 /*
  * The SPTEs of pages at random are in nobody's cache, or in that of the vCPU that
- * wrote them last.  So that their misses, and those of the level above, overlap
- * instead of waiting for each other, each mask is met three times: first its entry
- * in level 2 is asked for, then its SPTE, then it is done.
+ * wrote them last.  So the ways to those of many masks are gone first, one as
+ * independent of the other as the CPU likes them, and the SPTEs asked for; only then
+ * comes the first atomic operation, behind which nothing overlaps.
  */
-#define AHEAD_PT	16
-#define AHEAD_PD	(2 * AHEAD_PT)
+#define WALK_AHEAD	16
 
-/* The entry of a gfn in level 2; NULL if it is not that simple. */
-static __always_inline u64 *find_pde(const struct kvm_mmu_page *root, gfn_t gfn)
-{
-	int shift = (root->role.level - 1) * SPTE_LEVEL_BITS;
-	u64 *pt = root->spt, spte;
-
-	for (; shift > SPTE_LEVEL_BITS; shift -= SPTE_LEVEL_BITS) {
-		spte = READ_ONCE(pt[(gfn >> shift) % SPTE_ENT_PER_PAGE]);
-		if (unlikely(!is_shadow_present_pte(spte) || is_large_pte(spte)))
-			return NULL;
-		pt = __va(spte & SPTE_BASE_ADDR_MASK);
-	}
-	return &pt[(gfn >> shift) % SPTE_ENT_PER_PAGE];
-}
-
-static __always_inline u64 *find_pt(const u64 *pde)
+/*
+ * The page table of a gfn, from the top one on, whose entries have so many bits of the
+ * gfn below theirs; NULL if there is none, or a huge page (then @huge).
+ */
+static __always_inline u64 *find_pt(u64 *pt, int shift, gfn_t gfn, bool *huge)
 {
 	u64 spte;
 
-	if (unlikely(!pde))
-		return NULL;
-	spte = READ_ONCE(*pde);
-	if (unlikely(!is_shadow_present_pte(spte) || is_large_pte(spte)))
-		return NULL;
-	return __va(spte & SPTE_BASE_ADDR_MASK);
+	for (; shift; shift -= SPTE_LEVEL_BITS) {
+		spte = READ_ONCE(pt[(gfn >> shift) % SPTE_ENT_PER_PAGE]);
+		if (unlikely(!is_shadow_present_pte(spte)))
+			return NULL;
+		if (unlikely(is_large_pte(spte))) {
+			*huge = true;
+			return NULL;
+		}
+		pt = __va(spte & SPTE_BASE_ADDR_MASK);
+	}
+	return pt;
+}
+
+static noinline void look_ahead(u64 *top, int shift, gfn_t base_gfn,
+				const struct kvm_dirty_slot_mask *masks,
+				unsigned int nr, u64 **pts)
+{
+	gfn_t gfn, table = ~0ULL;
+	u64 *pt = NULL;
+	unsigned int i;
+	bool huge;
+
+	for (i = 0; i < nr; i++) {
+		gfn = base_gfn + masks[i].offset + __ffs(masks[i].mask);
+		if (gfn >> SPTE_LEVEL_BITS != table) {
+			table = gfn >> SPTE_LEVEL_BITS;
+			pt = find_pt(top, shift, gfn, &huge);
+		}
+		pts[i] = pt;
+		if (likely(pt))
+			prefetchw(&pt[gfn % SPTE_ENT_PER_PAGE]);
+	}
+}
+
+static __always_inline void protect_gfn(struct kvm *kvm,
+					struct kvm_mmu_page *root, u64 *pt,
+					gfn_t gfn, u64 dbit)
+{
+	u64 *sptep = &pt[gfn % SPTE_ENT_PER_PAGE], spte = READ_ONCE(*sptep);
+
+	if (!(spte & dbit) || !is_shadow_present_pte(spte))
+		return;
+
+	/* Atomic, be it necessary or not: to find out takes longer. */
+	spte = atomic64_fetch_and(~dbit, (atomic64_t *)sptep);
+	trace_kvm_tdp_mmu_spte_changed(kvm_mmu_page_as_id(root), gfn, PG_LEVEL_4K,
+				       spte, spte & ~dbit);
+	/* A D bit that stays tells it when the SPTE goes. */
+	if (!is_dirty_spte(spte & ~dbit))
+		kvm_set_pfn_dirty(spte_to_pfn(spte));
 }
 
 /*
@@ -65,68 +97,35 @@ static unsigned int protect_root(struct kvm *kvm, struct kvm_mmu_page *root,
 				 const struct kvm_dirty_slot_mask *masks,
 				 unsigned int nr, u64 dbit)
 {
-	const int top = (root->role.level - 1) * SPTE_LEVEL_BITS;
-	unsigned int i = 0, pds = 0, pts = 0;
-	u64 *way[AHEAD_PD], *pt, *sptep, spte;
-	gfn_t first, gfn, table;
+	const int shift = (root->role.level - 1) * SPTE_LEVEL_BITS;
+	u64 *pts[WALK_AHEAD], *top = root->spt, *pt;
+	gfn_t first, gfn, known;
+	unsigned int i = 0;
 	unsigned long mask;
-	int shift;
+	bool huge = false;
 
 	do {
-		for (; pds < nr && pds < i + AHEAD_PD; pds++) {
-			first = base_gfn + masks[pds].offset;
-			gfn = first + __ffs(masks[pds].mask);
-			sptep = find_pde(root, gfn);
-			prefetch(sptep);
-			way[pds % AHEAD_PD] = sptep;
-		}
-		for (; pts < nr && pts < i + AHEAD_PT; pts++) {
-			first = base_gfn + masks[pts].offset;
-			gfn = first + __ffs(masks[pts].mask);
-			pt = find_pt(way[pts % AHEAD_PD]);
-			if (likely(pt))
-				prefetchw(&pt[gfn % SPTE_ENT_PER_PAGE]);
-			way[pts % AHEAD_PD] = pt;
-		}
+		if (!(i % WALK_AHEAD))
+			look_ahead(top, shift, base_gfn, masks + i,
+				   min(nr - i, WALK_AHEAD), pts);
+		pt = pts[i % WALK_AHEAD];
 
-		mask = masks[i].mask;
 		first = base_gfn + masks[i].offset;
-		pt = way[i % AHEAD_PD];
-		table = pt ? (first + __ffs(mask)) >> SPTE_LEVEL_BITS : ~0ULL;
+		mask = masks[i].mask;
+		known = first + __ffs(mask);
 		for (; mask; mask &= mask - 1) {
 			gfn = first + __ffs(mask);
 
-			if (unlikely(gfn >> SPTE_LEVEL_BITS != table)) {
-				table = gfn >> SPTE_LEVEL_BITS;
-				pt = root->spt;
-				for (shift = top; shift; shift -= SPTE_LEVEL_BITS) {
-					spte = READ_ONCE(pt[(gfn >> shift) %
-							    SPTE_ENT_PER_PAGE]);
-					if (unlikely(!is_shadow_present_pte(spte))) {
-						pt = NULL;
-						break;
-					}
-					if (unlikely(is_large_pte(spte)))
-						return i;
-					pt = __va(spte & SPTE_BASE_ADDR_MASK);
-				}
+			/* A memslot may begin in the midst of a page table. */
+			if (unlikely(!pt || (gfn ^ known) >> SPTE_LEVEL_BITS)) {
+				known = gfn;
+				pt = find_pt(top, shift, gfn, &huge);
+				if (unlikely(huge))
+					return i;
+				if (!pt)
+					continue;
 			}
-			if (unlikely(!pt))
-				continue;
-
-			sptep = &pt[gfn % SPTE_ENT_PER_PAGE];
-			spte = READ_ONCE(*sptep);
-			if (!(spte & dbit) || !is_shadow_present_pte(spte))
-				continue;
-
-			/* Atomic, be it necessary or not: to find out takes longer. */
-			spte = atomic64_fetch_and(~dbit, (atomic64_t *)sptep);
-			trace_kvm_tdp_mmu_spte_changed(kvm_mmu_page_as_id(root),
-						       gfn, PG_LEVEL_4K, spte,
-						       spte & ~dbit);
-			/* A D bit that stays tells it when the SPTE goes. */
-			if (!is_dirty_spte(spte & ~dbit))
-				kvm_set_pfn_dirty(spte_to_pfn(spte));
+			protect_gfn(kvm, root, pt, gfn, dbit);
 		}
 	} while (++i < nr && !kvm_dirty_slot_must_yield(kvm));
 
