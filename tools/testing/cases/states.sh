@@ -11,9 +11,9 @@ stops() { qmp $name stop; }
 is_reset() { qmp $name stop "{'execute': 'set-action', 'arguments': {'reboot': 'reset'}}" system_reset; }
 
 stays_in suspended sleeps; no_epochs; dies; goes_on
-stays_in paused stops; sleep 3; dies; stays
+stays_in paused stops; has_epoch; dies; stays
 QARGS=-no-shutdown
-stays_in shutdown is_off; sleep 3; dies; stays
+stays_in shutdown is_off; has_epoch; dies; stays
 QARGS=
-stays_in prelaunch is_reset; sleep 3; dies; stays
+stays_in prelaunch is_reset; has_epoch; dies; stays
 good "all of them"

@@ -14,7 +14,7 @@ QARGS="-blockdev driver=blkdebug,node-name=second,read-only=on,image.driver=file
 QARGS="$QARGS,inject-error.0.event=none,inject-error.0.iotype=read,inject-error.0.sector=2048 $DRIVE"
 MORE="-blockdev driver=file,node-name=second,read-only=on,filename=/dev/shm/disk $DRIVE"
 stays_in io-error reads
-epochs_go_on
+has_epoch
 dies
 is_there
 continued
@@ -25,9 +25,9 @@ MORE=
 # ib700: 2 s, and nobody comes
 barks() { hmp $name "o /b 0x443 0xe"; }
 QARGS="-device ib700 -action watchdog=pause" MORE=$QARGS
-stays_in watchdog barks; epochs_go_on; dies; is_there; continued; goes_on
+stays_in watchdog barks; has_epoch; dies; is_there; continued; goes_on
 
 panics() { hmp $name "o /b 0x505 1"; }
 QARGS="-device pvpanic -action panic=pause" MORE=$QARGS
-stays_in guest-panicked panics; epochs_go_on; dies; is_there; continued; goes_on
+stays_in guest-panicked panics; has_epoch; dies; is_there; continued; goes_on
 good "all of them"
