@@ -178,6 +178,11 @@ void runs_bounds(const struct mlog *l, uint32_t capacity, uint32_t *lo, uint32_t
 	}
 	if (maybe)
 		*lo = !!b.yes;
+	/*
+	 * A page that a vCPU marked last may be in flight for all a harvest knows, and is
+	 * taken by itself, maybe out of the midst of others that were marked without it.
+	 */
+	*hi = min(*hi + 2 * m.nr_vcpus, b.yes + b.maybe);
 	/* With room for fewer runs than a word can have, neighbours are not taken together. */
 	if (maybe || *hi + 32 > capacity)
 		*hi = b.yes + b.maybe;
