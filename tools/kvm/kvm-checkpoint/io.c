@@ -12,6 +12,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
@@ -174,14 +175,16 @@ int kc_io_fd(const struct kc_io *io)
 	return io->fd;
 }
 
-static void tune(int fd, unsigned int timeout_ms)
+/*
+ * No TCP_USER_TIMEOUT: it would also end a connection to a peer that is there and takes nothing for
+ * now.  That nothing comes back is noticed here.
+ */
+static void tune(int fd)
 {
 	int one = 1;
 
 	setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof(one));
 	setsockopt(fd, SOL_SOCKET, SO_KEEPALIVE, &one, sizeof(one));
-	/* What was sent and never acknowledged means that the link is gone. */
-	setsockopt(fd, IPPROTO_TCP, TCP_USER_TIMEOUT, &timeout_ms, sizeof(timeout_ms));
 }
 
 static int handshake(struct kc_io *io, uint64_t end, struct kc_err *err)
@@ -269,7 +272,7 @@ static int start(int fd, bool client, const struct kc_sink_opts *o, uint64_t end
 		return kc_fail(err, ENOMEM, "out of memory");
 	io->socket = true;
 	io->timeout_ms = o->io_timeout_ms;
-	tune(fd, o->io_timeout_ms);
+	tune(fd);
 	rc = o->insecure ? 0 : start_tls(io, client, o, end, err);
 	if (rc) {
 		/* The caller still owns the socket. */
@@ -465,10 +468,21 @@ int kc_io_record(struct kc_io *io, unsigned int timeout_ms, struct kc_rec *rec, 
 
 /* --- Writing -------------------------------------------------------------- */
 
+/*
+ * Has more come from a peer that takes nothing?  It waits to be read, as we write.  A standby that
+ * tries to load an epoch says that it lives, but reads only when it has done that.
+ */
+static bool speaks(struct kc_io *io, int *unread)
+{
+	int before = *unread;
+
+	return !ioctl(io->fd, FIONREAD, unread) && *unread > before;
+}
+
 static int write_all(struct kc_io *io, const uint8_t *p, size_t len, struct kc_err *err)
 {
+	int rc, unread = 0;
 	ssize_t n;
-	int rc;
 
 	while (len) {
 		if (io->tls) {
@@ -488,6 +502,8 @@ static int write_all(struct kc_io *io, const uint8_t *p, size_t len, struct kc_e
 		rc = n;
 		if (n == -EAGAIN)
 			rc = wait_fd(io->fd, POLLOUT, io->timeout_ms);
+		if (rc == -ETIMEDOUT && speaks(io, &unread))
+			continue;
 		if (rc == -ETIMEDOUT)
 			return kc_fail(err, ETIMEDOUT, "the peer has taken no data for %u ms",
 				       io->timeout_ms);

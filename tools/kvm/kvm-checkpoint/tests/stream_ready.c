@@ -228,6 +228,44 @@ void test_trial(void)
 	sim_free(&g);
 }
 
+/* It takes longer than a peer may be silent, while the primary has more than fits into the link. */
+void test_slow_trial(void)
+{
+	struct kc_sink_opts o = opts;
+	struct kc_sink *s;
+	struct sim g;
+	pid_t pid;
+
+	o.io_timeout_ms = 400;
+	start_ready_standby("400ms");
+	write_text(path_of("qemu.slow"), 0600, "");
+	sim_init(&g);
+	s = kc_sink_open(spec(), &o, &guest, &err);
+	CHECK(s, "%s", err.text);
+	sim_step(&g);
+	g.state_len = make_state(g.state, "running", two);
+	OK(sim_send(&g, s, KC_EPOCH_FULL));
+	wait_times("take private", 1);
+	pid = fork();
+	if (!pid) {
+		poll(NULL, 0, 3000);
+		unlink(path_of("qemu.slow"));
+		_exit(0);
+	}
+	while (exists(path_of("qemu.slow"))) {
+		sim_step(&g);
+		g.state_len = make_state(g.state, "running", two);
+		OK(sim_send(&g, s, KC_EPOCH_FULL));
+	}
+	waitpid(pid, NULL, 0);
+	OK(kc_sink_wait(s, g.epoch, 20000, &err));
+	CHECK(!log_has("failing over") && !log_has("lost the primary"), "the link was lost");
+	kc_sink_end(s, KC_END_DETACH);
+	kc_sink_close(s);
+	stop_standby(SIGTERM);
+	sim_free(&g);
+}
+
 /* The standby is killed while it does not know. */
 void test_trial_killed(void)
 {

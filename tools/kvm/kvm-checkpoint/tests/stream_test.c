@@ -876,6 +876,7 @@ static const struct test tests[] = {
 	{ "taken_over", test_taken_over },
 	{ "kinds", test_kinds },
 	{ "trial", test_trial },
+	{ "slow_trial", test_slow_trial },
 	{ "trial_killed", test_trial_killed },
 	{ "trial_promoted", test_trial_promoted },
 	{ "trial_silence", test_trial_silence },

@@ -40,6 +40,7 @@ void test_silent_qemu(void);
 /* stream_ready.c */
 void test_kinds(void);
 void test_trial(void);
+void test_slow_trial(void);
 void test_trial_killed(void);
 void test_trial_promoted(void);
 void test_trial_silence(void);
