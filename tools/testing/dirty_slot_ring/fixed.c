@@ -853,6 +853,29 @@ static void nodev_is_final(void (*a)(void), bool fault)
 	}
 }
 
+static void b_dead_still(void)
+{
+	expect("HARVEST while somebody tries to MARK", harvest(slot_fd, MAX_RUNS), -ENODEV, 0);
+}
+
+/* Who was told so is not told otherwise when somebody tries to MARK. */
+static void nodev_is_kept(void)
+{
+	static const struct sim_config c = {
+		.npages = STEP_PAGES, .nr_vcpus = 2, .entries = 64,
+	};
+	unsigned int n = 1;
+
+	begin(&c);
+	slot_fd = open_log(0);
+	sim_delete_slot(0);
+	expect("the end", harvest(slot_fd, MAX_RUNS), -ENODEV, 0);
+	while (do_with(a_mark_ioctl, b_dead_still, true, n))
+		n++;
+	sim_close(slot_fd);
+	end();
+}
+
 static void run_nodev(unsigned int ms)
 {
 	static const struct sim_config c = {
@@ -863,6 +886,7 @@ static void run_nodev(unsigned int ms)
 
 	nodev_is_final(a_mark_ioctl, false);
 	nodev_is_final(a_fault, true);
+	nodev_is_kept();
 
 	/* The VM goes, and what was left is there for those who ask. */
 	begin(&c);
