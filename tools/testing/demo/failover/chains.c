@@ -7,7 +7,7 @@
 
 #include "failover.h"
 
-pid_t start_restore(unsigned int gen, uint64_t epoch)
+static pid_t start_restore(unsigned int gen, uint64_t epoch)
 {
 	struct args a = { .n = 0 };
 	char err[64];
@@ -26,15 +26,32 @@ pid_t start_restore(unsigned int gen, uint64_t epoch)
 	return start(a.v, -1, err);
 }
 
+bool go_on_from(unsigned int gen, uint64_t epoch)
+{
+	char ram[64], path[64];
+	struct vm next;
+	pid_t restore;
+
+	restore = start_restore(gen, epoch);
+	snprintf(ram, sizeof(ram), "/dev/shm/standby-%u/ram0", gen);
+	if (!meet(&next, gen, ram, FAILOVER_TIMEOUT) || !wait_running(&next, FAILOVER_TIMEOUT)) {
+		snprintf(path, sizeof(path), "/tmp/standby-%u.err", gen);
+		show_file(path);
+		kill_now(&restore, true);
+		return fail("epoch %lu of a directory was not restored", epoch);
+	}
+	vm = next;
+	standby = restore;
+	return check_guest(&vm, promised(epoch));
+}
+
 bool test_chains(unsigned int epochs)
 {
 	unsigned int gen = ++last_gen;
-	char dir[64], ram[64], path[64];
+	char dir[64], ram[64];
 	uint64_t newest = 0, epoch;
 	struct pair x = { .timeout_ms = 0 };
 	struct protect p;
-	struct vm next;
-	pid_t restore;
 	bool ok;
 
 	reset_log();
@@ -51,21 +68,8 @@ bool test_chains(unsigned int epochs)
 	kill_now(&standby, true);
 	wait_protect(&p);
 	epoch = newest - epochs / 2;
-	restore = ok ? start_restore(gen, epoch) : 0;
+	ok = ok && go_on_from(gen, epoch);
 	chain = NULL;
-	snprintf(ram, sizeof(ram), "/dev/shm/standby-%u/ram0", gen);
-	ok = ok && meet(&next, gen, ram, FAILOVER_TIMEOUT) &&
-	     wait_running(&next, FAILOVER_TIMEOUT);
-	if (ok) {
-		vm = next;
-		standby = restore;
-		ok = check_guest(&vm, promised(epoch));
-	} else {
-		snprintf(path, sizeof(path), "/tmp/standby-%u.err", gen);
-		show_file(path);
-		fail("epoch %lu of %lu in a directory was not restored", epoch, newest);
-		kill_now(&restore, true);
-	}
 	snprintf(ram, sizeof(ram), "/dev/shm/standby-chain-%u/all", gen);
 	remove_ram(ram);
 	if (ok)

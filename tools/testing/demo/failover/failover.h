@@ -217,7 +217,8 @@ bool stop_guest(void);
 bool compare_once(const char *theirs);
 
 /* QEMU on top of an epoch of the directory "chain" */
-pid_t start_restore(unsigned int gen, uint64_t epoch);
+/* The guest goes on from an epoch of the directory @chain, as generation @gen, and is checked */
+bool go_on_from(unsigned int gen, uint64_t epoch);
 
 bool test_kills(unsigned int n);
 bool test_seconds(unsigned int n);

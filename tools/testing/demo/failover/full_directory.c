@@ -10,12 +10,10 @@
 bool full_directory(struct fault *f)
 {
 	unsigned int gen, ms = random_from(f->kind->from_ms, f->kind->to_ms), at;
-	char dir[48], ram[64], path[64];
+	char dir[48], ram[64];
 	struct pair none = { .timeout_ms = 0 };
 	uint64_t acked, foreign, until;
 	struct protect p;
-	struct vm next;
-	pid_t restore = 0;
 	bool ok;
 
 	if (have)
@@ -61,20 +59,7 @@ bool full_directory(struct fault *f)
 		leave(&vm);
 		remove_ram(vm.ram);
 		kill_now(&standby, true);
-		restore = start_restore(gen, acked);
-		snprintf(path, sizeof(path), "/dev/shm/standby-%u/ram0", gen);
-		ok = meet(&next, gen, path, FAILOVER_TIMEOUT) &&
-		     wait_running(&next, FAILOVER_TIMEOUT);
-		if (ok) {
-			vm = next;
-			standby = restore;
-			ok = check_guest(&vm, promised(acked));
-		} else {
-			snprintf(path, sizeof(path), "/tmp/standby-%u.err", gen);
-			show_file(path);
-			fail("epoch %lu of a directory was not restored", acked);
-			kill_now(&restore, true);
-		}
+		ok = go_on_from(gen, acked);
 	} else {
 		show_all(&vm);
 	}
