@@ -28,53 +28,80 @@
  */
 #define WALK_AHEAD	16
 
+/* Pages that a page table of 4 KiB pages is for, and those of the table above it. */
+#define PT_SHIFT	SPTE_LEVEL_BITS
+#define PD_SHIFT	(2 * SPTE_LEVEL_BITS)
+
+/* A walk: the root's page tables, and of those the last that were met. */
+struct walk {
+	u64 *top, *pd, *pt;
+	int shift;		/* bits of a gfn below those that the top is for */
+	gfn_t pd_at, pt_at;	/* what they are for */
+	bool huge;		/* it met a huge page, maybe of a mask further on */
+};
+
 /*
- * The page table of a gfn, from the top one on, whose entries have so many bits of the
- * gfn below theirs; NULL if there is none, or a huge page (then @huge).
+ * Down from a table whose entries have @shift bits of the gfn below theirs, to one that
+ * has @end; NULL if there is none, or a huge page.
  */
-static __always_inline u64 *find_pt(u64 *pt, int shift, gfn_t gfn, bool *huge)
+static __always_inline u64 *walk_down(struct walk *w, u64 *table, int shift, int end,
+				      gfn_t gfn)
 {
 	u64 spte;
 
-	for (; shift; shift -= SPTE_LEVEL_BITS) {
-		spte = READ_ONCE(pt[(gfn >> shift) % SPTE_ENT_PER_PAGE]);
+	for (; shift > end; shift -= SPTE_LEVEL_BITS) {
+		spte = READ_ONCE(table[(gfn >> shift) % SPTE_ENT_PER_PAGE]);
 		if (unlikely(!is_shadow_present_pte(spte)))
 			return NULL;
 		if (unlikely(is_large_pte(spte))) {
-			*huge = true;
+			w->huge = true;
 			return NULL;
 		}
-		pt = __va(spte & SPTE_BASE_ADDR_MASK);
+		table = __va(spte & SPTE_BASE_ADDR_MASK);
 	}
-	return pt;
+	return table;
 }
 
-static noinline void look_ahead(u64 *top, int shift, gfn_t base_gfn,
+/* The page table of a gfn; NULL if there is none, or a huge page. */
+static __always_inline u64 *walk_to(struct walk *w, gfn_t gfn)
+{
+	if (gfn >> PT_SHIFT == w->pt_at)
+		return w->pt;
+	if (gfn >> PD_SHIFT != w->pd_at) {
+		w->pd_at = gfn >> PD_SHIFT;
+		w->pd = walk_down(w, w->top, w->shift, PT_SHIFT, gfn);
+	}
+	w->pt_at = gfn >> PT_SHIFT;
+	w->pt = w->pd ? walk_down(w, w->pd, PT_SHIFT, 0, gfn) : NULL;
+	return w->pt;
+}
+
+/* The SPTEs of the first pages of masks, asked for; NULL where there is none. */
+static noinline void look_ahead(struct walk *walk, gfn_t base_gfn,
 				const struct kvm_dirty_slot_mask *masks,
-				unsigned int nr, u64 **pts)
+				unsigned int nr, u64 **sptes)
 {
-	gfn_t gfn, table = ~0ULL;
-	u64 *pt = NULL;
-	unsigned int i;
-	bool huge;
+	const struct kvm_dirty_slot_mask *end = masks + nr;
+	struct walk w = *walk;
+	gfn_t gfn;
+	u64 *pt;
 
-	for (i = 0; i < nr; i++) {
-		gfn = base_gfn + masks[i].offset + __ffs(masks[i].mask);
-		if (gfn >> SPTE_LEVEL_BITS != table) {
-			table = gfn >> SPTE_LEVEL_BITS;
-			pt = find_pt(top, shift, gfn, &huge);
+	for (; masks != end; masks++, sptes++) {
+		gfn = base_gfn + masks->offset + __ffs(masks->mask);
+		pt = walk_to(&w, gfn);
+		*sptes = NULL;
+		if (likely(pt)) {
+			*sptes = &pt[gfn % SPTE_ENT_PER_PAGE];
+			prefetchw(*sptes);
 		}
-		pts[i] = pt;
-		if (likely(pt))
-			prefetchw(&pt[gfn % SPTE_ENT_PER_PAGE]);
 	}
+	*walk = w;
 }
 
-static __always_inline void protect_gfn(struct kvm *kvm,
-					struct kvm_mmu_page *root, u64 *pt,
-					gfn_t gfn, u64 dbit)
+static __always_inline void protect_spte(struct kvm_mmu_page *root, u64 *sptep,
+					 gfn_t gfn, u64 dbit, u64 keep)
 {
-	u64 *sptep = &pt[gfn % SPTE_ENT_PER_PAGE], spte = READ_ONCE(*sptep);
+	u64 spte = READ_ONCE(*sptep);
 
 	if (!(spte & dbit) || !is_shadow_present_pte(spte))
 		return;
@@ -84,7 +111,7 @@ static __always_inline void protect_gfn(struct kvm *kvm,
 	trace_kvm_tdp_mmu_spte_changed(kvm_mmu_page_as_id(root), gfn, PG_LEVEL_4K,
 				       spte, spte & ~dbit);
 	/* A D bit that stays tells it when the SPTE goes. */
-	if (!is_dirty_spte(spte & ~dbit))
+	if (unlikely(!(spte & keep)) && !is_dirty_spte(spte & ~dbit))
 		kvm_set_pfn_dirty(spte_to_pfn(spte));
 }
 
@@ -97,35 +124,37 @@ static unsigned int protect_root(struct kvm *kvm, struct kvm_mmu_page *root,
 				 const struct kvm_dirty_slot_mask *masks,
 				 unsigned int nr, u64 dbit)
 {
-	const int shift = (root->role.level - 1) * SPTE_LEVEL_BITS;
-	u64 *pts[WALK_AHEAD], *top = root->spt, *pt;
-	gfn_t first, gfn, known;
+	struct walk w = {
+		.top = root->spt,
+		.shift = (root->role.level - 1) * SPTE_LEVEL_BITS,
+		.pd_at = ~0ULL,
+		.pt_at = ~0ULL,
+	};
+	u64 *sptes[WALK_AHEAD], *sptep, *pt, keep = shadow_dirty_mask & ~dbit;
 	unsigned int i = 0;
 	unsigned long mask;
-	bool huge = false;
+	gfn_t first, gfn;
 
 	do {
 		if (!(i % WALK_AHEAD))
-			look_ahead(top, shift, base_gfn, masks + i,
-				   min(nr - i, WALK_AHEAD), pts);
-		pt = pts[i % WALK_AHEAD];
-
+			look_ahead(&w, base_gfn, masks + i,
+				   min(nr - i, WALK_AHEAD), sptes);
+		sptep = sptes[i % WALK_AHEAD];
 		first = base_gfn + masks[i].offset;
 		mask = masks[i].mask;
-		known = first + __ffs(mask);
+		if (likely(sptep)) {
+			protect_spte(root, sptep, first + __ffs(mask), dbit,
+				     keep);
+			mask &= mask - 1;
+		}
 		for (; mask; mask &= mask - 1) {
 			gfn = first + __ffs(mask);
-
-			/* A memslot may begin in the midst of a page table. */
-			if (unlikely(!pt || (gfn ^ known) >> SPTE_LEVEL_BITS)) {
-				known = gfn;
-				pt = find_pt(top, shift, gfn, &huge);
-				if (unlikely(huge))
-					return i;
-				if (!pt)
-					continue;
-			}
-			protect_gfn(kvm, root, pt, gfn, dbit);
+			pt = walk_to(&w, gfn);
+			if (likely(pt))
+				protect_spte(root, &pt[gfn % SPTE_ENT_PER_PAGE],
+					     gfn, dbit, keep);
+			else if (unlikely(w.huge))
+				return i;
 		}
 	} while (++i < nr && !kvm_dirty_slot_must_yield(kvm));
 
