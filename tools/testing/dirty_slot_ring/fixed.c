@@ -193,15 +193,16 @@ static void bounded_columns(void)
 	end();
 }
 
-static unsigned int stale_words;
+/* More than a batch takes, and no multiple of it: the last one has room. */
+#define STALE_WORDS	300
 
 static void dirty_stale_words(void)
 {
 	unsigned int i;
 
 	if (++copies == 2)
-		for (i = 0; i < stale_words; i++)
-			mark(1, (stale_words + i) * BITS_PER_LONG + 5);
+		for (i = 0; i < STALE_WORDS; i++)
+			mark(1, (STALE_WORDS + i) * BITS_PER_LONG + 5);
 }
 
 /* Entries whose pages somebody discarded do not name their neighbours. */
@@ -211,7 +212,7 @@ static void bounded_stale(void)
 		.npages = 1024 * BITS_PER_LONG, .nr_vcpus = 2, .entries = 4096,
 	};
 	struct kvm_dirty_run run = {
-		.offset = 512 * BITS_PER_LONG, .npages = 512 * BITS_PER_LONG,
+		.offset = STALE_WORDS * BITS_PER_LONG, .npages = STALE_WORDS * BITS_PER_LONG,
 	};
 	struct kvm_dirty_slot_runs args = { .runs = (uintptr_t)&run, .nr_runs = 1 };
 	unsigned int i;
@@ -219,16 +220,45 @@ static void bounded_stale(void)
 
 	begin(&c);
 	fd = open_log(0);
-	stale_words = 512;
-	for (i = 0; i < 2 * stale_words; i++)
+	for (i = 0; i < 2 * STALE_WORDS; i++)
 		mark(0, i * BITS_PER_LONG);
-	if (sim_ioctl(fd, KVM_DIRTY_SLOT_LOG_DISCARD, &args) || args.nr_pages != stale_words)
+	if (sim_ioctl(fd, KVM_DIRTY_SLOT_LOG_DISCARD, &args) || args.nr_pages != STALE_WORDS)
 		fail("DISCARD");
 	copies = 0;
 	shim_before_copy = dirty_stale_words;
-	expect("words with stale entries", harvest(fd, MAX_RUNS), 0, stale_words);
+	expect("words with stale entries", harvest(fd, MAX_RUNS), 0, STALE_WORDS);
 	shim_before_copy = NULL;
-	expect("what came meanwhile", harvest(fd, MAX_RUNS), 0, stale_words);
+	expect("what came meanwhile", harvest(fd, MAX_RUNS), 0, STALE_WORDS);
+	sim_close(fd);
+	end();
+}
+
+static void count_copy(void)
+{
+	copies++;
+}
+
+/* Words of which each makes as many runs as a word can. */
+static void bounded_combs(void)
+{
+	const struct sim_config c = {
+		.npages = 64 * BITS_PER_LONG, .nr_vcpus = 1, .entries = 4096,
+	};
+	const unsigned int nr_runs = c.npages / 2;
+	unsigned int i;
+	int fd;
+
+	begin(&c);
+	fd = open_log(0);
+	for (i = 0; i < nr_runs; i++)
+		mark(0, 2 * i);
+	copies = 0;
+	shim_before_copy = count_copy;
+	expect("every other page", harvest(fd, MAX_RUNS), 0, nr_runs);
+	shim_before_copy = NULL;
+	/* Each batch is copied, then what the caller gets to know. */
+	if (copies < 2 * nr_runs / BATCH_RUNS)
+		fail("%u runs were copied in %u pieces", nr_runs, copies);
 	sim_close(fd);
 	end();
 }
@@ -236,6 +266,7 @@ static void bounded_stale(void)
 static void run_bounded(unsigned int ms)
 {
 	bounded_stale();
+	bounded_combs();
 #ifdef __SANITIZE_THREAD__
 	/* It is one thread: nothing to be seen, but that it runs at all. */
 	bounded(64, 2000);

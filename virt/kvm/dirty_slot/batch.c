@@ -121,6 +121,7 @@ bool kvm_dirty_slot_batch_take_some(struct kvm_dirty_slot_log *log,
 				    unsigned long word, unsigned long own)
 {
 	unsigned long *p = &log->bitmap[word], taken, left;
+	struct batch_end e = batch_get_end(c);
 	u32 offset = word * BITS_PER_LONG;
 	bool all;
 
@@ -135,7 +136,7 @@ bool kvm_dirty_slot_batch_take_some(struct kvm_dirty_slot_log *log,
 	if (!taken)
 		return all;
 
-	left = batch_emit(c, offset, taken, false);
+	left = batch_emit(c, &e, offset, taken, false);
 	/* Only if the bitmap ioctls broke a run that would have fitted. */
 	if (unlikely(left)) {
 		kvm_dirty_slot_batch_put_back(log, word, left);
@@ -144,7 +145,8 @@ bool kvm_dirty_slot_batch_take_some(struct kvm_dirty_slot_log *log,
 		if (!taken)
 			return false;
 	}
-	batch_add(c, word, taken, true);
+	batch_add(c, &e, offset, taken, true);
+	batch_set_end(c, &e);
 	return all;
 }
 

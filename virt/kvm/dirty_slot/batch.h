@@ -36,7 +36,42 @@ static inline void batch_reset(struct kvm_dirty_slot_call *c,
 	c->nr_pages = 0;
 	c->run_end = U32_MAX;	/* more than any page */
 	c->max_runs = min_t(unsigned int, max_runs, BATCH_RUNS);
-	c->plenty = c->max_runs - BITS_PER_LONG / 2;
+	c->plenty = &c->runs[c->max_runs] - BITS_PER_LONG / 2;
+}
+
+/* The end of a batch: in registers, for who adds to it many times. */
+struct batch_end {
+	struct kvm_dirty_slot_mask *mask;
+	struct kvm_dirty_run *run;
+	u32 run_end;
+	u64 nr_pages;
+};
+
+static __always_inline struct batch_end
+batch_get_end(struct kvm_dirty_slot_call *c)
+{
+	return (struct batch_end){
+		.mask = &c->masks[c->nr_masks],
+		.run = &c->runs[c->nr_runs],
+		.run_end = c->run_end,
+		.nr_pages = c->nr_pages,
+	};
+}
+
+static __always_inline void batch_set_end(struct kvm_dirty_slot_call *c,
+					  const struct batch_end *e)
+{
+	c->nr_masks = e->mask - c->masks;
+	c->nr_runs = e->run - c->runs;
+	c->run_end = e->run_end;
+	c->nr_pages = e->nr_pages;
+}
+
+/* Any word of the bitmap still fits. */
+static __always_inline bool batch_has_plenty(const struct kvm_dirty_slot_call *c,
+					     const struct batch_end *e)
+{
+	return e->mask != &c->masks[BATCH_MASKS] && e->run <= c->plenty;
 }
 
 /*
@@ -44,12 +79,11 @@ static inline void batch_reset(struct kvm_dirty_slot_call *c,
  * if there is plenty.
  */
 static __always_inline unsigned long batch_emit(struct kvm_dirty_slot_call *c,
-						u32 offset, unsigned long mask,
-						bool plenty)
+						struct batch_end *e, u32 offset,
+						unsigned long mask, bool plenty)
 {
-	struct kvm_dirty_run *run = &c->runs[c->nr_runs];
-	u32 run_end = c->run_end, first, n;
 	unsigned long sum;
+	u32 first, n;
 
 	do {
 		first = __ffs(mask);
@@ -57,38 +91,34 @@ static __always_inline unsigned long batch_emit(struct kvm_dirty_slot_call *c,
 		sum = mask + (mask & -mask);
 		n = (sum ? __ffs(sum) : BITS_PER_LONG) - first;
 		first += offset;
-		if (first == run_end) {
-			run[-1].npages += n;
-		} else if (plenty || run != &c->runs[c->max_runs]) {
-			run->offset = first;
-			run->npages = n;
-			run++;
+		if (first == e->run_end) {
+			e->run[-1].npages += n;
+		} else if (plenty || e->run != &c->runs[c->max_runs]) {
+			e->run->offset = first;
+			e->run->npages = n;
+			e->run++;
 		} else {
 			break;
 		}
-		run_end = first + n;
+		e->run_end = first + n;
 		mask &= sum;
 	} while (mask);
 
-	c->run_end = run_end;
-	c->nr_runs = run - c->runs;
 	return mask;
 }
 
 /* These pages are the call's; @more of the same word may be already. */
 static __always_inline void batch_add(struct kvm_dirty_slot_call *c,
-				      unsigned long word, unsigned long taken,
-				      bool more)
+				      struct batch_end *e, u32 offset,
+				      unsigned long taken, bool more)
 {
-	struct kvm_dirty_slot_mask *next = &c->masks[c->nr_masks];
-
-	c->nr_pages += hweight_long(taken);
-	if (more && c->nr_masks && next[-1].offset == word * BITS_PER_LONG) {
-		next[-1].mask |= taken;
+	e->nr_pages += hweight_long(taken);
+	if (more && e->mask != c->masks && e->mask[-1].offset == offset) {
+		e->mask[-1].mask |= taken;
 	} else {
-		next->offset = word * BITS_PER_LONG;
-		next->mask = taken;
-		c->nr_masks++;
+		e->mask->offset = offset;
+		e->mask->mask = taken;
+		e->mask++;
 	}
 }
 
@@ -110,12 +140,14 @@ static __always_inline bool batch_take(struct kvm_dirty_slot_log *log,
 				       unsigned long want)
 {
 	unsigned long *p = &log->bitmap[word], taken;
+	struct batch_end e = batch_get_end(c);
+	u32 offset = word * BITS_PER_LONG;
 
 	if (!(READ_ONCE(*p) & own))
 		return true;
 	if (unlikely(c->nr_masks == BATCH_MASKS))
 		return false;
-	if (unlikely(c->nr_runs > c->plenty))
+	if (unlikely(!batch_has_plenty(c, &e)))
 		return kvm_dirty_slot_batch_take_some(log, c, word, own);
 
 	if (want == ~0UL)
@@ -123,8 +155,9 @@ static __always_inline bool batch_take(struct kvm_dirty_slot_log *log,
 	else
 		taken = want & atomic_long_fetch_andnot(want, (atomic_long_t *)p);
 	if (likely(taken)) {
-		batch_emit(c, word * BITS_PER_LONG, taken, true);
-		batch_add(c, word, taken, want != ~0UL);
+		batch_emit(c, &e, offset, taken, true);
+		batch_add(c, &e, offset, taken, want != ~0UL);
+		batch_set_end(c, &e);
 	}
 	return true;
 }
@@ -139,8 +172,12 @@ static inline void batch_take_known(struct kvm_dirty_slot_log *log,
 	if (!(READ_ONCE(*p) & want))
 		return;
 	taken = want & atomic_long_fetch_andnot(want, (atomic_long_t *)p);
-	if (taken)
-		batch_add(c, word, taken, true);
+	if (taken) {
+		struct batch_end e = batch_get_end(c);
+
+		batch_add(c, &e, word * BITS_PER_LONG, taken, true);
+		batch_set_end(c, &e);
+	}
 }
 
 #endif /* __KVM_DIRTY_SLOT_BATCH_H */

@@ -35,52 +35,27 @@ static bool call_spend(struct kvm_dirty_slot_call *c, u32 n)
 }
 
 /*
- * What a look at a ring's entries finds before any of it is taken: words of the bitmap,
- * asked for so that their misses overlap, which an atomic operation for each would not
- * let them.  Entries of one word that follow one another are one.
+ * Words of the bitmap, and entries, which the vCPU has in its cache, are asked for so
+ * many entries before they are needed: an atomic operation does not wait for what has
+ * been asked for, but nothing overlaps with it that has not.
  */
-#define LOOK_WORDS	48
-/* How many lines ahead entries are asked for, which the vCPU has in its cache. */
-#define LINES_AHEAD	8
+#define WORDS_AHEAD	16
+#define ENTRIES_AHEAD	64
 
-struct look {
-	u32 word, nr;		/* of the bitmap; entries */
-	unsigned long own;	/* their pages */
-};
-
-/* Look at entries from @at to @end, or some; returns the words there are in @look. */
-static unsigned int look_ahead(const struct kvm_dirty_slot_log *log,
-			       const struct kvm_dirty_run *runs, u64 at, u64 end,
-			       struct look *look)
+/* Ask for what entries from @at on say, some of those before @end. */
+static __always_inline u64 ask_ahead(const struct kvm_dirty_slot_log *log,
+				     const struct kvm_dirty_run *runs, u64 at,
+				     u64 end)
 {
-	u32 offset, word, n = 0, last = log->entries - 1;
-	unsigned long own = 0;
-	struct look l = { };
+	const u32 last = log->entries - 1;
 
-	do {
-		offset = runs[at & last].offset;
-		word = offset / BITS_PER_LONG;
-		if (word != l.word || !l.nr) {
-			if (l.nr) {
-				l.own = own;
-				look[n++] = l;
-				if (n == LOOK_WORDS)
-					return n;
-			}
-			prefetchw(&log->bitmap[word]);
-			l.word = word;
-			l.nr = 0;
-			own = 0;
-		}
-		own |= BIT(offset % BITS_PER_LONG);
-		l.nr++;
-		if (!(at % ENTRIES_PER_LINE))
-			prefetch(&runs[(at + LINES_AHEAD * ENTRIES_PER_LINE) & last]);
-	} while (++at != end);
-
-	l.own = own;
-	look[n++] = l;
-	return n;
+	if (end - at > ENTRIES_AHEAD + WORDS_AHEAD) {
+		prefetch(&runs[(at + ENTRIES_AHEAD) & last]);
+		prefetch(&runs[(at + ENTRIES_AHEAD + ENTRIES_PER_LINE) & last]);
+	}
+	for (end = min(end, at + WORDS_AHEAD); at != end; at++)
+		prefetchw(&log->bitmap[runs[at & last].offset / BITS_PER_LONG]);
+	return end;
 }
 
 /* Give entries that were read back to the vCPU. */
@@ -89,49 +64,61 @@ static void ring_give_back(struct kvm_dirty_slot_ring *ring, u64 cursor)
 	smp_store_release(&ring->kern->reset, cursor); /* B */
 }
 
-/*
- * As long as there is room, in the order of the entries: the pages of a word are not
- * in that order, and the last of them would never have its turn.
- */
-static noinline bool take_one_by_one(struct kvm_dirty_slot_log *log,
-				     struct kvm_dirty_slot_call *c,
-				     const struct kvm_dirty_run *runs,
-				     u64 *cursor, u32 nr, bool neighbours)
+/* Take the pages of entries, and no others, as long as there is room. */
+static noinline u64 take_own(struct kvm_dirty_slot_log *log,
+			     struct kvm_dirty_slot_call *c,
+			     const struct kvm_dirty_run *runs, u64 cursor, u64 end)
 {
 	unsigned long own;
 	u32 offset;
 
-	for (; nr; nr--, ++*cursor) {
-		offset = runs[*cursor & (log->entries - 1)].offset;
+	for (; cursor != end; cursor++) {
+		offset = runs[cursor & (log->entries - 1)].offset;
 		own = BIT(offset % BITS_PER_LONG);
-		if (!batch_take(log, c, offset / BITS_PER_LONG, own,
-				neighbours ? ~0UL : own))
-			return false;
+		if (!batch_take(log, c, offset / BITS_PER_LONG, own, own))
+			break;
 	}
-	return true;
+	return cursor;
 }
 
-/* Take the entries from @cursor to @end; returns the one for which there was no room. */
-static __always_inline u64 take_entries(struct kvm_dirty_slot_log *log,
-					struct kvm_dirty_slot_call *c,
-					const struct kvm_dirty_run *runs,
-					u64 cursor, u64 end, struct look *look,
-					bool neighbours)
+/*
+ * Take the entries from @cursor to @end, with their neighbours while there is plenty of
+ * room; returns the one for which there was none.  What is left of the room is filled
+ * in the order of the entries: the pages of a word are not in that order, and the last
+ * of them would never have its turn.
+ */
+static noinline u64 take_entries(struct kvm_dirty_slot_log *log,
+				 struct kvm_dirty_slot_call *c,
+				 const struct kvm_dirty_run *runs, u64 cursor,
+				 u64 end)
 {
-	const struct look *l, *stop;
+	const u32 last = log->entries - 1;
+	struct batch_end e = batch_get_end(c);
+	unsigned long *p, taken;
+	u64 asked = ask_ahead(log, runs, cursor, end), stop;
+	u32 offset;
 
 	while (cursor != end) {
-		stop = look + look_ahead(log, runs, cursor, end, look);
-		for (l = look; l != stop; l++) {
-			if (likely(c->nr_runs <= c->plenty) &&
-			    batch_take(log, c, l->word, l->own,
-				       neighbours ? ~0UL : l->own))
-				cursor += l->nr;
-			else if (!take_one_by_one(log, c, runs, &cursor, l->nr,
-						  neighbours))
-				return cursor;
+		stop = asked;
+		asked = ask_ahead(log, runs, asked, end);
+		for (; cursor != stop; cursor++) {
+			offset = runs[cursor & last].offset;
+			p = &log->bitmap[offset / BITS_PER_LONG];
+			if (!(READ_ONCE(*p) & BIT(offset % BITS_PER_LONG)))
+				continue;
+			if (unlikely(!batch_has_plenty(c, &e))) {
+				batch_set_end(c, &e);
+				return take_own(log, c, runs, cursor, end);
+			}
+			taken = xchg(p, 0);
+			if (unlikely(!taken))
+				continue;
+			offset -= offset % BITS_PER_LONG;
+			batch_emit(c, &e, offset, taken, true);
+			batch_add(c, &e, offset, taken, false);
 		}
 	}
+	batch_set_end(c, &e);
 	return cursor;
 }
 
@@ -145,7 +132,7 @@ static __always_inline u64 take_entries(struct kvm_dirty_slot_log *log,
  * Nor is one that looks as if it were not, because its page was dirtied again after
  * a neighbour's entry had it taken: a guest could have each of its pages reported 64
  * times.  A call that has much more than the entries it has read takes no neighbours
- * until it has read as many.
+ * until it has read more; much is half of what there was to read, and CALL_AHEAD.
  */
 static enum take take_ring(struct kvm_dirty_slot_log *log,
 			   struct kvm_dirty_slot_call *c,
@@ -153,7 +140,6 @@ static enum take take_ring(struct kvm_dirty_slot_log *log,
 {
 	struct kvm_dirty_slot_ring *ring = log_nth_ring(log, span->ring);
 	u64 reset = ring->kern->reset, cursor = reset, end;
-	struct look look[LOOK_WORDS];
 	enum take took = TAKE_DONE;
 	unsigned long own;
 	u32 offset;
@@ -164,11 +150,9 @@ static enum take take_ring(struct kvm_dirty_slot_log *log,
 
 		end = cursor + min_t(u64, span->limit - cursor, c->budget);
 		if (likely(c->ahead < CALL_AHEAD))
-			cursor = take_entries(log, c, ring->runs, cursor, end,
-					      look, true);
+			cursor = take_entries(log, c, ring->runs, cursor, end);
 		else
-			cursor = take_entries(log, c, ring->runs, cursor, end,
-					      look, false);
+			cursor = take_own(log, c, ring->runs, cursor, end);
 		c->ahead += (s64)(c->nr_pages - pages) - (s64)(cursor - from);
 		if (cursor != end)
 			took = TAKE_FULL;

@@ -264,7 +264,10 @@ struct kvm_dirty_slot_vm {
 #define CALL_SPANS		46
 /* Entries that are looked at, stale or not, between two looks at signals. */
 #define CALL_STEP		4096
-/* So many pages, and a batch, may a call have beyond the entries it has read. */
+/*
+ * So many pages, half of the entries that there are, and a batch, may a call have beyond
+ * the entries it has read.
+ */
 #define CALL_AHEAD		4096
 
 /* What a call has to take from one ring, or from the overflow. */
@@ -305,7 +308,7 @@ struct kvm_dirty_slot_call {
 
 	/* A batch: taken from the bitmap, to be copied out and re-protected. */
 	int nr_masks, nr_runs, max_runs;
-	int plenty;		/* so many runs, and any word still fits */
+	struct kvm_dirty_run *plenty; /* no more runs, and any word still fits */
 	u32 run_end;		/* the page after the last run */
 	u64 nr_pages;
 	struct kvm_dirty_slot_mask masks[BATCH_MASKS];

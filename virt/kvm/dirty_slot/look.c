@@ -143,7 +143,6 @@ int kvm_dirty_slot_log_look_at(struct kvm_dirty_slot_log *log,
 	c->collected = false;
 	c->leave = false;
 	c->budget = CALL_STEP;
-	c->ahead = 0;
 	c->served = false;
 	c->others = atomic_read(&log->outstanding);
 	c->gp_done = c->kvm && log->gp_started &&
@@ -165,6 +164,7 @@ int kvm_dirty_slot_log_look_at(struct kvm_dirty_slot_log *log,
 		c->spans[c->nr_spans++].ring = SPAN_OVERFLOW;
 	}
 	r = rings_look_at(log, c, 0, first, all);
+	c->ahead = -(s64)(c->used / 2);
 settle:
 	log_settle(log, c);
 	return r;
