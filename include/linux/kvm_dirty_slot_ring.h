@@ -84,6 +84,8 @@ void kvm_dirty_slot_log_mark(struct kvm *kvm,
 			     struct kvm_vcpu *vcpu, unsigned long offset);
 void kvm_dirty_slot_log_mark_vcpu(const struct kvm_memory_slot *memslot,
 				  struct kvm_vcpu *vcpu, unsigned long offset);
+void kvm_dirty_slot_log_look_again(const struct kvm_memory_slot *memslot,
+				   struct kvm_vcpu *vcpu, unsigned long offset);
 int kvm_vm_ioctl_get_dirty_slot_log_fd(struct kvm *kvm, void __user *argp);
 
 /**
@@ -101,9 +103,13 @@ int kvm_vm_ioctl_get_dirty_slot_log_fd(struct kvm *kvm, void __user *argp);
  * its account.  A huge page is protected as a whole, for the next write to split
  * it.  The caller flushes TLBs.
  *
- * Context: mmu_lock is held for write, kvm->srcu for read; slots_lock is not.
+ * It takes mmu_lock itself: for read, if whoever makes a page of a memslot with a
+ * log writable calls kvm_dirty_slot_log_look_again(), or marks it, after that; else
+ * for write.  Pages' bits in the log were cleared, full barrier, before this.
+ *
+ * Context: kvm->srcu is held for read, and no lock; slots_lock is not.  May sleep.
  * Return: how many of @masks were done, from the first on.  At least one; to do
- * fewer than @nr is right if kvm_dirty_slot_must_yield().
+ * fewer than @nr, and leave mmu_lock, is right if kvm_dirty_slot_must_yield().
  */
 unsigned int kvm_arch_dirty_slot_protect(struct kvm *kvm,
 					 struct kvm_memory_slot *memslot,
@@ -211,6 +217,12 @@ static inline void kvm_dirty_slot_log_mark(struct kvm *kvm,
 static inline void kvm_dirty_slot_log_mark_vcpu(const struct kvm_memory_slot *memslot,
 						struct kvm_vcpu *vcpu,
 						unsigned long offset)
+{
+}
+
+static inline void kvm_dirty_slot_log_look_again(const struct kvm_memory_slot *memslot,
+						 struct kvm_vcpu *vcpu,
+						 unsigned long offset)
 {
 }
 

@@ -688,6 +688,43 @@ static void more_than_a_ring(void)
 	end();
 }
 
+static void a_page_fault(void)
+{
+	int idx = srcu_read_lock(&sim_kvm->srcu);
+
+	sim_fault(sim_kvm->vcpus[0], STEP_PAGE);
+	srcu_read_unlock(&sim_kvm->srcu, idx);
+}
+
+/* A page fault, and a harvest at each of its steps, under mmu_lock for read as well. */
+static void step_fault(void)
+{
+	static const struct sim_config c = {
+		.npages = STEP_PAGES, .nr_vcpus = 2, .entries = 64,
+	};
+	unsigned int n;
+	bool more = true;
+
+	for (n = 1; more; n++) {
+		begin(&c);
+		slot_fd = open_log(0);
+		/* So that it has no lock to take for its ring. */
+		mark(0, 0);
+		shim_step_spins = true;
+		more = do_with(a_page_fault, harvest_slot_once, true, n);
+		shim_step_spins = false;
+		if (!sim_unlogged(STEP_PAGE) && !more)
+			fail("a page fault did not make its page writable");
+		if (sim_unlogged(STEP_PAGE) && !test_bit(STEP_PAGE, the_log()->bitmap))
+			fail("a page fault, and HARVEST at step %u: a page is writable and not in the log",
+			     n);
+		sim_close(slot_fd);
+		end();
+	}
+	if (n < 6)
+		fail("a page fault has no more than %u steps", n);
+}
+
 static void run_steps(unsigned int ms)
 {
 	static const struct sim_config c = {
@@ -716,6 +753,7 @@ static void run_steps(unsigned int ms)
 	sim_close(slot_fd);
 	end();
 	more_than_a_ring();
+	step_fault();
 }
 
 /*

@@ -159,6 +159,7 @@ typedef unsigned int vm_fault_t;
 
 #define lockdep_assert_held(l)		do { } while (0)
 #define lockdep_assert_held_write(l)	do { } while (0)
+#define lockdep_assert_held_read(l)	do { } while (0)
 #define might_sleep()			do { } while (0)
 #define EXPORT_SYMBOL_GPL(s)
 #define array_index_nospec(i, n)	(i)
@@ -167,7 +168,12 @@ typedef unsigned int vm_fault_t;
  * Memory order.
  */
 
+#ifdef SHIM_DEPENDENCY
+/* What is read is an address, and what is there comes after it: TSan has no word for it. */
+#define READ_ONCE(x)		__atomic_load_n(&(x), __ATOMIC_ACQUIRE)
+#else
 #define READ_ONCE(x)		__atomic_load_n(&(x), __ATOMIC_RELAXED)
+#endif
 #define WRITE_ONCE(x, v)	__atomic_store_n(&(x), v, __ATOMIC_RELAXED)
 
 #ifdef BREAK_ACQUIRE
@@ -365,6 +371,7 @@ static inline void atomic_long_andnot(unsigned long mask, atomic_long_t *v)
 	   __atomic_compare_exchange_n(p, &_o, n, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST); \
 	   _o; })
 
+#define try_cmpxchg64	try_cmpxchg
 #define try_cmpxchg(p, o, n) \
 	__atomic_compare_exchange_n(p, o, n, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST)
 
@@ -645,6 +652,8 @@ struct list_head {
 	for ((p) = container_of((head)->next, __typeof__(*(p)), member);	\
 	     &(p)->member != (head);					\
 	     (p) = container_of((p)->member.next, __typeof__(*(p)), member))
+
+#define list_for_each_entry_rcu	list_for_each_entry
 
 static inline void list_add_tail(struct list_head *entry, struct list_head *head)
 {

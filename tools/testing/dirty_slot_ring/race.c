@@ -168,6 +168,17 @@ void mark_page_dirty_in_slot(struct kvm *kvm, const struct kvm_memory_slot *mems
 		set_bit_le(gfn - memslot->base_gfn, memslot->dirty_bitmap);
 }
 
+void sim_look_again(const struct kvm_memory_slot *memslot, struct kvm_vcpu *vcpu, gfn_t gfn)
+{
+	struct kvm_dirty_slot_log *log = memslot->dirty_slot_log;
+	unsigned long offset = gfn - memslot->base_gfn;
+
+	if (mechanism != TREE)
+		kvm_dirty_slot_log_look_again(memslot, vcpu, offset);
+	else if (!test_bit_le(offset, log->bitmap))
+		mark_tree(log, offset);
+}
+
 /*
  * Counters.
  */

@@ -3,8 +3,8 @@
  * What stands in for arch/x86/kvm, for hardware and for the rest of the kernel.
  * The rules that the dirty log builds on are those of the TDP MMU:
  *
- *  - a fault marks the page, then installs the writable SPTE, under mmu_lock for
- *    read; the fast page fault does it the other way round and without a lock;
+ *  - a fault marks the page, then installs the writable SPTE and looks at the page's
+ *    bit again, under mmu_lock for read; the fast page fault does it the other way round and without a lock;
  *  - a vCPU may write through its TLB until it has been told to flush it;
  *  - with PML, hardware sets the D bit and buffers the page, and the buffer is
  *    marked some time after the vCPU has left the guest.
@@ -670,11 +670,17 @@ bool sim_fault(struct kvm_vcpu *vcpu, gfn_t gfn)
 		}
 		kvm_dirty_slot_ring_hw_flushed(&vcpu->dirty_slot_ring);
 	} else {
-		/* As make_spte(), then tdp_mmu_map_handle_target_level(). */
+		/* As make_spte(), then tdp_mmu_install_spte(). */
 		read_lock(&kvm->mmu_lock);
 		mark_page_dirty_in_slot(kvm, memslot, vcpu, gfn);
 		shim_jitter();
+		if (memslot->dirty_slot_log)
+			kvm_dirty_slot_ring_hw_enter(&vcpu->dirty_slot_ring);
 		install_spte(gfn, PT_WRITABLE_MASK | shadow_dirty_mask);
+		shim_jitter();
+		if (memslot->dirty_slot_log)
+			sim_look_again(memslot, vcpu, gfn);
+		kvm_dirty_slot_ring_hw_flushed(&vcpu->dirty_slot_ring);
 		read_unlock(&kvm->mmu_lock);
 	}
 	return true;

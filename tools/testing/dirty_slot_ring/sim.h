@@ -88,6 +88,8 @@ bool sim_unlogged(gfn_t gfn);
  */
 void mark_page_dirty_in_slot(struct kvm *kvm, const struct kvm_memory_slot *memslot,
 			     struct kvm_vcpu *vcpu, gfn_t gfn);
+/* kvm_dirty_slot_log_look_again() for a page that has just been made writable. */
+void sim_look_again(const struct kvm_memory_slot *memslot, struct kvm_vcpu *vcpu, gfn_t gfn);
 
 /* File descriptors of anon_inode_getfd(). */
 long sim_ioctl(int fd, unsigned int cmd, void *arg);

@@ -57,7 +57,7 @@ static const struct test_case cases[] = {
 		.name = "overflow", .what = "2 vCPUs, tiny rings, small arrays",
 		.vm = { .npages = 8192, .nr_vcpus = 2, .entries = 32 },
 		.kvm_writes = 1, .irq_writes = 1,
-		.capacity = 37, .harvesters = 1, .strict = true,
+		.capacity = 37, .harvesters = 1, .strict = true, .sync = true,
 	}, {
 		.name = "rings", .what = "rings that hold all, harvested when poll() says so",
 		.vm = { .npages = 100, .nr_vcpus = 1, .entries = 128, .init_set = true },
@@ -67,12 +67,12 @@ static const struct test_case cases[] = {
 		.name = "in-flight", .what = "3 vCPUs write to the same few pages",
 		.vm = { .npages = 1024, .nr_vcpus = 3, .entries = 16 },
 		.kvm_writes = 56, .irq_writes = 1,
-		.capacity = 100, .harvesters = 1, .sparse = 4, .words = 4, .strict = true,
+		.capacity = 100, .harvesters = 1, .sparse = 4, .words = 4, .strict = true, .sync = true,
 	}, {
 		.name = "summary", .what = "a sparse overflow log of three levels",
 		.vm = { .npages = 1 << 19, .nr_vcpus = 2, .entries = 1 },
 		.kvm_writes = 60, .irq_writes = 1,
-		.capacity = 1000, .harvesters = 1, .strict = true, .sparse = 32, .words = 16,
+		.capacity = 1000, .harvesters = 1, .strict = true, .sync = true, .sparse = 32, .words = 16,
 	}, {
 		.name = "fast-fault", .what = "the lockless fast page fault, with SYNC",
 		.vm = { .npages = 512, .nr_vcpus = 3, .entries = 64, .fast_fault = true },
@@ -115,11 +115,11 @@ static const struct test_case cases[] = {
 		.vm = { .npages = 4096, .nr_vcpus = 2, .entries = 64, .huge = true,
 			.init_set = true },
 		.kvm_writes = 16, .irq_writes = 1,
-		.capacity = 1000, .harvesters = 1, .strict = true,
+		.capacity = 1000, .harvesters = 1, .strict = true, .sync = true,
 	}, {
 		.name = "quiet", .what = "rings that stop and go, and leave and come back",
 		.vm = { .npages = 64, .nr_vcpus = 3, .entries = 64 },
-		.kvm_writes = 60, .capacity = 100, .harvesters = 1, .strict = true, .pause = 2,
+		.kvm_writes = 60, .capacity = 100, .harvesters = 1, .strict = true, .sync = true, .pause = 2,
 	}, {
 		.name = "hostile", .what = "consumers that are out of bounds all the time",
 		.vm = { .npages = 2048, .nr_vcpus = 2, .entries = 64, .fast_fault = true },
@@ -129,7 +129,7 @@ static const struct test_case cases[] = {
 };
 
 const char *case_name = "";
-void (*on_mark)(const struct kvm_memory_slot *memslot, gfn_t gfn);
+void (*on_mark)(const struct kvm_memory_slot *memslot, gfn_t gfn, int n);
 
 static const struct test_case *test;
 static int fd;
@@ -187,14 +187,27 @@ void mark_page_dirty_in_slot(struct kvm *kvm, const struct kvm_memory_slot *mems
 	if (!memslot || !memslot->dirty_slot_log)
 		return;
 	if (on_mark)
-		on_mark(memslot, gfn);
+		on_mark(memslot, gfn, 1);
 	kvm_dirty_slot_log_mark(kvm, memslot, vcpu, gfn - memslot->base_gfn);
 }
 
-static void count_mark(const struct kvm_memory_slot *memslot, gfn_t gfn)
+/* Counts before, as a harvest may report the page at once, and back if it was not. */
+void sim_look_again(const struct kvm_memory_slot *memslot, struct kvm_vcpu *vcpu, gfn_t gfn)
+{
+	const struct kvm_vcpu_stat_generic *stat = &vcpu->stat.generic;
+	u64 before = stat->dirty_slot_ring_pushed + stat->dirty_slot_ring_overflowed;
+
+	if (on_mark)
+		on_mark(memslot, gfn, 1);
+	kvm_dirty_slot_log_look_again(memslot, vcpu, gfn - memslot->base_gfn);
+	if (on_mark && stat->dirty_slot_ring_pushed + stat->dirty_slot_ring_overflowed == before)
+		on_mark(memslot, gfn, -1);
+}
+
+static void count_mark(const struct kvm_memory_slot *memslot, gfn_t gfn, int n)
 {
 	(void)memslot;
-	__atomic_add_fetch(&marks[gfn], 1, __ATOMIC_RELAXED);
+	__atomic_add_fetch(&marks[gfn], n, __ATOMIC_RELAXED);
 }
 
 /*

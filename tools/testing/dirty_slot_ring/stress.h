@@ -37,7 +37,7 @@ bool rounds_go_on(struct kvm_vcpu *vcpu);
 bool round_ends(void);
 
 /* What mark_page_dirty_in_slot() calls beside the log's code; NULL: nothing. */
-extern void (*on_mark)(const struct kvm_memory_slot *memslot, gfn_t gfn);
+extern void (*on_mark)(const struct kvm_memory_slot *memslot, gfn_t gfn, int n);
 
 /* KVM writes to guest memory, not through the page table, then marks the page. */
 u64 write_as_kvm(struct kvm_vcpu *vcpu, gfn_t gfn);

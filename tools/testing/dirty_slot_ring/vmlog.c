@@ -51,11 +51,11 @@ static unsigned int nr_logs;		/* made so far, or being made */
 static int vm_fd;
 static u64 harvested, changes;
 
-static void count_mark(const struct kvm_memory_slot *memslot, gfn_t gfn)
+static void count_mark(const struct kvm_memory_slot *memslot, gfn_t gfn, int n)
 {
 	struct record *rec = memslot->test;
 
-	__atomic_add_fetch(&rec->marks[gfn - memslot->base_gfn], 1, __ATOMIC_RELAXED);
+	__atomic_add_fetch(&rec->marks[gfn - memslot->base_gfn], n, __ATOMIC_RELAXED);
 }
 
 /*

@@ -174,7 +174,7 @@ void kvm_dirty_slot_batch_undo(struct kvm_dirty_slot_log *log,
  * The slot may be gone, or going, or have stopped to log: then there is nothing
  * to protect it for.
  *
- * Context: may sleep; yields mmu_lock and the CPU to who wants them.
+ * Context: may sleep; yields the CPU to who wants it.
  */
 void kvm_dirty_slot_batch_protect(struct kvm_dirty_slot_log *log,
 				  struct kvm_dirty_slot_call *c)
@@ -191,20 +191,13 @@ void kvm_dirty_slot_batch_protect(struct kvm_dirty_slot_log *log,
 	idx = srcu_read_lock(&kvm->srcu);
 	memslot = kvm_dirty_slot_log_memslot(log, kvm);
 	if (memslot) {
-		write_lock(&kvm->mmu_lock);
-		for (;;) {
+		/* The bits are clear: since an atomic operation, so full barrier. */
+		while (i != c->nr_masks) {
 			i += kvm_arch_dirty_slot_protect(kvm, memslot,
 							 c->masks + i,
 							 c->nr_masks - i);
-			if (i == c->nr_masks)
-				break;
-			if (!kvm_dirty_slot_must_yield(kvm))
-				continue;
-			write_unlock(&kvm->mmu_lock);
 			cond_resched();
-			write_lock(&kvm->mmu_lock);
 		}
-		write_unlock(&kvm->mmu_lock);
 		c->flush = true;
 	}
 	srcu_read_unlock(&kvm->srcu, idx);

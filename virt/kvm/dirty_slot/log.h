@@ -36,10 +36,10 @@
  * 4. A page is re-protected after its bit was cleared, never before: a fault
  *    between protecting and clearing would find the bit set, leave no entry, and
  *    the clear would then forget the write.
- * 5. Re-protection holds mmu_lock for write.  The fault path marks a page before
- *    it installs the writable SPTE, under mmu_lock for read; were re-protection
- *    to get in between, it would find nothing to protect, and later writes
- *    through that SPTE would be lost.
+ * 5. Who makes an SPTE writable looks at the page's bit after that, and marks the
+ *    page if it is clear.  A fault marks before, too; but re-protection, which keeps
+ *    no fault out, may get in between and find nothing to protect.  Both are full
+ *    barriers: install the SPTE, look at the bit; clear the bit, look at the SPTE.
  * 6. Who has taken pages out holds log->outstanding until they are their caller's,
  *    or back in the log; and so does who marks pages for userspace, from when it
  *    finds that the slot still logs.  Else there could be pages in a log of which

@@ -285,6 +285,31 @@ void kvm_dirty_slot_log_mark_vcpu(const struct kvm_memory_slot *memslot,
 	ring_mark(log, log_ring(log, vcpu), vcpu, offset);
 }
 
+/**
+ * kvm_dirty_slot_log_look_again - a page that was marked has been made writable
+ * @memslot: a memslot with a log
+ * @vcpu: the vCPU for which it was, online and loaded on this CPU
+ * @offset: the page, in pages from the start of the memslot
+ *
+ * A harvest may have taken the page out of the log since it was marked, and have
+ * looked at its SPTE while there was nothing to protect yet.  Then it has to be logged
+ * once more: others may be writing to it.  A harvest clears the bit, full barrier, then
+ * looks at the SPTE; the caller makes the SPTE writable, full barrier, and calls this.
+ * One of the two sees what the other did (tools/testing/dirty_slot_ring/model has the
+ * proof).
+ *
+ * Context: as kvm_dirty_slot_log_mark_vcpu(); between kvm_dirty_slot_ring_hw_enter()
+ * before the page was made writable and kvm_dirty_slot_ring_hw_flushed().
+ */
+void kvm_dirty_slot_log_look_again(const struct kvm_memory_slot *memslot,
+				   struct kvm_vcpu *vcpu, unsigned long offset)
+{
+	struct kvm_dirty_slot_log *log = memslot->dirty_slot_log;
+
+	if (unlikely(!test_bit_le(offset, log->bitmap)))
+		ring_mark(log, log_ring(log, vcpu), vcpu, offset);
+}
+
 /* The log of a memslot in which the vCPU's ring is full, if any. */
 static struct kvm_dirty_slot_log *full_log(struct kvm_vcpu *vcpu)
 {

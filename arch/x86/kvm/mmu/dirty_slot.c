@@ -3,14 +3,16 @@
  * Re-protection of pages for dirty slot rings, a batch at a time.
  *
  * For the TDP MMU a walk of its own: straight to each page table, keeping the way
- * there for the next gfn, without an iterator.  It gives up mmu_lock whenever
- * somebody waits for it, so that no vCPU waits longer than one mask takes; and it
- * need not mark a pfn dirty as long as the SPTE keeps its D bit.  Huge pages and
- * the shadow MMU take the way that they always took.
+ * there for the next gfn, without an iterator.  It holds mmu_lock for read, as vCPUs
+ * do that fault, so that none of them waits for it; see invariant 5 in
+ * virt/kvm/dirty_slot/log.h for why no write is lost.  It need not mark a pfn dirty as
+ * long as the SPTE keeps its D bit.  Huge pages and the shadow MMU take the way that
+ * they always took, under mmu_lock for write.
  */
 
 #include <linux/kvm_host.h>
 #include <linux/prefetch.h>
+#include <linux/rculist.h>
 
 #include "mmu.h"
 #include "mmu_internal.h"
@@ -103,11 +105,12 @@ static __always_inline void protect_spte(struct kvm_mmu_page *root, u64 *sptep,
 {
 	u64 spte = READ_ONCE(*sptep);
 
-	if (!(spte & dbit) || !is_shadow_present_pte(spte))
-		return;
+	/* Others, and hardware, may change it meanwhile, or take it away. */
+	do {
+		if (!(spte & dbit) || !is_shadow_present_pte(spte))
+			return;
+	} while (!try_cmpxchg64(sptep, &spte, spte & ~dbit));
 
-	/* Atomic, be it necessary or not: to find out takes longer. */
-	spte = atomic64_fetch_and(~dbit, (atomic64_t *)sptep);
 	trace_kvm_tdp_mmu_spte_changed(kvm_mmu_page_as_id(root), gfn, PG_LEVEL_4K,
 				       spte, spte & ~dbit);
 	/* A D bit that stays tells it when the SPTE goes. */
@@ -116,8 +119,9 @@ static __always_inline void protect_spte(struct kvm_mmu_page *root, u64 *sptep,
 }
 
 /*
- * No iterator, but straight to each page table, which stays one as long as
- * mmu_lock is held for write, because it takes mmu_lock to unlink it.
+ * No iterator, but straight to each page table.  It may be unlinked meanwhile, and is
+ * freed after a grace period of RCU; what is installed in its place is looked after by
+ * who installs it, as are roots that are made meanwhile.
  */
 static unsigned int protect_root(struct kvm *kvm, struct kvm_mmu_page *root,
 				 gfn_t base_gfn,
@@ -136,9 +140,13 @@ static unsigned int protect_root(struct kvm *kvm, struct kvm_mmu_page *root,
 	gfn_t first, gfn;
 
 	do {
-		if (!(i % WALK_AHEAD))
+		if (!(i % WALK_AHEAD)) {
+			/* Who waits for mmu_lock for write keeps out who faults. */
+			if (i && kvm_dirty_slot_must_yield(kvm))
+				break;
 			look_ahead(&w, base_gfn, masks + i,
 				   min(nr - i, WALK_AHEAD), sptes);
+		}
 		sptep = sptes[i % WALK_AHEAD];
 		first = base_gfn + masks[i].offset;
 		mask = masks[i].mask;
@@ -156,7 +164,7 @@ static unsigned int protect_root(struct kvm *kvm, struct kvm_mmu_page *root,
 			else if (unlikely(w.huge))
 				return i;
 		}
-	} while (++i < nr && !kvm_dirty_slot_must_yield(kvm));
+	} while (++i < nr);
 
 	return i;
 }
@@ -171,9 +179,9 @@ static unsigned int protect_roots(struct kvm *kvm,
 	struct kvm_mmu_page *root;
 	u64 dbit;
 
-	lockdep_assert_held_write(&kvm->mmu_lock);
+	lockdep_assert_held_read(&kvm->mmu_lock);
 
-	list_for_each_entry(root, &kvm->arch.tdp_mmu_roots, link) {
+	list_for_each_entry_rcu(root, &kvm->arch.tdp_mmu_roots, link) {
 		if (kvm_mmu_page_as_id(root) != memslot->as_id ||
 		    root->role.invalid)
 			continue;
@@ -194,8 +202,18 @@ unsigned int kvm_arch_dirty_slot_protect(struct kvm *kvm,
 {
 	unsigned int done = 0;
 
-	if (tdp_mmu_enabled && !kvm_memslots_have_rmaps(kvm))
+	/*
+	 * The shadow MMU installs SPTEs under mmu_lock for write, and there are rmaps
+	 * before it does: without them there are none but those that are yet to be
+	 * marked.
+	 */
+	if (tdp_mmu_enabled && !kvm_memslots_have_rmaps(kvm)) {
+		read_lock(&kvm->mmu_lock);
+		rcu_read_lock();
 		done = protect_roots(kvm, memslot, masks, nr);
+		rcu_read_unlock();
+		read_unlock(&kvm->mmu_lock);
+	}
 	if (done)
 		return done;
 
@@ -204,7 +222,9 @@ unsigned int kvm_arch_dirty_slot_protect(struct kvm *kvm,
 	 * memory, of whomever, and for the shadow MMU slots_lock.  It is
 	 * write-protected, and the next write splits it.
 	 */
+	write_lock(&kvm->mmu_lock);
 	kvm_mmu_enable_log_dirty_pt_masked(kvm, memslot, masks->offset,
 					   masks->mask, false);
+	write_unlock(&kvm->mmu_lock);
 	return 1;
 }

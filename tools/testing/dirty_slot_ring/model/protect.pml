@@ -38,7 +38,6 @@ bit mutex;			/* log->mutex */
 
 /* The MMU */
 bit spte_w[NR_PAGES];
-byte readers;			/* of mmu_lock; its writers take one step */
 
 typedef vcpu_state {
 	bit tlb_w[NR_PAGES];	/* a writable translation is cached */
@@ -51,7 +50,8 @@ vcpu_state cpu[2];
 /* Memory and its copy */
 typedef pages { bit page[NR_PAGES] }
 bit newer[NR_PAGES];		/* the page is newer than its copy */
-pages told[2];			/* by a harvest, and not copied yet */
+pages took[2];			/* by a harvest, out of the log... */
+pages told[2];			/* ...and told by it, not copied yet */
 pages want[2];			/* newer when the harvest began, not copied since */
 
 byte running = 4;
@@ -96,20 +96,32 @@ inline hw_flushed()
 #endif
 }
 
-/* The slow page fault: mark, then install, under mmu_lock for read. */
+/*
+ * The slow page fault: mark, install, look at the mark again.  mmu_lock is held for
+ * read, as it is by who re-protects: it keeps nobody out.
+ */
 inline fault()
 {
-	atomic {
-		if
-		:: !spte_w[page] -> readers++
-		:: else -> goto again
-		fi
-	}
 	mark();
-	atomic {
-		spte_w[page] = 1;
-		readers--
-	}
+#ifdef SECOND_LOOK_FIRST
+	look_again();
+#endif
+#ifndef SLOW_FAULT_UNTOLD
+	hw_enter();
+#endif
+	spte_w[page] = 1;
+#if !defined(NO_SECOND_LOOK) && !defined(SECOND_LOOK_FIRST)
+	look_again();
+#endif
+	hw_flushed()
+}
+
+inline look_again()
+{
+	if
+	:: !bitmap[page] -> mark()
+	:: else
+	fi
 }
 
 /* The fast page fault: install, then mark, under no lock; hw_seq tells. */
@@ -207,7 +219,7 @@ proctype vcpu(bit me)
 }
 
 /*
- * Userspace.  Pages of a batch: took[].
+ * Userspace.
  */
 
 /* kvm_dirty_slot_sync_hw() */
@@ -238,8 +250,8 @@ inline clear_bits()
 		if
 		:: indexed ->
 			indexed = 0;
-			took[0] = bitmap[0];
-			took[1] = bitmap[1];
+			took[me].page[0] = bitmap[0];
+			took[me].page[1] = bitmap[1];
 			bitmap[0] = 0;
 			bitmap[1] = 0
 		:: else
@@ -247,22 +259,17 @@ inline clear_bits()
 	}
 }
 
-/* Under mmu_lock for write: in one step, when nobody has it for read. */
+/* Under mmu_lock for read: one SPTE after the other, and whoever else does what. */
 inline protect()
 {
-	atomic {
-#ifndef PROTECT_UNDER_READ_LOCK
-		readers == 0;
-#endif
-		if
-		:: took[0] -> spte_w[0] = 0
-		:: else
-		fi;
-		if
-		:: took[1] -> spte_w[1] = 0
-		:: else
-		fi
-	}
+	if
+	:: took[me].page[0] -> spte_w[0] = 0
+	:: else
+	fi;
+	if
+	:: took[me].page[1] -> spte_w[1] = 0
+	:: else
+	fi
 }
 
 inline flush_tlbs()
@@ -301,27 +308,29 @@ inline harvest()
 	sync_hw();
 	quiesce();
 #ifdef PROTECT_BEFORE_CLEAR
-	took[0] = bitmap[0];
-	took[1] = bitmap[1];
+	took[me].page[0] = bitmap[0];
+	took[me].page[1] = bitmap[1];
 	protect();
 	flush_tlbs();
 	clear_bits();
+	mutex = 0;
 #else
 	clear_bits();
+	mutex = 0;
 #ifdef FAULTS
 	if
 	:: skip			/* copied out */
-	:: took[0] || took[1] ->	/* EFAULT */
+	:: took[me].page[0] || took[me].page[1] ->	/* EFAULT */
 #ifndef NO_PUT_BACK
 		atomic {
-			bitmap[0] = bitmap[0] | took[0];
-			bitmap[1] = bitmap[1] | took[1]
+			bitmap[0] = bitmap[0] | took[me].page[0];
+			bitmap[1] = bitmap[1] | took[me].page[1]
 		}
 		indexed = 1;
 #endif
 		atomic {
-			took[0] = 0;
-			took[1] = 0;
+			took[me].page[0] = 0;
+			took[me].page[1] = 0;
 			want[me].page[0] = 0;
 			want[me].page[1] = 0
 		}
@@ -330,15 +339,14 @@ inline harvest()
 	protect();
 #endif
 	atomic {
-		told[me].page[0] = told[me].page[0] | took[0];
-		told[me].page[1] = told[me].page[1] | took[1];
-		took[0] = 0;
-		took[1] = 0
+		told[me].page[0] = told[me].page[0] | took[me].page[0];
+		told[me].page[1] = told[me].page[1] | took[me].page[1];
+		took[me].page[0] = 0;
+		took[me].page[1] = 0
 	}
 #if !defined(NO_FLUSH) && !defined(FLUSH_AFTER_RETURN)
 	flush_tlbs();
 #endif
-	mutex = 0;
 	copy(0);
 	copy(1);
 #ifdef FLUSH_AFTER_RETURN
@@ -346,8 +354,8 @@ inline harvest()
 #endif
 	atomic {
 #ifdef SYNC
-		assert(!want[me].page[0] || told[1 - me].page[0]);
-		assert(!want[me].page[1] || told[1 - me].page[1]);
+		assert(!want[me].page[0] || told[1 - me].page[0] || took[1 - me].page[0]);
+		assert(!want[me].page[1] || told[1 - me].page[1] || took[1 - me].page[1]);
 #endif
 		want[me].page[0] = 0;
 		want[me].page[1] = 0
@@ -356,22 +364,20 @@ inline harvest()
 
 proctype user(bit me)
 {
-	bit took[NR_PAGES];
-
 	harvest();
 	running--
 }
 
 proctype last()
 {
-	bit took[NR_PAGES], me;
+	bit me;
 
 	atomic {
 		running == 0;
 		/* It never fails, and whom should it have to wait for? */
 		clear_bits();
-		told[me].page[0] = took[0];
-		told[me].page[1] = took[1];
+		told[me].page[0] = took[me].page[0];
+		told[me].page[1] = took[me].page[1];
 		copy(0);
 		copy(1);
 		assert(!newer[0] && !newer[1])
