@@ -158,7 +158,6 @@ typedef unsigned int vm_fault_t;
 #define RCU_LOCKDEP_WARN(c, what)	do { if (c) shim_warn(what); } while (0)
 
 #define lockdep_assert_held(l)		do { } while (0)
-#define lockdep_assert_held_write(l)	do { } while (0)
 #define lockdep_assert_held_read(l)	do { } while (0)
 #define might_sleep()			do { } while (0)
 #define EXPORT_SYMBOL_GPL(s)
@@ -543,16 +542,12 @@ static inline void read_unlock(rwlock_t *l)
 
 static inline void write_lock(rwlock_t *l)
 {
-#ifdef BREAK_WRITE_LOCK
-	read_lock(l);
-#else
 	shim_spinlocks++;
 	if (!pthread_rwlock_trywrlock(&l->l))
 		return;
 	__atomic_add_fetch(&l->waiters, 1, __ATOMIC_RELAXED);
 	pthread_rwlock_wrlock(&l->l);
 	__atomic_sub_fetch(&l->waiters, 1, __ATOMIC_RELAXED);
-#endif
 }
 
 static inline void write_unlock(rwlock_t *l)
@@ -566,16 +561,6 @@ static inline bool rwlock_needbreak(rwlock_t *l)
 }
 
 #define rwlock_is_contended(l)	rwlock_needbreak(l)
-
-static inline int cond_resched_rwlock_write(rwlock_t *l)
-{
-	if (likely(!rwlock_needbreak(l)))
-		return 0;
-	write_unlock(l);
-	sched_yield();
-	write_lock(l);
-	return 1;
-}
 
 static inline u64 ktime_get_ns(void)
 {

@@ -10,9 +10,9 @@
 
 #include <getopt.h>
 #include <math.h>
-#include <sched.h>
 
 #include "sim.h"
+#include "measure.h"
 
 #define SLOTS		2
 #define MAX_PAGES	(1 << 20)
@@ -23,20 +23,6 @@ static unsigned long npages;		/* of a memslot */
 static u32 *wrote[SLOTS];
 static int fds[SLOTS];
 static int cpus[SLOTS];
-
-static void die(const char *what)
-{
-	fprintf(stderr, "pair: %s\n", what);
-	exit(1);
-}
-
-static double now_ns(void)
-{
-	struct timespec t;
-
-	clock_gettime(CLOCK_MONOTONIC, &t);
-	return t.tv_sec * 1e9 + t.tv_nsec;
-}
 
 void mark_page_dirty_in_slot(struct kvm *kvm, const struct kvm_memory_slot *memslot,
 			     struct kvm_vcpu *vcpu, gfn_t gfn)
@@ -86,16 +72,6 @@ static void work(int me)
 	}
 }
 
-static void pin(int cpu)
-{
-	cpu_set_t set;
-
-	CPU_ZERO(&set);
-	CPU_SET(cpu, &set);
-	if (sched_setaffinity(0, sizeof(set), &set))
-		die("cannot stay on one CPU");
-}
-
 static void *helper(void *unused)
 {
 	unsigned long round;
@@ -139,12 +115,11 @@ static void write_pages(void)
 
 static void create(void)
 {
-	static const struct kvm_dirty_slot_log_fd args[SLOTS] = { { .slot = 0 }, { .slot = 1 } };
 	struct sim_config *config = calloc(1, sizeof(*config));
 	struct kvm_dirty_slot_log_fd arg;
 	unsigned char *taken;
 	unsigned int i, slot;
-	u64 rnd = 88172645463325252ULL;
+	u64 rnd = RANDOM_SEED;
 
 	config->npages = npages;
 	config->nr_gfns = SLOTS * npages;
@@ -155,17 +130,14 @@ static void create(void)
 	sim_create(config);
 	sim_create_slot(1, npages, npages, NULL);
 	for (slot = 0; slot < SLOTS; slot++) {
-		arg = args[slot];
+		arg = (struct kvm_dirty_slot_log_fd){ .slot = slot };
 		fds[slot] = kvm_vm_ioctl_get_dirty_slot_log_fd(sim_kvm, &arg);
 		if (fds[slot] < 0)
 			die("no log");
 		taken = calloc(npages, 1);
 		wrote[slot] = calloc(pages, sizeof(u32));
 		for (i = 0; i < pages;) {
-			rnd ^= rnd << 13;
-			rnd ^= rnd >> 7;
-			rnd ^= rnd << 17;
-			wrote[slot][i] = (rnd >> 20) % npages;
+			wrote[slot][i] = random_below(&rnd, npages);
 			if (taken[wrote[slot][i]])
 				continue;
 			taken[wrote[slot][i]] = 1;
@@ -173,18 +145,6 @@ static void create(void)
 		}
 		free(taken);
 	}
-}
-
-static unsigned long number(const char *arg, unsigned long max)
-{
-	char *end;
-	unsigned long n = strtoul(arg, &end, 10);
-
-	if (*end || !n || n > max) {
-		fprintf(stderr, "pair: want one from 1 to %lu, not %s\n", max, arg);
-		exit(2);
-	}
-	return n;
 }
 
 static void usage(FILE *f)
@@ -203,8 +163,7 @@ int main(int argc, char **argv)
 	double best[NR_WAYS] = { INFINITY, INFINITY, INFINITY }, ns, end;
 	unsigned int round;
 	pthread_t thread;
-	cpu_set_t set;
-	int c, n = 0;
+	int c;
 
 	while ((c = getopt(argc, argv, "hm:n:t:")) != -1) {
 		switch (c) {
@@ -231,16 +190,8 @@ int main(int argc, char **argv)
 		return 2;
 	}
 
-	if (sched_getaffinity(0, sizeof(set), &set))
-		die("cannot tell the CPUs");
-	for (c = 0; c < CPU_SETSIZE && n < SLOTS; c++) {
-		if (CPU_ISSET(c, &set))
-			cpus[n++] = c;
-	}
-	if (n < SLOTS) {
-		fprintf(stderr, "pair: this machine has one CPU: two threads take turns on it\n");
-		return 1;
-	}
+	if (choose_cpus(cpus) < SLOTS)
+		die("this machine has one CPU: two threads take turns on it");
 	create();
 	pin(cpus[0]);
 	if (pthread_create(&thread, NULL, helper, NULL))

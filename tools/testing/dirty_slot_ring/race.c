@@ -35,6 +35,7 @@
 #include <time.h>
 
 #include "sim.h"
+#include "measure.h"
 #include "log.h"
 
 #define MAX_PAGES	65536
@@ -121,20 +122,6 @@ static double clock_ns[2];		/* what it takes to look at the clock */
 static int go, done, first_round;
 static struct side producer, collector;
 
-static void __noreturn die(const char *what)
-{
-	fprintf(stderr, "race: %s\n", what);
-	exit(1);
-}
-
-static double now_ns(void)
-{
-	struct timespec t;
-
-	clock_gettime(CLOCK_MONOTONIC, &t);
-	return t.tv_sec * 1e9 + t.tv_nsec;
-}
-
 /* All pages are in each set. */
 static bool whole(void)
 {
@@ -220,16 +207,6 @@ static void read_counters(struct side *s, u64 *val)
 		if (s->counter[i] >= 0 && read(s->counter[i], &val[i], 8) != 8)
 			val[i] = 0;
 	}
-}
-
-static void pin(int cpu)
-{
-	cpu_set_t set;
-
-	CPU_ZERO(&set);
-	CPU_SET(cpu, &set);
-	if (sched_setaffinity(0, sizeof(set), &set))
-		die("cannot stay on one CPU");
 }
 
 /*
@@ -499,30 +476,20 @@ static unsigned int (* const collect[NR_MECHANISMS])(unsigned int set) = {
  * A point.
  */
 
-static u64 rnd;
-
-static unsigned long random_below(unsigned long n)
-{
-	rnd ^= rnd << 13;
-	rnd ^= rnd >> 7;
-	rnd ^= rnd << 17;
-	return (rnd >> 20) % n;
-}
-
 /* Each page is in one set at most; or all are in each, in an order of its own. */
 static void choose_pages(void)
 {
 	unsigned int step = point->order == CLUSTERS ? CLUSTER : 1, set, i, j;
 	unsigned char *taken = calloc(npages / 8 + 1, 1);
+	u64 rnd = RANDOM_SEED;
 	u32 page;
 
-	rnd = 88172645463325252ULL;
 	for (set = 0; set < nr_sets; set++) {
 		sets[set] = calloc(point->pages + CLUSTER, sizeof(u32));
 		for (i = 0; i < point->pages; i += step) {
 			page = i;
 			while (point->order != IN_ORDER && !whole()) {
-				page = random_below(npages / step) * step;
+				page = random_below(&rnd, npages / step) * step;
 				if (!(taken[page / 8] & 1 << page % 8))
 					break;
 			}
@@ -531,7 +498,7 @@ static void choose_pages(void)
 				sets[set][i + j] = page + j;
 		}
 		for (i = point->pages - 1; point->order == RANDOM && whole() && i; i--) {
-			j = random_below(i + 1);
+			j = random_below(&rnd, i + 1);
 			swap(sets[set][i], sets[set][j]);
 		}
 	}
@@ -818,24 +785,6 @@ static void run_point(FILE *json)
 	fflush(stdout);
 }
 
-static void choose_cpus(void)
-{
-	cpu_set_t set;
-	int cpu, n = 0;
-
-	if (sched_getaffinity(0, sizeof(set), &set))
-		die("cannot tell the CPUs");
-	for (cpu = 0; cpu < CPU_SETSIZE && n < 2; cpu++) {
-		if (CPU_ISSET(cpu, &set))
-			cpus[n++] = cpu;
-	}
-	if (n < 2) {
-		printf("One CPU only: there is no contention to see, nor the misses it makes.\n");
-		cpus[1] = cpus[0];
-	}
-	pin(cpus[1]);
-}
-
 static void usage(FILE *f)
 {
 	unsigned int i;
@@ -850,18 +799,6 @@ static void usage(FILE *f)
 	for (i = 0; i < NR_MECHANISMS; i++)
 		fprintf(f, " %s", names[i]);
 	fprintf(f, "\n  -j FILE         write JSON lines there as well\n");
-}
-
-static unsigned long number(const char *arg, unsigned long max)
-{
-	char *end;
-	unsigned long n = strtoul(arg, &end, 10);
-
-	if (*end || !n || n > max) {
-		fprintf(stderr, "race: want one from 1 to %lu, not %s\n", max, arg);
-		exit(2);
-	}
-	return n;
 }
 
 int main(int argc, char **argv)
@@ -930,7 +867,11 @@ int main(int argc, char **argv)
 		return 2;
 	}
 
-	choose_cpus();
+	if (choose_cpus(cpus) < 2) {
+		printf("One CPU only: there is no contention to see, nor the misses it makes.\n");
+		cpus[1] = cpus[0];
+	}
+	pin(cpus[1]);
 	time_the_clocks();
 	open_counters(&collector);
 	if (pthread_create(&thread, NULL, producer_thread, NULL))

@@ -4,7 +4,8 @@
  * The rules that the dirty log builds on are those of the TDP MMU:
  *
  *  - a fault marks the page, then installs the writable SPTE and looks at the page's
- *    bit again, under mmu_lock for read; the fast page fault does it the other way round and without a lock;
+ *    bit again, under mmu_lock for read; the fast page fault installs, then marks, and
+ *    without a lock;
  *  - a vCPU may write through its TLB until it has been told to flush it;
  *  - with PML, hardware sets the D bit and buffers the page, and the buffer is
  *    marked some time after the vCPU has left the guest.

@@ -67,12 +67,14 @@ static const struct test_case cases[] = {
 		.name = "in-flight", .what = "3 vCPUs write to the same few pages",
 		.vm = { .npages = 1024, .nr_vcpus = 3, .entries = 16 },
 		.kvm_writes = 56, .irq_writes = 1,
-		.capacity = 100, .harvesters = 1, .sparse = 4, .words = 4, .strict = true, .sync = true,
+		.capacity = 100, .harvesters = 1, .sparse = 4, .words = 4,
+		.strict = true, .sync = true,
 	}, {
 		.name = "summary", .what = "a sparse overflow log of three levels",
 		.vm = { .npages = 1 << 19, .nr_vcpus = 2, .entries = 1 },
 		.kvm_writes = 60, .irq_writes = 1,
-		.capacity = 1000, .harvesters = 1, .strict = true, .sync = true, .sparse = 32, .words = 16,
+		.capacity = 1000, .harvesters = 1, .sparse = 32, .words = 16,
+		.strict = true, .sync = true,
 	}, {
 		.name = "fast-fault", .what = "the lockless fast page fault, with SYNC",
 		.vm = { .npages = 512, .nr_vcpus = 3, .entries = 64, .fast_fault = true },
@@ -119,7 +121,8 @@ static const struct test_case cases[] = {
 	}, {
 		.name = "quiet", .what = "rings that stop and go, and leave and come back",
 		.vm = { .npages = 64, .nr_vcpus = 3, .entries = 64 },
-		.kvm_writes = 60, .capacity = 100, .harvesters = 1, .strict = true, .sync = true, .pause = 2,
+		.kvm_writes = 60, .capacity = 100, .harvesters = 1, .pause = 2,
+		.strict = true, .sync = true,
 	}, {
 		.name = "hostile", .what = "consumers that are out of bounds all the time",
 		.vm = { .npages = 2048, .nr_vcpus = 2, .entries = 64, .fast_fault = true },

@@ -182,7 +182,6 @@ inline write()
 		page = 0
 	}
 #else
-again:
 	do
 	:: atomic {
 		cpu[me].tlb_w[page] || spte_w[page] ->
