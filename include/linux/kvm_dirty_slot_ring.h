@@ -119,7 +119,7 @@ unsigned int kvm_arch_dirty_slot_protect(struct kvm *kvm,
 /*
  * Does somebody wait for mmu_lock or for this CPU?  Other than
  * rwlock_needbreak() it does not depend on the model of preemption: vCPUs that
- * fault wait here.
+ * fault wait for who holds mmu_lock for write, and behind who waits for that.
  */
 #define kvm_dirty_slot_must_yield(kvm) \
 	(need_resched() || rwlock_is_contended(&(kvm)->mmu_lock))

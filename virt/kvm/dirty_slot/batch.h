@@ -36,7 +36,8 @@ static inline void batch_reset(struct kvm_dirty_slot_call *c,
 	c->nr_pages = 0;
 	c->run_end = U32_MAX;	/* more than any page */
 	c->max_runs = min_t(unsigned int, max_runs, BATCH_RUNS);
-	c->plenty = &c->runs[c->max_runs] - BITS_PER_LONG / 2;
+	c->plenty = c->max_runs < BITS_PER_LONG / 2 ? NULL :
+		    &c->runs[c->max_runs - BITS_PER_LONG / 2];
 }
 
 /* The end of a batch: in registers, for who adds to it many times. */
@@ -129,26 +130,23 @@ void kvm_dirty_slot_batch_put_back(struct kvm_dirty_slot_log *log,
 				   unsigned long word, unsigned long mask);
 
 /*
- * If one of the pages @own of a word is logged, take what is logged of its pages
- * @want into the batch; of its pages @own, if there may be no room for more.  False
- * if there was none for all of these; the rest stays in the log, with a place in the
- * index.
+ * Take what is logged of the pages @want of a word into the batch.  False if there was
+ * no room for all of it; the rest stays in the log, with a place in the index.
  */
 static __always_inline bool batch_take(struct kvm_dirty_slot_log *log,
 				       struct kvm_dirty_slot_call *c,
-				       unsigned long word, unsigned long own,
-				       unsigned long want)
+				       unsigned long word, unsigned long want)
 {
 	unsigned long *p = &log->bitmap[word], taken;
 	struct batch_end e = batch_get_end(c);
 	u32 offset = word * BITS_PER_LONG;
 
-	if (!(READ_ONCE(*p) & own))
+	if (!(READ_ONCE(*p) & want))
 		return true;
 	if (unlikely(c->nr_masks == BATCH_MASKS))
 		return false;
 	if (unlikely(!batch_has_plenty(c, &e)))
-		return kvm_dirty_slot_batch_take_some(log, c, word, own);
+		return kvm_dirty_slot_batch_take_some(log, c, word, want);
 
 	if (want == ~0UL)
 		taken = xchg(p, 0);

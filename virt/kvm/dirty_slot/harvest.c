@@ -75,7 +75,7 @@ static noinline u64 take_own(struct kvm_dirty_slot_log *log,
 	for (; cursor != end; cursor++) {
 		offset = runs[cursor & (log->entries - 1)].offset;
 		own = BIT(offset % BITS_PER_LONG);
-		if (!batch_take(log, c, offset / BITS_PER_LONG, own, own))
+		if (!batch_take(log, c, offset / BITS_PER_LONG, own))
 			break;
 	}
 	return cursor;
@@ -172,7 +172,7 @@ static enum take take_ring(struct kvm_dirty_slot_log *log,
 	/* E */
 	offset = span->in_flight;
 	own = BIT(offset % BITS_PER_LONG);
-	if (!batch_take(log, c, offset / BITS_PER_LONG, own, own))
+	if (!batch_take(log, c, offset / BITS_PER_LONG, own))
 		return TAKE_FULL;
 	return TAKE_DONE;
 }
@@ -201,7 +201,7 @@ static enum take take_overflow(struct kvm_dirty_slot_log *log,
 		/* First, as a mark that finds it set leaves it at that. */
 		kvm_dirty_summary_clear(&log->overflow, word);
 		before = c->nr_pages;
-		if (!batch_take(log, c, word, ~0UL, ~0UL)) {
+		if (!batch_take(log, c, word, ~0UL)) {
 			kvm_dirty_slot_log_spill(log, word);
 			/* If it had its turn, and only then, it is another's. */
 			c->word += c->nr_pages != before;

@@ -308,7 +308,7 @@ struct kvm_dirty_slot_call {
 
 	/* A batch: taken from the bitmap, to be copied out and re-protected. */
 	int nr_masks, nr_runs, max_runs;
-	struct kvm_dirty_run *plenty; /* no more runs, and any word still fits */
+	struct kvm_dirty_run *plenty; /* up to here any word still fits; NULL: never */
 	u32 run_end;		/* the page after the last run */
 	u64 nr_pages;
 	struct kvm_dirty_slot_mask masks[BATCH_MASKS];
