@@ -130,10 +130,10 @@ unsigned int kvm_arch_dirty_slot_protect(struct kvm *kvm,
  *
  * An architecture whose hardware buffers dirty pages calls this before the
  * guest can write anything, and kvm_dirty_slot_ring_hw_flushed() when all that
- * was buffered has been marked dirty; likewise around making a page writable and
- * marking it, where that is not under mmu_lock.  KVM_DIRTY_HARVEST_SYNC waits
- * for vCPUs that are between the two, so that they must not wait for userspace
- * there, not even in a fault of memory that they access.
+ * was buffered has been marked dirty; likewise before a page is made writable, and
+ * when it has been marked, or looked at again.  KVM_DIRTY_HARVEST_SYNC waits for
+ * vCPUs that are between the two, so that they must not wait for userspace there,
+ * not even in a fault of memory that they access.
  *
  * Context: the vCPU's thread.
  */

@@ -725,6 +725,70 @@ static void step_fault(void)
 		fail("a page fault has no more than %u steps", n);
 }
 
+/*
+ * The same fault, a harvest at one of its steps, and at a later one another vCPU writes to
+ * the page through the SPTE, which nobody hears of, and its VMM harvests with SYNC.
+ */
+static unsigned int sync_after, nr_synced, nr_waits;
+
+static void write_and_sync(void)
+{
+	bool own = shim_step_locks, wrote = sim_unlogged(STEP_PAGE);
+	u8 had = seen[STEP_PAGE];
+	int r;
+
+	shim_step_locks = false;
+	nr_synced++;
+	/* A signal, in place of the wait for the fault that stands still here. */
+	shim_inject = 256;
+	r = kvm_dirty_slot_sync_hw(sim_kvm, true);
+	shim_inject = 0;
+	if (r)
+		nr_waits++;
+	else
+		harvest_slot_once();
+	if (!r && wrote && seen[STEP_PAGE] == had)
+		fail("HARVEST at step %u of a page fault, another with SYNC %u later: it has not what was written before",
+		     step_at, sync_after);
+	shim_step_locks = own;
+}
+
+static void harvest_then_sync(void)
+{
+	harvest_slot_once();
+	shim_at_step = write_and_sync;
+	shim_steps = sync_after;
+}
+
+static void step_sync(bool fast_fault)
+{
+	const struct sim_config c = {
+		.npages = STEP_PAGES, .nr_vcpus = 2, .entries = 64, .fast_fault = fast_fault,
+	};
+	unsigned int n;
+	bool more = true;
+
+	nr_waits = 0;
+	for (n = 1; more; n++) {
+		nr_synced = 1;
+		for (sync_after = 1; nr_synced; sync_after++) {
+			nr_synced = 0;
+			begin(&c);
+			slot_fd = open_log(0);
+			mark(0, 0);
+			if (fast_fault)
+				sim_map_page(STEP_PAGE);
+			shim_step_spins = true;
+			more = do_with(a_page_fault, harvest_then_sync, true, n);
+			shim_step_spins = false;
+			sim_close(slot_fd);
+			end();
+		}
+	}
+	if (!nr_waits)
+		fail("SYNC never waits for a page fault");
+}
+
 static void run_steps(unsigned int ms)
 {
 	static const struct sim_config c = {
@@ -754,6 +818,8 @@ static void run_steps(unsigned int ms)
 	end();
 	more_than_a_ring();
 	step_fault();
+	step_sync(false);
+	step_sync(true);
 }
 
 /*

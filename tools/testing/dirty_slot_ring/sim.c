@@ -438,6 +438,11 @@ void sim_map_page(gfn_t gfn)
 	install_spte(gfn, 0);
 }
 
+u64 *sim_sptep(gfn_t gfn)
+{
+	return sptep_of(gfn, PG_LEVEL_4K, false);
+}
+
 static u64 dbit(void)
 {
 	return kvm_x86_ops.cpu_dirty_log_size ? shadow_dirty_mask : PT_WRITABLE_MASK;

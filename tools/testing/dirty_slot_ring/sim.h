@@ -79,6 +79,9 @@ bool sim_fault(struct kvm_vcpu *vcpu, gfn_t gfn);
 /* Make the page table know a page, read-only. */
 void sim_map_page(gfn_t gfn);
 
+/* Where its SPTE is; NULL if there is no page table. */
+u64 *sim_sptep(gfn_t gfn);
+
 /* Can the page be written without anybody knowing (with PML: is its D bit set)? */
 bool sim_unlogged(gfn_t gfn);
 
