@@ -150,17 +150,14 @@ static noinline void ring_overflow(struct kvm_dirty_slot_log *log,
  * does, the entry comes later and is stale.  But nothing may mark another page in
  * the middle of it, see kvm_dirty_slot_log_mark().
  */
-static __always_inline void ring_mark(struct kvm_dirty_slot_log *log,
-				      struct kvm_dirty_slot_ring *ring,
-				      struct kvm_vcpu *vcpu,
-				      unsigned long offset)
+static __always_inline void ring_mark_active(struct kvm_dirty_slot_log *log,
+					     struct kvm_dirty_slot_ring *ring,
+					     struct kvm_vcpu *vcpu,
+					     unsigned long offset)
 {
 	struct kvm_dirty_slot_ring_kern *kern = ring->kern;
 	u64 producer, used;
 
-	/* G: before the bit, for who finds the bit set relies on it as well. */
-	if (unlikely(!READ_ONCE(ring->active)))
-		ring_activate(log, ring, vcpu);
 	smp_store_release(&ring->marking, offset); /* E */
 	/*
 	 * Not test_bit() first, to save the atomic operation where the bit is
@@ -168,17 +165,36 @@ static __always_inline void ring_mark(struct kvm_dirty_slot_log *log,
 	 * made, before the look at the bit.  Else a harvest could clear the bit
 	 * after the look, and its caller read the page before the write.
 	 */
+	producer = kern->producer;
+	used = producer - smp_load_acquire(&kern->reset); /* B */
 	if (test_and_set_bit_le(offset, log->bitmap))
 		return;
 
-	producer = kern->producer;
-	used = producer - smp_load_acquire(&kern->reset); /* B */
 	if (likely(used + 1 < log->wake_level))
 		ring_push(log, ring, vcpu, producer, offset, used);
 	else if (used < log->entries)
 		ring_push_wake(log, ring, vcpu, producer, offset, used);
 	else
 		ring_overflow(log, ring, vcpu, offset);
+}
+
+static noinline void ring_mark_quiet(struct kvm_dirty_slot_log *log,
+				     struct kvm_dirty_slot_ring *ring,
+				     struct kvm_vcpu *vcpu, unsigned long offset)
+{
+	ring_activate(log, ring, vcpu);
+	ring_mark_active(log, ring, vcpu, offset);
+}
+
+static __always_inline void ring_mark(struct kvm_dirty_slot_log *log,
+				      struct kvm_dirty_slot_ring *ring,
+				      struct kvm_vcpu *vcpu, unsigned long offset)
+{
+	/* G: before the bit, for who finds the bit set relies on it as well. */
+	if (likely(READ_ONCE(ring->active)))
+		ring_mark_active(log, ring, vcpu, offset);
+	else
+		ring_mark_quiet(log, ring, vcpu, offset);
 }
 
 /**
