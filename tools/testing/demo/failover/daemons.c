@@ -378,7 +378,7 @@ bool check_guest(struct vm *vm, const struct sample *least)
 void new_pair(struct pair *x)
 {
 	x->gen = ++last_gen;
-	x->port = 6000 + x->gen;
+	x->port = 10000 * (lane + 1) + x->gen;
 	x->protects = vm.gen;
 	snprintf(x->theirs, sizeof(x->theirs), "/dev/shm/standby-%u/ram0", x->gen);
 	reset_log();

@@ -34,6 +34,8 @@ extern bool tls;
 extern const char *max_dirty;	/* argument of --max-dirty, or NULL */
 extern const char *chain;	/* directory for epochs, or NULL to send them to a standby */
 extern uint64_t started, seed;
+/* Several drivers at once, each with files and ports of its own: which, and of how many */
+extern unsigned int lane, nr_lanes;
 extern unsigned int last_gen;
 
 /* --- util.c --------------------------------------------------------------- */

@@ -8,7 +8,7 @@
 
 #include "failover.h"
 
-#define RELAY_PORT	7000
+#define RELAY_PORT	9000
 
 static struct {
 	bool runs;
@@ -88,7 +88,7 @@ static void relay_bytes(int a, int b)
 
 static void *relay_thread(void *arg)
 {
-	int listening = tcp_socket(RELAY_PORT, true), a, b;
+	int listening = tcp_socket(RELAY_PORT + lane, true), a, b;
 
 	(void)arg;
 	if (listening < 0)
@@ -113,7 +113,7 @@ unsigned int relay_to(unsigned int port)
 	if (!relay.runs && pthread_create(&thread, NULL, relay_thread, NULL))
 		fatal("pthread_create");
 	relay.runs = true;
-	return RELAY_PORT;
+	return RELAY_PORT + lane;
 }
 
 void relay_set(enum link state)

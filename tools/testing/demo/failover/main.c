@@ -18,9 +18,14 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdlib.h>
+#include <sys/mman.h>
+#include <sys/mount.h>
+#include <sys/prctl.h>
 #include <sys/stat.h>
+#include <sys/wait.h>
 
 #include "failover.h"
 
@@ -30,9 +35,14 @@ const char *accel = "kvm,dirty-slot-ring-size=512";
 bool tls;
 const char *max_dirty, *chain;
 uint64_t started, seed;
-unsigned int last_gen;
+unsigned int last_gen, lane, nr_lanes = 1;
 struct vm vm;
 pid_t standby;
+
+#define MAX_LANES	4
+
+/* How many lanes have passed each argument */
+static atomic_uint *passed;
 
 static void make_files(void)
 {
@@ -107,11 +117,50 @@ static void set_seed(uint64_t n)
 	note("seed=%lu", seed);
 }
 
+static bool own_files(void)
+{
+	return !unshare(CLONE_NEWNS) && !mount("none", "/", NULL, MS_REC | MS_PRIVATE, NULL) &&
+	       !mount("tmpfs", "/tmp", "tmpfs", 0, NULL) &&
+	       !mount("tmpfs", "/dev/shm", "tmpfs", 0, NULL);
+}
+
+/* Who waits for the lanes does not come back from this, each of them does */
+static void split(unsigned int n)
+{
+	pid_t parent = getpid();
+	unsigned int i;
+	int status, rc = 0;
+
+	nr_lanes = n;
+	for (i = 0; i < n; i++) {
+		pid_t pid = fork();
+
+		if (pid < 0)
+			fatal("fork");
+		if (pid)
+			continue;
+		lane = i;
+		prctl(PR_SET_PDEATHSIG, SIGKILL);
+		if (getppid() != parent)
+			_exit(1);
+		if (!own_files())
+			fatal("files of its own for each lane");
+		return;
+	}
+	for (i = 0; i < n; i++) {
+		wait(&status);
+		if (!WIFEXITED(status) || WEXITSTATUS(status))
+			rc = WIFEXITED(status) ? WEXITSTATUS(status) : 1;
+	}
+	exit(rc);
+}
+
 int main(int argc, char **argv)
 {
+	int i, first = 6;
+	uint64_t chance;
 	bool ok = true;
 	size_t k;
-	int i;
 
 	if (argc == 3 && !strcmp(argv[1], "fence"))
 		return be_fence(argv[2]);
@@ -135,11 +184,26 @@ int main(int argc, char **argv)
 	signal(SIGPIPE, SIG_IGN);
 	vm.ctl = -1;
 	vm.mon = -1;
-	make_files();
-	if (strncmp(argv[6], "seed=", 5))
-		set_seed(mix(now_us() ^ time(NULL)) % 1000000);
+	passed = mmap(NULL, argc * sizeof(*passed), PROT_READ | PROT_WRITE,
+		      MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+	if (passed == MAP_FAILED)
+		fatal("mmap");
+	chance = mix(now_us() ^ time(NULL)) % 1000000;
+	if (!strncmp(argv[first], "lanes=", 6)) {
+		unsigned long n = strtoul(argv[first++] + 6, NULL, 10);
 
-	for (i = 6; i < argc && ok; i++) {
+		if (!n || n > MAX_LANES || first == argc) {
+			fprintf(stderr, "failover: 1 to %u lanes, and a test\n", MAX_LANES);
+			return 2;
+		}
+		if (n > 1)
+			split(n);
+	}
+	make_files();
+	if (strncmp(argv[first], "seed=", 5))
+		set_seed(chance + lane);
+
+	for (i = first; i < argc && ok; i++) {
 		char *value = strchr(argv[i], '=');
 		size_t len = value ? value - argv[i] : 0;
 		uint64_t n = value ? strtoull(value + 1, NULL, 10) : 0;
@@ -154,7 +218,7 @@ int main(int argc, char **argv)
 			continue;
 		}
 		if (!strncmp(argv[i], "seed=", 5)) {
-			set_seed(n);
+			set_seed(n + lane);
 			continue;
 		}
 		for (k = 0; k < ARRAY_SIZE(tests); k++) {
@@ -165,8 +229,11 @@ int main(int argc, char **argv)
 			fprintf(stderr, "failover: %s: not TEST=NUMBER\n", argv[i]);
 			return 2;
 		}
-		ok = run_test(kind ? NULL : &tests[k], kind, n);
-		printf("%s %s\n", ok ? "PASSED" : "FAILED", argv[i]);
+		/* Its share */
+		n = n / nr_lanes + (lane < n % nr_lanes);
+		ok = !n || run_test(kind ? NULL : &tests[k], kind, n);
+		if (!ok || ++passed[i] == nr_lanes)
+			printf("%s %s\n", ok ? "PASSED" : "FAILED", argv[i]);
 		fflush(stdout);
 	}
 	leave(&vm);

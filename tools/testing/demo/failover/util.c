@@ -23,7 +23,10 @@ void note(const char *fmt, ...)
 	va_start(ap, fmt);
 	vsnprintf(text, sizeof(text), fmt, ap);
 	va_end(ap);
-	printf("[%5.1f] %s\n", (now_us() - started) / 1e6, text);
+	if (nr_lanes > 1)
+		printf("[%5.1f] %u: %s\n", (now_us() - started) / 1e6, lane + 1, text);
+	else
+		printf("[%5.1f] %s\n", (now_us() - started) / 1e6, text);
 	fflush(stdout);
 }
 
