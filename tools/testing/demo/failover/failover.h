@@ -31,6 +31,11 @@
 extern const char *qemu, *firmware, *kernel, *initrd, *checkpoint, *self;
 extern const char *accel;
 extern bool tls;
+/* The guest's shape; an old build to measure beside this one, or NULL */
+extern const char *guest_cpus;
+extern unsigned int guest_rate;
+extern bool guest_has_net;
+extern const char *old_qemu, *old_checkpoint;
 extern const char *max_dirty;	/* argument of --max-dirty, or NULL */
 extern const char *chain;	/* directory for epochs, or NULL to send them to a standby */
 extern uint64_t started, seed;
@@ -207,6 +212,20 @@ unsigned int relay_cuts(void);
 /* The longest time in which nothing came from the primary since this was called last */
 uint64_t relay_gap_us(void);
 int tcp_socket(unsigned int port, bool listening);
+
+/* --- threads.c ------------------------------------------------------------ */
+
+/* Who had the CPU while the guest stood still */
+enum who { BY_MAIN, BY_VCPUS, BY_QEMU, BY_PROTECT, BY_STANDBY, BY_REST, NR_WHO };
+
+extern const char * const who_names[NR_WHO];
+
+/* Notes from now on which thread runs when; false if this kernel cannot */
+bool trace_begin(void);
+/* The threads of these are told apart, as they are now */
+void trace_know(struct vm *vm, pid_t protect, pid_t standby);
+/* Adds up, for epochs @from to @to of the log, and ends it; microseconds */
+void trace_end(uint64_t from, uint64_t to, uint64_t us[NR_WHO]);
 
 /* --- tests ---------------------------------------------------------------- */
 

@@ -33,6 +33,10 @@ const char *qemu, *firmware, *kernel, *initrd, *checkpoint, *self = "/bin/failov
 /* Small rings, so that they get full */
 const char *accel = "kvm,dirty-slot-ring-size=512";
 bool tls;
+const char *guest_cpus = "2";
+unsigned int guest_rate = 400;
+bool guest_has_net;
+const char *old_qemu, *old_checkpoint;
 const char *max_dirty, *chain;
 uint64_t started, seed;
 unsigned int last_gen, lane, nr_lanes = 1;
@@ -211,6 +215,16 @@ int main(int argc, char **argv)
 
 		if (!strncmp(argv[i], "accel=", 6)) {
 			accel = value + 1;
+			continue;
+		}
+		if (!strncmp(argv[i], "rate=", 5)) {
+			guest_rate = n;
+			booted = NULL;
+			continue;
+		}
+		if (!strncmp(argv[i], "old=", 4)) {
+			old_qemu = "/old/qemu-system-x86_64";
+			old_checkpoint = "/old/kvm-checkpoint";
 			continue;
 		}
 		if (!strncmp(argv[i], "tls=", 4)) {

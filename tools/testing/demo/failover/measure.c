@@ -3,6 +3,7 @@
  * What epochs cost.
  */
 #define _GNU_SOURCE
+#include <signal.h>
 #include <stdlib.h>
 
 #include "failover.h"
@@ -23,27 +24,36 @@ static uint64_t percentile(uint64_t *v, unsigned int n, unsigned int percent)
 }
 
 struct row {
-	uint64_t p50[PARTS], p99[PARTS], max[PARTS];
 	uint64_t pages, bytes;
-	double rate, fastest;
+	double rate;
 };
 
-/* One run; the rate is that of epochs after the first, which copied everything */
-static bool run_epochs(const char *interval, unsigned int n, struct row *r, double *rate)
+/*
+ * One run; the rate is that of epochs after the first, which copied everything.  @v: where the parts
+ * of their pauses go, @who: who had the CPU in them, both added to what is there; or NULL.
+ */
+static bool run_epochs(const char *interval, unsigned int n, struct row *r, uint64_t *v[PARTS],
+		       uint64_t *who)
 {
 	struct pair x = { .timeout_ms = 0 };
-	unsigned int i, k = 0;
-	uint64_t *v = calloc(n + 1, sizeof(*v)), first, part, pages = 0;
+	uint64_t first, pages = 0, us[NR_WHO];
+	unsigned int i, part;
 	int status;
 
-	if (!v)
-		fatal("no memory");
 	new_pair(&x);
+	if (who && !trace_begin())
+		return fail("the scheduler cannot be traced");
 	x.standby = start_standby(&x);
 	start_protect(&x.protect, &vm, &x, interval, n);
 	if (!wait_synced(&x.protect, &vm, 1))
 		return false;
+	if (who)
+		trace_know(&vm, x.protect.pid, x.standby);
 	status = wait_protect(&x.protect);
+	if (who)
+		trace_end(2, n + 1, us);
+	for (i = 0; who && i < NR_WHO; i++)
+		who[i] += us[i];
 	kill_now(&x.standby, true);
 	remove_ram(x.theirs);
 	if (status || log_.newest != n + 1)
@@ -51,34 +61,25 @@ static bool run_epochs(const char *interval, unsigned int n, struct row *r, doub
 			    n + 1);
 
 	first = log_.epochs[1].done_us;
-	*rate = n / ((log_.epochs[n + 1].done_us - first) / 1e6);
-	if (!r)
-		goto out;
-	for (part = 0; part < PARTS; part++) {
-		for (k = 0, i = 2; i <= n + 1; i++)
-			v[k++] = log_.epochs[i].us[part];
-		r->p50[part] = percentile(v, k, 50);
-		r->p99[part] = percentile(v, k, 99);
-		r->max[part] = v[k - 1];
-	}
-	for (i = 2; i <= n + 1; i++)
+	r->rate = n / ((log_.epochs[n + 1].done_us - first) / 1e6);
+	for (i = 2; i <= n + 1; i++) {
+		for (part = 0; v && part < PARTS; part++)
+			*v[part]++ = log_.epochs[i].us[part];
 		pages += log_.epochs[i].pages;
+	}
 	r->pages = pages / n;
 	r->bytes = (log_.epochs[n + 1].wire - log_.epochs[1].wire) / n;
-out:
-	free(v);
 	return true;
 }
 
 bool test_early(unsigned int epochs)
 {
 	struct row r;
-	double rate;
 	bool ok;
 
 	memset(&r, 0, sizeof(r));
 	max_dirty = "400";
-	ok = run_epochs("60m", epochs, &r, &rate);
+	ok = run_epochs("60m", epochs, &r, NULL, NULL);
 	max_dirty = NULL;
 	if (ok && r.pages < 400)
 		ok = fail("epochs of %lu pages were taken before 400 were dirty", r.pages);
@@ -87,61 +88,206 @@ bool test_early(unsigned int epochs)
 	return ok;
 }
 
-bool test_measure(unsigned int epochs)
+
+/*
+ * What is compared: the ways to log, with this build and perhaps an old one.  Each has a guest of its
+ * own, which is stopped when it is not its turn.
+ */
+#define NR_LOGS		3
+#define MAX_MACHINES	(2 * NR_LOGS)
+#define ROUNDS		3
+#define WARM_UP		5
+
+static const struct {
+	const char *title, *accel;
+} logs[NR_LOGS] = {
+	{ "slot rings", "kvm,dirty-slot-ring-size=4096" },
+	{ "dirty ring", "kvm,dirty-ring-size=4096" },
+	{ "bitmap", "kvm" },
+};
+
+static struct machine {
+	unsigned int log;
+	bool old;
+	struct vm vm;
+	uint64_t *v[PARTS], *next[PARTS];
+	uint64_t who[NR_WHO];
+	unsigned int n;			/* epochs in all */
+	struct row row;
+	double fastest;
+} machines[MAX_MACHINES];
+static unsigned int nr_machines;
+
+static const char *new_qemu, *new_checkpoint;
+
+static void take_turn(struct machine *m)
 {
-	static const struct {
-		const char *title, *accel;
-	} logs[] = {
-		{ "dirty slot rings", "kvm,dirty-slot-ring-size=4096" },
-		{ "dirty ring", "kvm,dirty-ring-size=4096" },
-		{ "dirty bitmap", "kvm" },
-	};
+	qemu = m->old ? old_qemu : new_qemu;
+	checkpoint = m->old ? old_checkpoint : new_checkpoint;
+	accel = logs[m->log].accel;
+	vm = m->vm;
+	if (vm.pid)
+		kill(vm.pid, SIGCONT);
+}
+
+static void end_turn(struct machine *m)
+{
+	kill(vm.pid, SIGSTOP);
+	m->vm = vm;
+	vm = (struct vm){ .ctl = -1, .mon = -1 };
+}
+
+static bool prepare(struct machine *m, unsigned int log, bool old, unsigned int epochs)
+{
+	unsigned int part;
+	struct row warm;
+	bool ok;
+
+	*m = (struct machine){ .log = log, .old = old, .vm = { .ctl = -1, .mon = -1 } };
+	for (part = 0; part < PARTS; part++) {
+		m->v[part] = calloc(epochs + ROUNDS, sizeof(uint64_t));
+		m->next[part] = m->v[part];
+		if (!m->v[part])
+			fatal("no memory");
+	}
+	take_turn(m);
+	ok = boot(&vm) && run_epochs("50ms", WARM_UP, &warm, NULL, NULL);
+	end_turn(m);
+	return ok;
+}
+
+static bool measure_once(struct machine *m, unsigned int epochs)
+{
+	unsigned int part;
+	struct row fast;
+	bool ok;
+
+	take_turn(m);
+	ok = run_epochs("100ms", epochs, &m->row, m->next, m->who) &&
+	     run_epochs("1ms", epochs, &fast, NULL, NULL);
+	end_turn(m);
+	for (part = 0; part < PARTS; part++)
+		m->next[part] += epochs;
+	m->n += epochs;
+	if (fast.rate > m->fastest)
+		m->fastest = fast.rate;
+	return ok;
+}
+
+static void print_line(const char *what, const char *of, void (*cell)(struct machine *m, int arg),
+		       int arg)
+{
+	unsigned int i;
+
+	printf("| %s | %s |", what, of);
+	for (i = 0; i < nr_machines; i++)
+		cell(&machines[i], arg);
+	printf("\n");
+}
+
+static void cell_title(struct machine *m, int arg)
+{
+	(void)arg;
+	printf(" %s%s |", logs[m->log].title, m->old ? ", old" : "");
+}
+
+static void cell_rule(struct machine *m, int arg)
+{
+	(void)m;
+	(void)arg;
+	printf("---|");
+}
+
+static void cell_part(struct machine *m, int part)
+{
+	printf(" %lu / %lu |", percentile(m->v[part], m->n, 50), percentile(m->v[part], m->n, 99));
+}
+
+static void cell_who(struct machine *m, int who)
+{
+	printf(" %lu |", m->who[who] / m->n);
+}
+
+static void cell_pages(struct machine *m, int arg)
+{
+	(void)arg;
+	printf(" %lu |", m->row.pages);
+}
+
+static void cell_bytes(struct machine *m, int arg)
+{
+	(void)arg;
+	printf(" %lu |", m->row.bytes);
+}
+
+static void cell_rate(struct machine *m, int fastest)
+{
+	printf(" %.1f |", fastest ? m->fastest : m->row.rate);
+}
+
+static void print_table(unsigned int epochs)
+{
 	static const char * const titles[] = {
 		[PAUSE] = "pause", [STOP] = "stop", [HARVEST] = "harvest", [STATE] = "state",
 		[COPY] = "copy", [RESUME] = "resume",
 	};
 	static const int order[] = { PAUSE, STOP, HARVEST, STATE, COPY, RESUME };
-	struct row rows[3];
-	const char *old = accel;
-	size_t i, k;
+	char what[64];
+	int i;
+
+	snprintf(what, sizeof(what), "%u epochs each", epochs);
+	printf("\nTABLE\n");
+	print_line(what, "", cell_title, 0);
+	print_line("---", "---", cell_rule, 0);
+	for (i = 0; i < PARTS; i++)
+		print_line(titles[order[i]], "µs, p50 / p99", cell_part, order[i]);
+	for (i = 0; i < NR_WHO; i++)
+		print_line(who_names[i], "µs in a pause, mean", cell_who, i);
+	print_line("pages in an epoch", "mean", cell_pages, 0);
+	print_line("bytes sent for it", "mean", cell_bytes, 0);
+	print_line("epochs a second", "--interval 100ms", cell_rate, 0);
+	print_line("", "--interval 1ms", cell_rate, 1);
+	printf("END\n");
+}
+
+bool test_measure(unsigned int epochs)
+{
+	const char *was_accel = accel, *was_cpus = guest_cpus;
+	unsigned int was_rate = guest_rate, builds = old_qemu ? 2 : 1, i, round;
+	unsigned int share = (epochs + ROUNDS - 1) / ROUNDS;
 	bool ok = true;
 
-	memset(rows, 0, sizeof(rows));
-	for (i = 0; i < 3 && ok; i++) {
-		accel = logs[i].accel;
+	leave(&vm);
+	remove_ram(vm.ram);
+	kill_now(&standby, true);
+	new_qemu = qemu;
+	new_checkpoint = checkpoint;
+	guest_cpus = "1";
+	guest_rate = 1400;
+	guest_has_net = true;
+	nr_machines = builds * NR_LOGS;
+	for (i = 0; i < nr_machines; i++)
+		machines[i].vm = (struct vm){ .ctl = -1, .mon = -1 };
+	for (i = 0; i < nr_machines && ok; i++)
+		ok = prepare(&machines[i], i / builds, i % builds, share * ROUNDS);
+	for (round = 0; round < ROUNDS && ok; round++) {
+		for (i = 0; i < nr_machines && ok; i++)
+			ok = measure_once(&machines[i], share);
+		if (ok)
+			note("round %u of %u", round + 1, ROUNDS);
+	}
+	if (ok)
+		print_table(share * ROUNDS);
+	for (i = 0; i < nr_machines; i++) {
+		take_turn(&machines[i]);
 		leave(&vm);
 		remove_ram(vm.ram);
-		kill_now(&standby, true);
-		ok = boot(&vm) && run_epochs("100ms", epochs, &rows[i], &rows[i].rate) &&
-		     run_epochs("1ms", epochs, NULL, &rows[i].fastest);
 	}
-	accel = old;
-	if (!ok)
-		return false;
-
-	printf("\nTABLE\n");
-	printf("| %u epochs each | | %s | %s | %s |\n", epochs, logs[0].title, logs[1].title,
-	       logs[2].title);
-	printf("|---|---|---|---|---|\n");
-	for (k = 0; k < PARTS; k++) {
-		printf("| %s, µs | p50 / p99 / max |", titles[order[k]]);
-		for (i = 0; i < 3; i++)
-			printf(" %lu / %lu / %lu |", rows[i].p50[order[k]], rows[i].p99[order[k]],
-			       rows[i].max[order[k]]);
-		printf("\n");
-	}
-	printf("| pages in an epoch | mean |");
-	for (i = 0; i < 3; i++)
-		printf(" %lu |", rows[i].pages);
-	printf("\n| bytes sent for it | mean |");
-	for (i = 0; i < 3; i++)
-		printf(" %lu |", rows[i].bytes);
-	printf("\n| epochs a second | --interval 100ms |");
-	for (i = 0; i < 3; i++)
-		printf(" %.1f |", rows[i].rate);
-	printf("\n| | --interval 1ms |");
-	for (i = 0; i < 3; i++)
-		printf(" %.1f |", rows[i].fastest);
-	printf("\nEND\n");
-	return true;
+	qemu = new_qemu;
+	checkpoint = new_checkpoint;
+	accel = was_accel;
+	guest_cpus = was_cpus;
+	guest_rate = was_rate;
+	guest_has_net = false;
+	return ok;
 }

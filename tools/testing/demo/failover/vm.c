@@ -138,10 +138,8 @@ void args_of_qemu(struct args *a, unsigned int gen, const char *ram)
 {
 	const char * const fixed[] = {
 		qemu, "-nodefaults", "-no-user-config", "-display", "none", "-L", firmware,
-		"-accel", accel, "-cpu", "host", "-smp", "2", "-no-reboot", "-name", "counter",
+		"-accel", accel, "-cpu", "host", "-smp", guest_cpus, "-no-reboot", "-name", "counter",
 		"-machine", "q35,memory-backend=ram0", "-kernel", kernel, "-initrd", initrd,
-		"-append",
-		"console=ttyS0 quiet panic=-1 tsc=reliable no_timer_check rcupdate.rcu_expedited=1 demo.work=8 demo.still=8 demo.rate=400",
 		"-drive", "if=virtio,format=raw,readonly=on,file=" DISK_FILE,
 		/* Nothing but the guest itself may notice that there are two of it */
 		"-drive", "if=virtio,format=raw,file.locking=off,file=" HOLDER_FILE,
@@ -150,6 +148,15 @@ void args_of_qemu(struct args *a, unsigned int gen, const char *ram)
 
 	for (i = 0; i < ARRAY_SIZE(fixed); i++)
 		a->v[a->n++] = (char *)fixed[i];
+	a->v[a->n++] = "-append";
+	arg(a, "console=ttyS0 quiet panic=-1 tsc=reliable no_timer_check rcupdate.rcu_expedited=1 demo.work=8 demo.still=8 demo.rate=%u",
+	    guest_rate);
+	if (guest_has_net) {
+		a->v[a->n++] = "-netdev";
+		a->v[a->n++] = "hubport,id=net0,hubid=0";
+		a->v[a->n++] = "-device";
+		a->v[a->n++] = "virtio-net-pci,netdev=net0,romfile=";
+	}
 	a->v[a->n++] = "-object";
 	arg(a, "memory-backend-file,id=ram0,size=%dM,share=on,mem-path=%s", GUEST_MB, ram);
 	a->v[a->n++] = "-qmp";
