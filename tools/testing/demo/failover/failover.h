@@ -215,7 +215,7 @@ int tcp_socket(unsigned int port, bool listening);
 
 /* --- threads.c ------------------------------------------------------------ */
 
-/* Who had the CPU while the guest stood still */
+/* Who had the CPU while the guest stood still, or from one epoch to the next */
 enum who { BY_MAIN, BY_VCPUS, BY_QEMU, BY_PROTECT, BY_STANDBY, BY_REST, NR_WHO };
 
 extern const char * const who_names[NR_WHO];
@@ -224,8 +224,8 @@ extern const char * const who_names[NR_WHO];
 bool trace_begin(void);
 /* The threads of these are told apart, as they are now */
 void trace_know(struct vm *vm, pid_t protect, pid_t standby);
-/* Adds up, for epochs @from to @to of the log, and ends it; microseconds */
-void trace_end(uint64_t from, uint64_t to, uint64_t us[NR_WHO]);
+/* Adds up, for the pauses of epochs @from to @to of the log, or all of them; microseconds */
+void trace_end(uint64_t from, uint64_t to, bool pauses, uint64_t us[NR_WHO]);
 
 /* --- tests ---------------------------------------------------------------- */
 

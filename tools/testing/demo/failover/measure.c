@@ -30,7 +30,8 @@ struct row {
 
 /*
  * One run; the rate is that of epochs after the first, which copied everything.  @v: where the parts
- * of their pauses go, @who: who had the CPU in them, both added to what is there; or NULL.
+ * of their pauses go, or NULL; @who: who had the CPU is added to that, in the pauses if there is @v
+ * and else all the time; or NULL.
  */
 static bool run_epochs(const char *interval, unsigned int n, struct row *r, uint64_t *v[PARTS],
 		       uint64_t *who)
@@ -51,7 +52,7 @@ static bool run_epochs(const char *interval, unsigned int n, struct row *r, uint
 		trace_know(&vm, x.protect.pid, x.standby);
 	status = wait_protect(&x.protect);
 	if (who)
-		trace_end(2, n + 1, us);
+		trace_end(2, n + 1, v, us);
 	for (i = 0; who && i < NR_WHO; i++)
 		who[i] += us[i];
 	kill_now(&x.standby, true);
@@ -111,7 +112,7 @@ static struct machine {
 	bool old;
 	struct vm vm;
 	uint64_t *v[PARTS], *next[PARTS];
-	uint64_t who[NR_WHO];
+	uint64_t who[2][NR_WHO];	/* in pauses, and in all when they follow each other */
 	unsigned int n;			/* epochs in all */
 	struct row row;
 	double fastest;
@@ -163,8 +164,8 @@ static bool measure_once(struct machine *m, unsigned int epochs)
 	bool ok;
 
 	take_turn(m);
-	ok = run_epochs("100ms", epochs, &m->row, m->next, m->who) &&
-	     run_epochs("1ms", epochs, &fast, NULL, NULL);
+	ok = run_epochs("100ms", epochs, &m->row, m->next, m->who[0]) &&
+	     run_epochs("1ms", epochs, &fast, NULL, m->who[1]);
 	end_turn(m);
 	for (part = 0; part < PARTS; part++)
 		m->next[part] += epochs;
@@ -203,9 +204,14 @@ static void cell_part(struct machine *m, int part)
 	printf(" %lu / %lu |", percentile(m->v[part], m->n, 50), percentile(m->v[part], m->n, 99));
 }
 
-static void cell_who(struct machine *m, int who)
+static void cell_in_pause(struct machine *m, int who)
 {
-	printf(" %lu |", m->who[who] / m->n);
+	printf(" %lu |", m->who[0][who] / m->n);
+}
+
+static void cell_in_epoch(struct machine *m, int who)
+{
+	printf(" %lu |", m->who[1][who] / m->n);
 }
 
 static void cell_pages(struct machine *m, int arg)
@@ -242,7 +248,10 @@ static void print_table(unsigned int epochs)
 	for (i = 0; i < PARTS; i++)
 		print_line(titles[order[i]], "µs, p50 / p99", cell_part, order[i]);
 	for (i = 0; i < NR_WHO; i++)
-		print_line(who_names[i], "µs in a pause, mean", cell_who, i);
+		print_line(who_names[i], "µs of a pause", cell_in_pause, i);
+	for (i = 0; i < NR_WHO; i++)
+		print_line(who_names[i], "µs from one epoch to the next, --interval 1ms",
+			   cell_in_epoch, i);
 	print_line("pages in an epoch", "mean", cell_pages, 0);
 	print_line("bytes sent for it", "mean", cell_bytes, 0);
 	print_line("epochs a second", "--interval 100ms", cell_rate, 0);

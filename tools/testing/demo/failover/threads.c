@@ -117,8 +117,8 @@ static enum who who_is(int tid)
 	return BY_REST;
 }
 
-/* How much of a time was in pauses, from the last one on that was not over */
-static uint64_t in_pauses(uint64_t from, uint64_t to, uint64_t *epoch, uint64_t last)
+/* How much of a time was in epochs, from the last one on that was not over */
+static uint64_t in_epochs(uint64_t from, uint64_t to, uint64_t *epoch, uint64_t last, bool pauses)
 {
 	uint64_t sum = 0, begin, end;
 	const struct epoch *e;
@@ -126,7 +126,8 @@ static uint64_t in_pauses(uint64_t from, uint64_t to, uint64_t *epoch, uint64_t 
 	for (; *epoch <= last; ++*epoch) {
 		e = &log_.epochs[*epoch % MAX_EPOCHS];
 		begin = e->taken_us;
-		end = begin + e->us[PAUSE];
+		end = pauses || *epoch == last ? begin + e->us[PAUSE] :
+		      log_.epochs[(*epoch + 1) % MAX_EPOCHS].taken_us;
 		if (begin >= to)
 			break;
 		if (end > from)
@@ -137,11 +138,12 @@ static uint64_t in_pauses(uint64_t from, uint64_t to, uint64_t *epoch, uint64_t 
 	return sum;
 }
 
-void trace_end(uint64_t from, uint64_t to, uint64_t us[NR_WHO])
+void trace_end(uint64_t from, uint64_t to, bool pauses, uint64_t us[NR_WHO])
 {
 	uint64_t since[MAX_CPUS] = { 0 }, epoch[MAX_CPUS], sec, usec, now;
 	char line[512], *p;
 	unsigned int cpu, i;
+	uint64_t here;
 	int prev;
 	FILE *f;
 
@@ -164,10 +166,9 @@ void trace_end(uint64_t from, uint64_t to, uint64_t us[NR_WHO])
 		if (!p || sscanf(p, "[%u] %*s %lu.%lu:", &cpu, &sec, &usec) != 3 || cpu >= MAX_CPUS)
 			continue;
 		now = sec * 1000000 + usec;
+		here = in_epochs(since[cpu], now, &epoch[cpu], to, pauses);
 		if (since[cpu] && prev)
-			us[who_is(prev)] += in_pauses(since[cpu], now, &epoch[cpu], to);
-		else
-			in_pauses(since[cpu], now, &epoch[cpu], to);
+			us[who_is(prev)] += here;
 		since[cpu] = now;
 	}
 	if (f)
