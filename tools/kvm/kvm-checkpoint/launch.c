@@ -132,7 +132,7 @@ int kc_qemu_start(const struct kc_launch *l, bool trial, struct kc_qemu *q, stru
 	int rc = 0, sv[2] = { -1, -1 };
 	char **argv = NULL;
 
-	*q = (struct kc_qemu){ .errors = -1, .qmp.fd = -1 };
+	*q = (struct kc_qemu){ .errors = -1, .guard = -1, .qmp.fd = -1 };
 	if (!l->bare && socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, sv))
 		return kc_fail(err, errno, "cannot make a socket: %s", strerror(errno));
 	if (trial)
@@ -141,13 +141,17 @@ int kc_qemu_start(const struct kc_launch *l, bool trial, struct kc_qemu *q, stru
 	if (!argv)
 		rc = -EINVAL;
 	if (!rc)
-		rc = kc_start(argv, sv[1], q->errors, l->committed || trial ? OWN_SESSION : WITH_US,
-			      &q->pid, err);
+		/* One that waits holds memory, sockets and files: it must not be left when we are gone */
+		rc = l->committed || trial ?
+		     kc_start(argv, sv[1], q->errors, OWN_SESSION, l->bare ? NULL : &q->guard,
+			      &q->pid, err) :
+		     kc_start(argv, sv[1], q->errors, WITH_US, NULL, &q->pid, err);
 	kc_free_argv(argv);
 	if (sv[1] >= 0)
 		close(sv[1]);
 	if (rc) {
 		q->pid = 0;
+		q->guard = -1;
 		if (sv[0] >= 0)
 			close(sv[0]);
 		kc_qemu_kill(q);
@@ -240,7 +244,9 @@ void kc_qemu_kill(struct kc_qemu *q)
 		close(q->errors);
 	if (q->pid)
 		kc_kill_child(q->pid);
-	*q = (struct kc_qemu){ .errors = -1, .qmp.fd = -1 };
+	if (q->guard >= 0)
+		close(q->guard);
+	*q = (struct kc_qemu){ .errors = -1, .guard = -1, .qmp.fd = -1 };
 }
 
 static int let_run(struct kc_qemu *q, const struct kc_launch *l, struct kc_err *err)
@@ -274,8 +280,11 @@ int kc_launch(const struct kc_launch *l, struct kc_qemu *q, struct kc_err *err)
 		return rc;
 	rc = kc_qemu_load(q, l, err);
 	/* Until here the guest has not run, because of -S, and the RAM is as it was. */
-	if (!rc && l->committed)
+	if (!rc && l->committed) {
+		kc_guard_release(q->guard);
+		q->guard = -1;
 		rc = l->committed(l->ctx, err);
+	}
 	if (!rc && !l->stopped)
 		rc = let_run(q, l, err);
 	if (rc < 0)

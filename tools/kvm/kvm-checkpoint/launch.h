@@ -32,7 +32,8 @@ void kc_free_argv(char **argv);
  * @stopped: the guest was not running when it was taken, so load it and leave it as it was.
  * @timeout_ms: for QEMU to have loaded the state.
  * @committed: called right before the guest runs and changes the RAM; an error stops it.  QEMU
- *	is in a session of its own then, as it is to live longer than we do.
+ *	is in a session of its own then, as it is to live longer than we do; until then it ends
+ *	when we do.
  * @idle: called now and then while QEMU is waited for, see qmp_open(); or NULL.
  */
 struct kc_launch {
@@ -83,6 +84,7 @@ struct kc_qemu {
 	pid_t pid;
 	struct qmp qmp;
 	int errors;		/* what it says on stderr, or -1 */
+	int guard;		/* of kc_start(), until it has the guest; or -1 */
 };
 
 /**

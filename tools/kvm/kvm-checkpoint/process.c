@@ -8,20 +8,94 @@
 #include <signal.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/prctl.h>
+#include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
 #include <xxhash.h>
 
 #include "process.h"
 
+/*
+ * PR_SET_PDEATHSIG will not do: only the child itself could take it back when it is to live on.  In
+ * a fork of a process with threads, so nothing but system calls.
+ */
+static void watch(int end, int pidfd)
+{
+	sigset_t all;
+	ssize_t n;
+	char byte;
+
+	sigfillset(&all);
+	sigprocmask(SIG_SETMASK, &all, NULL);
+	prctl(PR_SET_NAME, "kc-guard");
+	/* The files of the daemon are not ours to keep open, or locked */
+	end = fcntl(end, F_DUPFD, 10);
+	pidfd = fcntl(pidfd, F_DUPFD, 10);
+	dup2(end, 0);
+	dup2(pidfd, 1);
+	syscall(SYS_close_range, 2, ~0U, 0);
+	do
+		n = read(0, &byte, 1);
+	while (n < 0 && errno == EINTR);
+	if (n <= 0)
+		syscall(SYS_pidfd_send_signal, 1, SIGKILL, NULL, 0);
+	_exit(0);
+}
+
+static int start_guard(pid_t pid, struct kc_err *err)
+{
+	int p[2], pidfd = syscall(SYS_pidfd_open, pid, 0), e = errno;
+	pid_t child;
+
+	if (pidfd < 0)
+		return kc_fail(err, e, "cannot watch over a process: %s", strerror(e));
+	if (pipe2(p, O_CLOEXEC)) {
+		e = errno;
+		close(pidfd);
+		return kc_fail(err, e, "cannot make a pipe: %s", strerror(e));
+	}
+	child = fork();
+	if (!child) {
+		close(p[1]);
+		/* Nobody of ours has to wait for it, and what ends us does not reach it */
+		if (setsid() < 0 || fork())
+			_exit(0);
+		watch(p[0], pidfd);
+	}
+	e = errno;
+	close(p[0]);
+	close(pidfd);
+	if (child < 0) {
+		close(p[1]);
+		return kc_fail(err, e, "cannot watch over a process: %s", strerror(e));
+	}
+	while (waitpid(child, NULL, 0) < 0 && errno == EINTR)
+		;
+	return p[1];
+}
+
+void kc_guard_release(int guard)
+{
+	if (guard < 0)
+		return;
+	if (write(guard, "", 1) != 1)
+		kc_log(KC_LOG_WARN, "cannot tell who watches over QEMU: %s", strerror(errno));
+	close(guard);
+}
+
 /* In the child; @keep stays open, @errors is its stderr, and @out says what failed. */
-static void child(char **argv, int keep, int errors, int out)
+static void child(char **argv, int keep, int errors, int go, int out)
 {
 	sigset_t none;
+	char byte;
 	int e;
 
 	sigemptyset(&none);
 	sigprocmask(SIG_SETMASK, &none, NULL);
+	/* Nobody would end it */
+	if (go >= 0 && read(go, &byte, 1) != 1)
+		_exit(127);
 	signal(SIGPIPE, SIG_DFL);
 	kc_core_as_before();
 	if (keep >= 0)
@@ -35,25 +109,43 @@ static void child(char **argv, int keep, int errors, int out)
 	_exit(127);
 }
 
-int kc_start(char **argv, int keep, int errors, enum place place, pid_t *pid,
+int kc_start(char **argv, int keep, int errors, enum place place, int *guard, pid_t *pid,
 	     struct kc_err *err)
 {
-	int p[2], e = 0;
+	int p[2], go[2] = { -1, -1 }, e = 0, rc = 0;
 	ssize_t n;
 
 	if (pipe2(p, O_CLOEXEC))
 		return kc_fail(err, errno, "cannot make a pipe: %s", strerror(errno));
+	if (guard && pipe2(go, O_CLOEXEC)) {
+		rc = kc_fail(err, errno, "cannot make a pipe: %s", strerror(errno));
+		close(p[0]);
+		close(p[1]);
+		return rc;
+	}
 	*pid = fork();
 	if (!*pid) {
+		if (guard)
+			close(go[1]);
 		if (place == OWN_SESSION)
 			setsid();
 		else if (place == OWN_GROUP)
 			setpgid(0, 0);
-		child(argv, keep, errors, p[1]);
+		child(argv, keep, errors, go[0], p[1]);
 	}
 	if (*pid < 0)
 		e = errno;
 	close(p[1]);
+	if (guard) {
+		close(go[0]);
+		*guard = *pid > 0 ? start_guard(*pid, err) : -1;
+		if (*pid > 0 && *guard < 0)
+			rc = *guard;
+		else if (*pid > 0 && write(go[1], "", 1) != 1)
+			e = errno;
+		/* Without that byte it ends by itself */
+		close(go[1]);
+	}
 	if (*pid > 0) {
 		if (place == OWN_GROUP)
 			setpgid(*pid, *pid);
@@ -62,10 +154,16 @@ int kc_start(char **argv, int keep, int errors, enum place place, pid_t *pid,
 		while (n < 0 && errno == EINTR);
 		if (n != sizeof(e))
 			e = 0;
-		else
+		if (e || rc)
 			waitpid(*pid, NULL, 0);
 	}
 	close(p[0]);
+	if (e || rc) {
+		if (guard && *guard >= 0)
+			close(*guard);
+	}
+	if (rc)
+		return rc;
 	if (e)
 		return kc_fail(err, e, "cannot start %s: %s", argv[0], strerror(e));
 	return 0;
@@ -85,7 +183,7 @@ int kc_run_fence(char **argv, unsigned int timeout_ms, struct kc_err *err)
 	int rc, status;
 	pid_t pid, got;
 
-	rc = kc_start(argv, -1, -1, OWN_GROUP, &pid, err);
+	rc = kc_start(argv, -1, -1, OWN_GROUP, NULL, &pid, err);
 	if (rc)
 		return rc;
 	while (!(got = waitpid(pid, &status, WNOHANG))) {

@@ -22,16 +22,23 @@ enum place {
  * @keep: a file descriptor that stays open in it, or -1.
  * @errors: becomes its stderr, or -1 for ours.
  * @place: where signals for us do not reach it.
+ * @guard: where to put a file descriptor: when that is closed, by whatever ends us too, the program
+ *	is killed; kc_guard_release() lets it live on without us.  Or NULL.
  * @pid: of it.
  * @err: why not.
  *
+ * It is a small process that waits for the other end of @guard.
+ *
  * Return: 0 when it runs, or a negative errno.
  */
-int kc_start(char **argv, int keep, int errors, enum place place, pid_t *pid,
+int kc_start(char **argv, int keep, int errors, enum place place, int *guard, pid_t *pid,
 	     struct kc_err *err);
+
+void kc_guard_release(int guard);
 
 /* With what it has started in its group; returns when it is gone. */
 void kc_kill_child(pid_t pid);
+
 
 /**
  * kc_run_fence() - run a command and wait until it is done

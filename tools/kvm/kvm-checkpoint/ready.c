@@ -5,7 +5,7 @@
  * Whether it can is found out before it is needed: a state of a kind that was not loaded yet is
  * loaded into a QEMU with private memory, which is then ended.  After that another one is started
  * with the guest's memory, which waits until it has to take over.  There is never more than one, as
- * they have sockets and files in common.
+ * they have sockets and files in common; and none when the standby is gone, however that ended.
  *
  * All of it is done by the thread of the active session, while it is that.
  */
@@ -24,71 +24,6 @@
 
 #define RESTART_US	1000000ull
 #define MAX_RESTART_US	60000000ull
-
-/* --- Left over by a standby that was killed ------------------------------- */
-
-/* Their QEMUs are in sessions of their own, and would be in the way of ours. */
-static void file_path(const struct standby *sb, char path[4096])
-{
-	snprintf(path, 4096, "%s/qemu", sb->ram_dir);
-}
-
-static void remember(const struct standby *sb, pid_t pid)
-{
-	char path[4096], text[64];
-	uint8_t id[16];
-	unsigned int i;
-	int fd, n;
-
-	file_path(sb, path);
-	kc_process_id(pid, id);
-	n = sprintf(text, "%d ", pid);
-	for (i = 0; i < 16; i++)
-		n += sprintf(text + n, "%02x", id[i]);
-	fd = open(path, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC | O_NOFOLLOW, 0600);
-	/* Without it there is only a QEMU too many, if we are killed. */
-	if (fd < 0 || write(fd, text, n) != n)
-		kc_log(KC_LOG_WARN, "cannot write to %s: %s", path, strerror(errno));
-	if (fd >= 0)
-		close(fd);
-}
-
-void kc_ready_forget(struct standby *sb)
-{
-	char path[4096];
-
-	file_path(sb, path);
-	unlink(path);
-}
-
-static void tidy_up(struct standby *sb)
-{
-	char path[4096], text[64] = "", want[33], *end;
-	uint8_t id[16];
-	unsigned int i;
-	pid_t pid;
-	int fd;
-
-	file_path(sb, path);
-	fd = open(path, O_RDONLY | O_CLOEXEC | O_NOFOLLOW);
-	if (fd < 0)
-		return;
-	if (read(fd, text, sizeof(text) - 1) < 0)
-		text[0] = '\0';
-	close(fd);
-	pid = strtol(text, &end, 10);
-	if (pid > 1 && *end == ' ') {
-		kc_process_id(pid, id);
-		for (i = 0; i < 16; i++)
-			sprintf(want + 2 * i, "%02x", id[i]);
-		if (!strcmp(end + 1, want)) {
-			kc_log(KC_LOG_INFO, "ending QEMU (process %d) that waited for the guest", pid);
-			kill(-pid, SIGKILL);
-			kill(pid, SIGKILL);
-		}
-	}
-	unlink(path);
-}
 
 /* --- Trying --------------------------------------------------------------- */
 
@@ -139,12 +74,9 @@ static int run(void *ctx, struct kc_err *err)
 	kc_status_phase(sb->status, "trying to load an epoch");
 	kc_qemu_kill(&sb->warm);
 	rc = kc_qemu_start(&l, true, &sb->trial, &why);
-	if (!rc) {
-		remember(sb, sb->trial.pid);
+	if (!rc)
 		rc = kc_qemu_load(&sb->trial, &l, &why);
-	}
 	kc_qemu_kill(&sb->trial);
-	kc_ready_forget(sb);
 	kc_free_launch(&l);
 	kc_status_phase(sb->status, "receiving");
 	/* Soon, as it failed for the epoch and not by itself. */
@@ -163,10 +95,9 @@ static int run(void *ctx, struct kc_err *err)
 
 void kc_ready_init(struct standby *sb)
 {
-	sb->warm = sb->trial = (struct kc_qemu){ .errors = -1, .qmp.fd = -1 };
+	sb->warm = sb->trial = (struct kc_qemu){ .errors = -1, .guard = -1, .qmp.fd = -1 };
 	sb->ram_trial = (struct kc_ram_trial){ .needed = needed, .run = run, .ctx = sb };
 	kc_ram_set_trial(sb->ram, &sb->ram_trial);
-	tidy_up(sb);
 }
 
 /* --- Waiting -------------------------------------------------------------- */
@@ -200,15 +131,11 @@ void kc_ready_wait(struct standby *sb)
 								     MAX_RESTART_US;
 	sb->warm_started_us = now;
 	sb->warm_not_before_us = now + sb->warm_pause_us;
-	if (!rc)
-		remember(sb, sb->warm.pid);
-	else
+	if (rc)
 		kc_log(KC_LOG_WARN, "cannot start QEMU ahead: %s", err.text);
 }
 
 void kc_ready_stop(struct standby *sb)
 {
-	if (sb->warm.pid)
-		kc_ready_forget(sb);
 	kc_qemu_kill(&sb->warm);
 }

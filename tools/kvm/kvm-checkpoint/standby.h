@@ -132,9 +132,6 @@ void kc_ready_wait(struct standby *sb);
 /* It is not needed any more. */
 void kc_ready_stop(struct standby *sb);
 
-/* It is the guest's now. */
-void kc_ready_forget(struct standby *sb);
-
 /* --- takeover.c ----------------------------------------------------------- */
 
 /* What QEMU would be started with now */

@@ -82,7 +82,6 @@ static int start_guest(struct standby *sb, pid_t *pid, struct kc_err *err)
 	kc_free_launch(&l);
 	if (rc < 0)
 		return rc;
-	kc_ready_forget(sb);
 	*pid = sb->warm.pid;
 	qmp_close(&sb->warm.qmp);
 	sb->warm.pid = 0;

@@ -4,8 +4,9 @@
  *
  * Whatever it is told, it says that it did it, and that the guest's status is STATUS once it was
  * told to run it; "silent": nothing any more, then.  It cannot load a state if PID-FILE.refuse
- * exists, for the reason that is in there, and takes for ever if PID-FILE.slow does.  Each start
- * and each state loaded is a line in PID-FILE.log, with the memory that it has.
+ * exists, for the reason that is in there, and takes for ever if PID-FILE.slow does, or to start
+ * if PID-FILE.mute does.  Each start and each state loaded is a line in PID-FILE.log, with the memory
+ * that it has; who was started last is in PID-FILE.started.
  */
 #include <fcntl.h>
 #include <poll.h>
@@ -116,6 +117,7 @@ int be_qemu(int argc, char **argv)
 {
 	const char *prefix = "socket,id=kvm-checkpoint,fd=";
 	struct self q = { .status = argv[2], .pid_file = argv[3], .fd = -1, .state = -1 };
+	char path[PATH_MAX], text[20];
 	int i;
 
 	/* If the test forgets it. */
@@ -125,7 +127,13 @@ int be_qemu(int argc, char **argv)
 			q.fd = atoi(argv[i] + strlen(prefix));
 		q.is_private |= !!strstr(argv[i], "share=off");
 	}
+	snprintf(path, sizeof(path), "%s.started", q.pid_file);
+	snprintf(text, sizeof(text), "%d", getpid());
+	write_text(path, 0600, text);
 	note(&q, "start");
+	snprintf(path, sizeof(path), "%s.mute", q.pid_file);
+	while (exists(path))
+		poll(NULL, 0, 10);
 	dprintf(q.fd, "{\"QMP\": {}}\n");
 	hear(&q);
 	while (q.runs)

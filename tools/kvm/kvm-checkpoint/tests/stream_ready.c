@@ -151,13 +151,13 @@ static void must_not_load(int rc, const char *text)
 	CHECK(rc == -EREMOTEIO && strstr(err.text, text), "%d: %s", rc, err.text);
 }
 
-static pid_t qemu_pid(void)
+static pid_t pid_in(const char *path)
 {
 	uint8_t *buf;
 	size_t len;
 	pid_t pid;
 
-	read_all(pid_file, &buf, &len);
+	read_all(path, &buf, &len);
 	buf[len] = '\0';
 	pid = atoi((char *)buf);
 	free(buf);
@@ -167,10 +167,22 @@ static pid_t qemu_pid(void)
 /* QEMU is there, and not with the standby; and now it is not. */
 static void must_have_qemu(void)
 {
-	pid_t pid = qemu_pid();
+	pid_t pid = pid_in(pid_file);
 
 	CHECK(!kill(pid, SIGKILL), "QEMU ends with the standby");
 	waitpid(pid, NULL, 0);
+}
+
+/* The one that was started last is gone, or is about to. */
+static void must_not_have_qemu(void)
+{
+	pid_t pid = pid_in(path_of("qemu.started"));
+	uint64_t end = kc_now_us() + 20000000;
+
+	while (!waitpid(pid, NULL, WNOHANG)) {
+		CHECK(kc_now_us() < end, "QEMU is left when the standby is gone");
+		poll(NULL, 0, 5);
+	}
 }
 
 void test_trial(void)
@@ -285,12 +297,12 @@ void test_trial_killed(void)
 	wait_times("take private", 2);
 	stop_standby(SIGKILL);
 	kc_sink_close(s);
+	must_not_have_qemu();
 	/* The others were ended by it. */
 	CHECK(ram_epoch(path_of("ram")) == 3, "the last epoch is %" PRIu64,
 	      ram_epoch(path_of("ram")));
 	compare_kind(3, "running");
 	start_ready_standby("0");
-	CHECK(log_has("that waited for the guest"), "the old QEMU is there still");
 	unlink(path_of("qemu.slow"));
 	s = must_open(spec());
 	OK(send_kind(&g, s, KC_EPOCH_RESYNC, "running"));
@@ -298,6 +310,35 @@ void test_trial_killed(void)
 	kc_sink_close(s);
 	wait_times("start shared", 2);
 	stop_standby(SIGTERM);
+	sim_free(&g);
+}
+
+/* The standby is killed while it starts QEMU, and while that waits for the guest. */
+void test_ahead_killed(void)
+{
+	struct kc_sink *s;
+	struct sim g;
+
+	start_ready_standby("0");
+	sim_init(&g);
+	s = must_open(spec());
+	OK(send_kind(&g, s, KC_EPOCH_FULL, "running"));
+	wait_times("start shared", 1);
+	stop_standby(SIGKILL);
+	kc_sink_close(s);
+	must_not_have_qemu();
+
+	write_text(path_of("qemu.mute"), 0600, "");
+	start_ready_standby("0");
+	s = must_open(spec());
+	sim_step(&g);
+	g.state_len = make_state(g.state, "running", two);
+	OK(sim_send(&g, s, KC_EPOCH_RESYNC));
+	wait_times("start private", 2);
+	stop_standby(SIGKILL);
+	kc_sink_close(s);
+	must_not_have_qemu();
+	unlink(path_of("qemu.mute"));
 	sim_free(&g);
 }
 
@@ -364,23 +405,13 @@ void test_warm_dies(void)
 {
 	struct kc_sink *s;
 	struct sim g;
-	uint8_t *buf;
-	size_t len;
-	pid_t pid;
 
 	start_ready_standby("0");
 	sim_init(&g);
 	s = must_open(spec());
 	OK(send_kind(&g, s, KC_EPOCH_FULL, "running"));
 	wait_times("start shared", 1);
-	CHECK(wait_for(path_of("ram/qemu"), 10000), "it is not remembered");
-	do {
-		read_all(path_of("ram/qemu"), &buf, &len);
-		buf[len] = '\0';
-		pid = atoi((char *)buf);
-		free(buf);
-	} while (!pid);
-	kill(pid, SIGKILL);
+	kill(pid_in(path_of("qemu.started")), SIGKILL);
 	while (times("start shared") < 2) {
 		OK(send_kind(&g, s, 0, "running"));
 		poll(NULL, 0, 20);
@@ -389,6 +420,5 @@ void test_warm_dies(void)
 	CHECK(log_has("QEMU that waited for the guest has ended"), "it does not say so");
 	kc_sink_close(s);
 	stop_standby(SIGTERM);
-	CHECK(!exists(path_of("ram/qemu")), "it is remembered for ever");
 	sim_free(&g);
 }

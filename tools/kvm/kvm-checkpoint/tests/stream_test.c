@@ -878,6 +878,7 @@ static const struct test tests[] = {
 	{ "trial", test_trial },
 	{ "slow_trial", test_slow_trial },
 	{ "trial_killed", test_trial_killed },
+	{ "ahead_killed", test_ahead_killed },
 	{ "trial_promoted", test_trial_promoted },
 	{ "trial_silence", test_trial_silence },
 	{ "warm_dies", test_warm_dies },

@@ -42,6 +42,7 @@ void test_kinds(void);
 void test_trial(void);
 void test_slow_trial(void);
 void test_trial_killed(void);
+void test_ahead_killed(void);
 void test_trial_promoted(void);
 void test_trial_silence(void);
 void test_warm_dies(void);
