@@ -136,7 +136,7 @@ int be_qemu(int argc, char **argv)
 		poll(NULL, 0, 10);
 	dprintf(q.fd, "{\"QMP\": {}}\n");
 	hear(&q);
-	while (q.runs)
+	/* It does not end when its monitor is gone. */
+	for (;;)
 		pause();
-	return 0;
 }
