@@ -141,7 +141,7 @@ int kc_qemu_start(const struct kc_launch *l, bool trial, struct kc_qemu *q, stru
 	if (!argv)
 		rc = -EINVAL;
 	if (!rc)
-		/* One that waits holds memory, sockets and files: it must not be left when we are gone */
+		/* One that waits holds memory and files: it must not be left when we are gone */
 		rc = l->committed || trial ?
 		     kc_start(argv, sv[1], q->errors, OWN_SESSION, l->bare ? NULL : &q->guard,
 			      &q->pid, err) :

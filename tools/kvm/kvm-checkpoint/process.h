@@ -15,7 +15,6 @@ enum place {
 	OWN_SESSION,	/* and no terminal's Ctrl-C or end reaches it */
 };
 
-
 /**
  * kc_start() - start a program
  * @argv: its arguments, found along PATH.
@@ -38,7 +37,6 @@ void kc_guard_release(int guard);
 
 /* With what it has started in its group; returns when it is gone. */
 void kc_kill_child(pid_t pid);
-
 
 /**
  * kc_run_fence() - run a command and wait until it is done

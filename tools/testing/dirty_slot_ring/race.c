@@ -373,7 +373,8 @@ static unsigned int collect_least(unsigned int set)
 			mask = xchg(&bitmap[page / BITS_PER_LONG], 0);
 			for (; mask; mask &= mask - 1) {
 				bit = __ffs(mask);
-				__atomic_fetch_and(&sptep[bit], ~PT_WRITABLE_MASK, __ATOMIC_SEQ_CST);
+				__atomic_fetch_and(&sptep[bit], ~PT_WRITABLE_MASK,
+						   __ATOMIC_SEQ_CST);
 				list[n++] = round_down(page, BITS_PER_LONG) + bit;
 			}
 		}
@@ -540,8 +541,8 @@ static unsigned int collect_sorted(unsigned int set)
 }
 
 static unsigned int (* const collect[NR_MECHANISMS])(unsigned int set) = {
-	collect_floor, collect_least, collect_bitmap_get, collect_bitmap_clear, collect_ring, collect_slot_ring,
-	collect_slot_ring, collect_sorted,
+	collect_floor, collect_least, collect_bitmap_get, collect_bitmap_clear, collect_ring,
+	collect_slot_ring, collect_slot_ring, collect_sorted,
 };
 
 /*

@@ -159,14 +159,15 @@ static __always_inline void ring_mark_active(struct kvm_dirty_slot_log *log,
 	u64 producer, used;
 
 	smp_store_release(&ring->marking, offset); /* E */
+	/* Before the atomic operation, which waits anyway; more room may come. */
+	producer = kern->producer;
+	used = producer - smp_load_acquire(&kern->reset); /* B */
 	/*
 	 * Not test_bit() first, to save the atomic operation where the bit is
 	 * set: it also orders the write to the page, which KVM itself may have
 	 * made, before the look at the bit.  Else a harvest could clear the bit
 	 * after the look, and its caller read the page before the write.
 	 */
-	producer = kern->producer;
-	used = producer - smp_load_acquire(&kern->reset); /* B */
 	if (test_and_set_bit_le(offset, log->bitmap))
 		return;
 

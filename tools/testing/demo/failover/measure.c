@@ -29,9 +29,9 @@ struct row {
 };
 
 /*
- * One run; the rate is that of epochs after the first, which copied everything.  @v: where the parts
- * of their pauses go, or NULL; @who: who had the CPU is added to that, in the pauses if there is @v
- * and else all the time; or NULL.
+ * One run; the rate is that of epochs after the first, which copied everything.  @v: where the
+ * parts of their pauses go, or NULL; @who: who had the CPU is added to that, in the pauses if there
+ * is @v and else all the time; or NULL.
  */
 static bool run_epochs(const char *interval, unsigned int n, struct row *r, uint64_t *v[PARTS],
 		       uint64_t *who)
@@ -91,8 +91,8 @@ bool test_early(unsigned int epochs)
 
 
 /*
- * What is compared: the ways to log, with this build and perhaps an old one.  Each has a guest of its
- * own, which is stopped when it is not its turn.
+ * What is compared: the ways to log, with this build and perhaps an old one.  Each has a guest of
+ * its own, which is stopped when it is not its turn.
  */
 #define NR_LOGS		3
 #define MAX_MACHINES	(2 * NR_LOGS)

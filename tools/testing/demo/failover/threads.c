@@ -15,8 +15,8 @@
 
 const char * const who_names[NR_WHO] = {
 	[BY_MAIN] = "QEMU's main thread", [BY_VCPUS] = "vCPUs' threads",
-	[BY_QEMU] = "QEMU's others", [BY_PROTECT] = "protect", [BY_STANDBY] = "standby and its QEMU",
-	[BY_REST] = "the kernel's and others",
+	[BY_QEMU] = "QEMU's others", [BY_PROTECT] = "protect",
+	[BY_STANDBY] = "standby and its QEMU", [BY_REST] = "the kernel's and others",
 };
 
 static struct {

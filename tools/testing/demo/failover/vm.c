@@ -138,7 +138,8 @@ void args_of_qemu(struct args *a, unsigned int gen, const char *ram)
 {
 	const char * const fixed[] = {
 		qemu, "-nodefaults", "-no-user-config", "-display", "none", "-L", firmware,
-		"-accel", accel, "-cpu", "host", "-smp", guest_cpus, "-no-reboot", "-name", "counter",
+		"-accel", accel, "-cpu", "host", "-smp", guest_cpus, "-no-reboot",
+		"-name", "counter",
 		"-machine", "q35,memory-backend=ram0", "-kernel", kernel, "-initrd", initrd,
 		"-drive", "if=virtio,format=raw,readonly=on,file=" DISK_FILE,
 		/* Nothing but the guest itself may notice that there are two of it */
