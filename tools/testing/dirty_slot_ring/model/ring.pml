@@ -98,7 +98,6 @@ bit final;
 
 inline ring_push()
 {
-		LD_ACQ(RESET(me), reset);	/* B */
 		if
 		:: count - reset >= ENTRIES ->
 			FETCH_OR(SUMMARY, 1 << WORD(page), tmp)
@@ -140,6 +139,7 @@ proctype vcpu(byte me)
 		ST_REL(MARKING(me), page);			/* E */
 #endif
 #endif
+		LD_ACQ(RESET(me), reset);			/* B */
 		atomic {
 			FETCH_OR(BITMAP, 1 << page, tmp);	/* E */
 			tmp = (tmp >> page) & 1;
