@@ -8,7 +8,7 @@ LATE=8
 # rtc NAME, host: a time of day in seconds
 rtc() {
 	d=$(qmp "$1" "{'execute': 'qom-get', 'arguments': {'path': '/machine', 'property': 'rtc-time'}}" |
-		tr -d ' "{}' | tr ',' '\n')
+		tr -d ' "{}\r' | tr ',' '\n')
 	of() { echo "$d" | sed "s/^return://; s/^tm_$1:\([0-9]*\)\$/\1/p; d"; }
 	date -u -d "$((1900 + $(of year)))-$(($(of mon) + 1))-$(of mday) $(of hour):$(of min):$(of sec)" +%s
 }
