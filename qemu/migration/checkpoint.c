@@ -34,6 +34,7 @@
 #include "qapi/qapi-commands-misc.h"
 #include "qapi/qapi-commands-run-state.h"
 #include "qapi/qapi-events-migration.h"
+#include "block/block.h"
 #include "cpu.h"
 #include "exec/memory.h"
 #include "sysemu/cpus.h"
@@ -194,12 +195,13 @@ void checkpoint_lease_changed(void *opaque)
             resume_all_vcpus();
         }
     } else if (!hold.leased && (hold.owed || runstate_is_running())) {
+        hold.leased = true;
         if (runstate_is_running()) {
-            vm_stop(RUN_STATE_PAUSED);
+            /* First: a command may be executed while requests are drained */
             hold.stopped_ns = hold.since_ns = get_clock();
             hold.owed = true;
+            vm_stop(RUN_STATE_PAUSED);
         }
-        hold.leased = true;
         warn_report("checkpoint: the lease is over, the guest stands still");
         qapi_event_send_checkpoint_lease_over();
     }
@@ -403,6 +405,9 @@ CheckpointStopped *qmp_x_checkpoint_stop(bool has_limit_ms, uint32_t limit_ms,
         if (vm_stop(RUN_STATE_PAUSED) < 0) {
             spoil(CHECKPOINT_SPOILT_FLUSH);
         }
+    } else {
+        /* As its lease is over, it may be about to be stopped just now */
+        bdrv_drain_all();
     }
     timer_del(hold.again);      /* x-checkpoint-cont is it */
     if (hold.owed && has_limit_ms && limit_ms) {

@@ -102,13 +102,14 @@ protected() {
 protects() { grep -qs '^State:.*[RSDT] ' "/proc/$(cat "/tmp/$1.protect")/status"; }
 acked() { grep '"event":"acked"' "/tmp/$1.json" | tail -n 1 | sed 's/.*"epoch"://; s/}.*//'; }
 
-# newer NAME EPOCH; more_epochs NAME: wait until two more are acknowledged
+# newer NAME EPOCH; more_epochs NAME: wait until one is acknowledged that was taken after this.  One may be on its
+# way, and another have been taken while it was.
 newer() { [ "$(acked "$1")" -gt "$2" ]; }
 more_epochs() {
 	local e
 
 	e=$(acked "$1")
-	wait_for 30 newer "$1" $((e + 1)) || bad "there are no more epochs after $e"
+	wait_for 30 newer "$1" $((e + 2)) || bad "there are no more epochs after $e"
 }
 
 # equal NAME STANDBY: stop the guest, and compare with the epoch that has all of it

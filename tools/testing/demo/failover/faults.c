@@ -14,6 +14,7 @@
 struct pair x;
 bool have;
 static unsigned int nr_moved, nr_stayed, nr_silent;
+static uint64_t last_foreign;
 
 static void strike(struct fault *f)
 {
@@ -170,6 +171,17 @@ static bool protect_again(void)
 	return have;
 }
 
+/* Whatever it was that failed: the standby may have come first, as the machine is too busy */
+static bool moved_before(struct fault *f)
+{
+	if (!have || !standby_said(&x, "failing over") || !wait_taken_over(&x))
+		return false;
+	note("the machine was too busy: the guest went on at the standby before anything was wrong");
+	nr_silent++;
+	f->foreign = last_foreign;
+	return check_moved(f);
+}
+
 static bool fault_once(const struct fault_kind *kind, unsigned int nr, unsigned int total)
 {
 	static const char * const victims[] = { "", ", QEMU killed", ", QEMU and daemon killed" };
@@ -183,8 +195,11 @@ static bool fault_once(const struct fault_kind *kind, unsigned int nr, unsigned 
 	if (kind->whole) {
 		ok = kind->whole(&f);
 	} else {
-		ok = protect_again() && watch_guest(&vm, random_from(50, 300)) &&
-		     get_foreign(&vm, &f.foreign);
+		do
+			ok = protect_again() && watch_guest(&vm, random_from(50, 300)) &&
+			     get_foreign(&vm, &f.foreign);
+		while (!ok && moved_before(&f));
+		last_foreign = f.foreign;
 		if (ok && f.victim == NONE && kind->outcome == STAYS)
 			relay_gap_us();
 		ok = ok && kind->begin(&f);
