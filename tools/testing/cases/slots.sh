@@ -23,6 +23,8 @@ for round in 1 2 3; do
 	echo "round $round: $(($(changes) - before)) changes of slots"
 done
 grep -i 'connecting to QEMU again\|error' /tmp/a.protect.log && bad "protect has begun anew"
+# The last epoch is of the guest that "equal" stopped
+more_epochs a
 kill_host a
 taken_over s
 up s

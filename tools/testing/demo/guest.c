@@ -32,6 +32,7 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/fs.h>
 #include <pthread.h>
 #include <stdarg.h>
 #include <stdatomic.h>
@@ -40,6 +41,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/mount.h>
 #include <sys/reboot.h>
@@ -345,6 +347,7 @@ int main(void)
 {
 	uint64_t rate, work, n;
 	struct termios tio;
+	int read_only = 0;
 	pthread_t thread;
 	char line[64];
 	int fd, i;
@@ -395,6 +398,11 @@ int main(void)
 	}
 
 	holder.disk = open("/dev/vdb", O_RDWR | O_DIRECT);
+	/* Linux opens it also if nobody may write to it */
+	if (holder.disk >= 0 && (ioctl(holder.disk, BLKROGET, &read_only) || read_only)) {
+		close(holder.disk);
+		holder.disk = -1;
+	}
 	if (holder.disk >= 0 && pthread_create(&thread, NULL, holder_thread, NULL))
 		die("pthread_create");
 
