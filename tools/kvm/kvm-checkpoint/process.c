@@ -142,7 +142,7 @@ int kc_start(char **argv, int keep, int errors, enum place place, int *guard, pi
 		if (*pid > 0 && *guard < 0)
 			rc = *guard;
 		else if (*pid > 0 && write(go[1], "", 1) != 1)
-			e = errno;
+			rc = kc_fail(err, errno, "cannot start %s: %s", argv[0], strerror(errno));
 		/* Without that byte it ends by itself */
 		close(go[1]);
 	}
@@ -158,10 +158,8 @@ int kc_start(char **argv, int keep, int errors, enum place place, int *guard, pi
 			waitpid(*pid, NULL, 0);
 	}
 	close(p[0]);
-	if (e || rc) {
-		if (guard && *guard >= 0)
-			close(*guard);
-	}
+	if ((e || rc) && guard && *guard >= 0)
+		close(*guard);
 	if (rc)
 		return rc;
 	if (e)

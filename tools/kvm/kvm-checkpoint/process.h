@@ -33,6 +33,7 @@ enum place {
 int kc_start(char **argv, int keep, int errors, enum place place, int *guard, pid_t *pid,
 	     struct kc_err *err);
 
+/* What @guard of kc_start() is for is over: the program is not ours any more.  -1 is fine. */
 void kc_guard_release(int guard);
 
 /* With what it has started in its group; returns when it is gone. */

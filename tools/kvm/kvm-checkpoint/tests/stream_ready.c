@@ -313,17 +313,26 @@ void test_trial_killed(void)
 	sim_free(&g);
 }
 
+/* A standby has one epoch, and a QEMU that waits for the guest. */
+static struct kc_sink *begin_waiting(struct sim *g)
+{
+	struct kc_sink *s;
+
+	start_ready_standby("0");
+	sim_init(g);
+	s = must_open(spec());
+	OK(send_kind(g, s, KC_EPOCH_FULL, "running"));
+	wait_times("start shared", 1);
+	return s;
+}
+
 /* The standby is killed while it starts QEMU, and while that waits for the guest. */
 void test_ahead_killed(void)
 {
 	struct kc_sink *s;
 	struct sim g;
 
-	start_ready_standby("0");
-	sim_init(&g);
-	s = must_open(spec());
-	OK(send_kind(&g, s, KC_EPOCH_FULL, "running"));
-	wait_times("start shared", 1);
+	s = begin_waiting(&g);
 	stop_standby(SIGKILL);
 	kc_sink_close(s);
 	must_not_have_qemu();
@@ -406,11 +415,7 @@ void test_warm_dies(void)
 	struct kc_sink *s;
 	struct sim g;
 
-	start_ready_standby("0");
-	sim_init(&g);
-	s = must_open(spec());
-	OK(send_kind(&g, s, KC_EPOCH_FULL, "running"));
-	wait_times("start shared", 1);
+	s = begin_waiting(&g);
 	kill(pid_in(path_of("qemu.started")), SIGKILL);
 	while (times("start shared") < 2) {
 		OK(send_kind(&g, s, 0, "running"));
