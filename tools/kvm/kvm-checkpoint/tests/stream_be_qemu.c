@@ -5,8 +5,8 @@
  * Whatever it is told, it says that it did it, and that the guest's status is STATUS once it was
  * told to run it; "silent": nothing any more, then.  It cannot load a state if PID-FILE.refuse
  * exists, for the reason that is in there, and takes for ever if PID-FILE.slow does, or to start
- * if PID-FILE.mute does.  Each start and each state loaded is a line in PID-FILE.log, with the
- * memory that it has; who was started last is in PID-FILE.started.
+ * if PID-FILE.mute does.  Each start, each handshake and each state loaded is a line in
+ * PID-FILE.log, with the memory that it has; who was started last is in PID-FILE.started.
  */
 #include <fcntl.h>
 #include <poll.h>
@@ -78,6 +78,9 @@ static void obey(struct self *q, const char *command)
 		dprintf(q->fd, "{\"return\": {\"status\": \"%s\"}}\n", q->runs ? q->status : "paused");
 	else
 		dprintf(q->fd, "{\"return\": {}}\n");
+	/* Who started it has heard that it works, even if it is killed now */
+	if (!strcmp(command, "qmp_capabilities"))
+		note(q, "greet");
 }
 
 static void hear(struct self *q)

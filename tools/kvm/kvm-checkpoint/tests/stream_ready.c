@@ -322,7 +322,7 @@ static struct kc_sink *begin_waiting(struct sim *g)
 	sim_init(g);
 	s = must_open(spec());
 	OK(send_kind(g, s, KC_EPOCH_FULL, "running"));
-	wait_times("start shared", 1);
+	wait_times("greet shared", 1);
 	return s;
 }
 
