@@ -624,6 +624,19 @@ static inline unsigned long copy_from_user(void *to, const void *from, unsigned 
 	return 0;
 }
 
+/* What copy_to_user() meets, here before all of it. */
+static inline bool user_write_access_begin(const void *to, unsigned long n)
+{
+	(void)to;
+	(void)n;
+	if (shim_before_copy)
+		shim_before_copy();
+	return !shim_fails();
+}
+
+#define user_write_access_end()		((void)0)
+#define unsafe_put_user(x, p, label)	do { if (0) goto label; *(p) = (x); } while (0)
+
 /*
  * Lists, and a table of pointers by number.
  */
@@ -745,6 +758,9 @@ void init_waitqueue_head(wait_queue_head_t *w);
 
 #define poll_wait(file, w, table)	((void)(table), shim_poll_wait(file, w))
 #define wake_up_poll(w, events)		shim_wake_up(w)
+/* Who polls may come at any time: there is one always. */
+#define wq_has_sleeper(w)		({ (void)(w); smp_mb(); true; })
+#define waitqueue_active(w)		({ (void)(w); true; })
 
 struct irq_work {
 	void (*func)(struct irq_work *work);

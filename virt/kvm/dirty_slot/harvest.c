@@ -100,7 +100,8 @@ static noinline u64 take_entries(struct kvm_dirty_slot_log *log,
 
 	while (cursor != end) {
 		stop = asked;
-		asked = ask_ahead(log, runs, asked, end);
+		if (asked != end)
+			asked = ask_ahead(log, runs, asked, end);
 		for (; cursor != stop; cursor++) {
 			offset = runs[cursor & last].offset;
 			p = &log->bitmap[offset / BITS_PER_LONG];
@@ -166,11 +167,10 @@ static enum take take_ring(struct kvm_dirty_slot_log *log,
 		WRITE_ONCE(ring->user->consumer, cursor);
 		ring_give_back(ring, cursor);
 	}
-	if (took || span->in_flight == NO_PAGE)
-		return took;
-
-	/* E */
+	/* E: most often it has an entry by now */
 	offset = span->in_flight;
+	if (took || offset == NO_PAGE || !test_bit(offset, log->bitmap))
+		return took;
 	own = BIT(offset % BITS_PER_LONG);
 	if (!batch_take(log, c, offset / BITS_PER_LONG, own))
 		return TAKE_FULL;
@@ -264,10 +264,7 @@ static int log_reset_collected(struct kvm_dirty_slot_log *log,
 	struct kvm_dirty_slot_ring *ring;
 	u32 i, offset, last = log->entries - 1;
 	bool stop = false;
-
-	*nr_pages = 0;
-	if (!c->collected)
-		return 0;
+	u64 pages = 0;
 
 	batch_reset(c, 0);
 	for (i = 0; i < c->nr_spans && !stop; i++) {
@@ -278,7 +275,7 @@ static int log_reset_collected(struct kvm_dirty_slot_log *log,
 			offset = ring->runs[ring->cursor & last].offset;
 			if (c->nr_masks == BATCH_MASKS) {
 				kvm_dirty_slot_batch_protect(log, c);
-				*nr_pages += c->nr_pages;
+				pages += c->nr_pages;
 				batch_reset(c, 0);
 			}
 			batch_take_known(log, c, offset / BITS_PER_LONG,
@@ -288,7 +285,7 @@ static int log_reset_collected(struct kvm_dirty_slot_log *log,
 		}
 	}
 	kvm_dirty_slot_batch_protect(log, c);
-	*nr_pages += c->nr_pages;
+	pages += c->nr_pages;
 	log_phase(log, KVM_DIRTY_SLOT_PHASE_FLUSH);
 	kvm_dirty_slot_call_flush(c);
 	log_phase(log, KVM_DIRTY_SLOT_PHASE_COLLECT);
@@ -301,8 +298,9 @@ static int log_reset_collected(struct kvm_dirty_slot_log *log,
 			ring_give_back(ring, ring->cursor);
 	}
 	if (c->kvm)
-		atomic64_add(*nr_pages,
+		atomic64_add(pages,
 			     &c->kvm->stat.generic.dirty_slot_log_reset_pages);
+	*nr_pages += pages;
 	return stop ? -EINTR : 0;
 }
 
@@ -331,7 +329,12 @@ bool kvm_dirty_slot_log_ready(struct kvm_dirty_slot_log *log, u32 level)
  */
 static void log_wake_again(struct kvm_dirty_slot_log *log)
 {
-	smp_mb(); /* with ring_push_wake(): see it, or it sees reset */
+	/*
+	 * A full barrier: with ring_push_wake(), see it, or it sees reset; and with
+	 * who comes to wait, see him, or he sees what there is.
+	 */
+	if (!wq_has_sleeper(&log->wait) && !waitqueue_active(&log->vm->wait))
+		return;
 	if (kvm_dirty_slot_log_ready(log, log->wake_level))
 		irq_work_queue(&log->wake);
 }
@@ -353,7 +356,6 @@ int kvm_dirty_slot_log_drain(struct kvm_dirty_slot_log *log,
 			     struct kvm_dirty_slot_sink *sink, bool all)
 {
 	enum take took;
-	u64 collected;
 	int r;
 
 	sink->more = true;
@@ -364,8 +366,8 @@ int kvm_dirty_slot_log_drain(struct kvm_dirty_slot_log *log,
 	r = kvm_dirty_slot_log_look_at(log, c, all);
 	if (r)
 		goto unlock;
-	r = log_reset_collected(log, c, &collected);
-	sink->collected += collected;
+	if (unlikely(c->collected))
+		r = log_reset_collected(log, c, &sink->collected);
 	if (r)
 		goto unlock;
 
@@ -418,6 +420,25 @@ struct slot_sink {
 	void __user *argp;
 };
 
+/* What a call changes of its arguments; false if it cannot be written. */
+static bool put_args(struct kvm_dirty_slot_runs __user *argp,
+		     const struct kvm_dirty_slot_runs *args)
+{
+	u32 nr_runs = args->nr_runs, flags = args->flags;
+	u64 nr_pages = args->nr_pages;
+
+	if (!user_write_access_begin(argp, sizeof(*argp)))
+		return false;
+	unsafe_put_user(nr_runs, &argp->nr_runs, fault);
+	unsafe_put_user(flags, &argp->flags, fault);
+	unsafe_put_user(nr_pages, &argp->nr_pages, fault);
+	user_write_access_end();
+	return true;
+fault:
+	user_write_access_end();
+	return false;
+}
+
 static int slot_store(struct kvm_dirty_slot_sink *sink,
 		      const struct kvm_dirty_slot_log *log,
 		      const struct kvm_dirty_slot_call *c)
@@ -433,7 +454,7 @@ static int slot_store(struct kvm_dirty_slot_sink *sink,
 	args.nr_runs += c->nr_runs;
 	args.nr_pages += c->nr_pages;
 	args.flags = sink->more ? KVM_DIRTY_HARVEST_MORE : 0;
-	if (copy_to_user(s->argp, &args, sizeof(args)))
+	if (!put_args(s->argp, &args))
 		return -EFAULT;
 	s->args = args;
 	return 0;
@@ -463,7 +484,7 @@ long kvm_dirty_slot_log_harvest(struct kvm_dirty_slot_log *log, void __user *arg
 	 * Learn now, with nothing taken, if it cannot be written; as it is, so
 	 * that who gets EINTR can make the same call again.
 	 */
-	if (copy_to_user(argp, args, sizeof(*args)))
+	if (!put_args(argp, args))
 		return -EFAULT;
 	sync = args->flags & KVM_DIRTY_HARVEST_SYNC;
 	s.sink.left = args->nr_runs;
@@ -493,7 +514,7 @@ long kvm_dirty_slot_log_harvest(struct kvm_dirty_slot_log *log, void __user *arg
 	/* If it was not stored, or otherwise; who cannot have it calls again. */
 	if ((!r || r == -ENODEV) && (!s.sink.stored || flags != args->flags)) {
 		args->flags = flags;
-		if (copy_to_user(argp, args, sizeof(*args)) && !s.sink.stored)
+		if (!put_args(argp, args) && !s.sink.stored)
 			r = -EFAULT;
 	}
 	trace_kvm_dirty_slot_log_harvest(log->pid, log->slot, args->nr_runs,
@@ -547,7 +568,8 @@ long kvm_dirty_slot_log_reset(struct kvm_dirty_slot_log *log, void __user *argp)
 	r = kvm_dirty_slot_log_look_at(log, c, true);
 	if (!r) {
 		empty = !kvm_dirty_slot_log_ready(log, 1);
-		r = log_reset_collected(log, c, &args.nr_pages);
+		if (c->collected)
+			r = log_reset_collected(log, c, &args.nr_pages);
 		if (!r && dead && empty && !c->others)
 			r = -ENODEV;
 		if (!kvm_dirty_summary_empty(&log->overflow))

@@ -163,7 +163,8 @@ int kvm_dirty_slot_log_look_at(struct kvm_dirty_slot_log *log,
 		c->around = false;
 		c->spans[c->nr_spans++].ring = SPAN_OVERFLOW;
 	}
-	r = rings_look_at(log, c, 0, first, all);
+	if (first)
+		r = rings_look_at(log, c, 0, first, all);
 	c->ahead = -(s64)(c->used / 2);
 settle:
 	log_settle(log, c);

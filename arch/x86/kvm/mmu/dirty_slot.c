@@ -79,7 +79,7 @@ static __always_inline u64 *walk_to(struct walk *w, gfn_t gfn)
 }
 
 /* The SPTEs of the first pages of masks, asked for; NULL where there is none. */
-static noinline void look_ahead(struct walk *walk, gfn_t base_gfn,
+static __always_inline void look_ahead(struct walk *walk, gfn_t base_gfn,
 				const struct kvm_dirty_slot_mask *masks,
 				unsigned int nr, u64 **sptes)
 {
@@ -118,6 +118,53 @@ static __always_inline void protect_spte(struct kvm_mmu_page *root, u64 *sptep,
 		kvm_set_pfn_dirty(spte_to_pfn(spte));
 }
 
+/* The pages of a mask, or what is left of them; false if it met a huge page. */
+static __always_inline bool protect_pages(struct walk *w,
+					  struct kvm_mmu_page *root, gfn_t first,
+					  unsigned long mask, u64 dbit, u64 keep)
+{
+	gfn_t gfn;
+	u64 *pt;
+
+	for (; mask; mask &= mask - 1) {
+		gfn = first + __ffs(mask);
+		pt = walk_to(w, gfn);
+		if (likely(pt))
+			protect_spte(root, &pt[gfn % SPTE_ENT_PER_PAGE], gfn,
+				     dbit, keep);
+		else if (unlikely(w->huge))
+			return false;
+	}
+	return true;
+}
+
+/* Up to WALK_AHEAD masks; returns how many were done. */
+static noinline unsigned int protect_some(struct walk *w,
+					  struct kvm_mmu_page *root,
+					  gfn_t base_gfn,
+					  const struct kvm_dirty_slot_mask *masks,
+					  unsigned int nr, u64 dbit, u64 keep)
+{
+	u64 *sptes[WALK_AHEAD];
+	unsigned long mask;
+	unsigned int i;
+	gfn_t first;
+
+	look_ahead(w, base_gfn, masks, nr, sptes);
+	for (i = 0; i != nr; i++) {
+		first = base_gfn + masks[i].offset;
+		mask = masks[i].mask;
+		if (likely(sptes[i])) {
+			protect_spte(root, sptes[i], first + __ffs(mask), dbit,
+				     keep);
+			mask &= mask - 1;
+		}
+		if (!protect_pages(w, root, first, mask, dbit, keep))
+			break;
+	}
+	return i;
+}
+
 /*
  * No iterator, but straight to each page table.  It may be unlinked meanwhile, and is
  * freed after a grace period of RCU; what is installed in its place is looked after by
@@ -134,37 +181,21 @@ static unsigned int protect_root(struct kvm *kvm, struct kvm_mmu_page *root,
 		.pd_at = ~0ULL,
 		.pt_at = ~0ULL,
 	};
-	u64 *sptes[WALK_AHEAD], *sptep, *pt, keep = shadow_dirty_mask & ~dbit;
-	unsigned int i = 0;
-	unsigned long mask;
-	gfn_t first, gfn;
+	unsigned int i = 0, n, done;
+	u64 keep = shadow_dirty_mask & ~dbit;
 
+	/* A single one overlaps with nothing. */
+	if (nr == 1)
+		return protect_pages(&w, root, base_gfn + masks->offset,
+				     masks->mask, dbit, keep);
 	do {
-		if (!(i % WALK_AHEAD)) {
-			/* Who waits for mmu_lock for write keeps out who faults. */
-			if (i && kvm_dirty_slot_must_yield(kvm))
-				break;
-			look_ahead(&w, base_gfn, masks + i,
-				   min(nr - i, WALK_AHEAD), sptes);
-		}
-		sptep = sptes[i % WALK_AHEAD];
-		first = base_gfn + masks[i].offset;
-		mask = masks[i].mask;
-		if (likely(sptep)) {
-			protect_spte(root, sptep, first + __ffs(mask), dbit,
-				     keep);
-			mask &= mask - 1;
-		}
-		for (; mask; mask &= mask - 1) {
-			gfn = first + __ffs(mask);
-			pt = walk_to(&w, gfn);
-			if (likely(pt))
-				protect_spte(root, &pt[gfn % SPTE_ENT_PER_PAGE],
-					     gfn, dbit, keep);
-			else if (unlikely(w.huge))
-				return i;
-		}
-	} while (++i < nr);
+		/* Who waits for mmu_lock for write keeps out who faults. */
+		if (i && kvm_dirty_slot_must_yield(kvm))
+			break;
+		n = min(nr - i, WALK_AHEAD);
+		done = protect_some(&w, root, base_gfn, masks + i, n, dbit, keep);
+		i += done;
+	} while (done == n && i != nr);
 
 	return i;
 }
