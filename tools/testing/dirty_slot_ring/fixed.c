@@ -789,6 +789,43 @@ static void step_sync(bool fast_fault)
 		fail("SYNC never waits for a page fault");
 }
 
+/*
+ * A huge page that is still writable, as all of its pages are in the log, is split at each
+ * step of their harvest but those under mmu_lock for write: none is left writable.
+ */
+static void b_split(void)
+{
+	if (pthread_rwlock_tryrdlock(&sim_kvm->mmu_lock.l))
+		return;
+	sim_map_page(STEP_PAGE);
+	pthread_rwlock_unlock(&sim_kvm->mmu_lock.l);
+}
+
+static void step_split(void)
+{
+	static const struct sim_config c = {
+		.npages = 512, .nr_vcpus = 1, .entries = 64, .huge = true, .init_set = true,
+	};
+	bool more = true;
+	unsigned int n;
+	gfn_t gfn;
+
+	for (n = 1; more; n++) {
+		begin(&c);
+		slot_fd = open_log(0);
+		shim_step_spins = true;
+		more = do_with(harvest_slot_once, b_split, false, n);
+		shim_step_spins = false;
+		for (gfn = 0; gfn < c.npages; gfn++) {
+			if (sim_unlogged(gfn) && !test_bit(gfn, the_log()->bitmap))
+				fail("HARVEST, and a split of a huge page at step %u: page %llu is writable and not in the log",
+				     n, gfn);
+		}
+		sim_close(slot_fd);
+		end();
+	}
+}
+
 static void run_steps(unsigned int ms)
 {
 	static const struct sim_config c = {
@@ -820,6 +857,7 @@ static void run_steps(unsigned int ms)
 	step_fault();
 	step_sync(false);
 	step_sync(true);
+	step_split();
 }
 
 /*
@@ -1294,6 +1332,53 @@ static void a_discard(void)
 		fail("DISCARD");
 }
 
+/* Of stale entries there are many, and a signal: a call ends after some of them, and goes on. */
+#define STALE_PAGES	(16 * CALL_STEP)
+
+static void expect_signal(const char *what, int r, u64 *before)
+{
+	u64 reset = log_nth_ring(the_log(), 0)->kern->reset;
+
+	if (r != -EINTR || reset == *before || reset - *before > CALL_STEP)
+		fail("%s of stale entries, and a signal: %s after %llu", what, strerror(-r),
+		     reset - *before);
+	*before = reset;
+}
+
+static void stop_by_signal(void)
+{
+	static const struct sim_config c = {
+		.npages = STALE_PAGES, .nr_vcpus = 1, .entries = STALE_PAGES,
+	};
+	struct kvm_dirty_run all = { .npages = STALE_PAGES };
+	struct kvm_dirty_slot_runs args = { .runs = (uintptr_t)&all, .nr_runs = 1 };
+	struct kvm_dirty_slot_reset reset = { 0 };
+	struct kvm_dirty_slot_ring *ring;
+	unsigned int i;
+	u64 at = 0;
+
+	begin(&c);
+	slot_fd = open_log(0);
+	vm_fd = open_log(KVM_DIRTY_SLOT_ALL);
+	ring = log_nth_ring(the_log(), 0);
+	for (i = 0; i < STALE_PAGES; i++)
+		mark(0, i);
+	if (sim_ioctl(slot_fd, KVM_DIRTY_SLOT_LOG_DISCARD, &args))
+		fail("DISCARD");
+	shim_signal = true;
+	expect_signal("HARVEST", harvest(slot_fd, MAX_RUNS).r, &at);
+	expect_signal("HARVEST of the VM", harvest_vm(vm_fd, MAX_RUNS).r, &at);
+	ring->user->consumer = ring->kern->producer;
+	expect_signal("RESET", sim_ioctl(slot_fd, KVM_DIRTY_SLOT_LOG_RESET, &reset), &at);
+	shim_signal = false;
+	expect("after the signal", harvest(slot_fd, MAX_RUNS), 0, 0);
+	if (ring->kern->reset != ring->kern->producer)
+		fail("entries are left after the signal");
+	sim_close(slot_fd);
+	sim_close(vm_fd);
+	end();
+}
+
 static void run_waits(unsigned int ms)
 {
 	static const struct sim_config c = {
@@ -1303,6 +1388,7 @@ static void run_waits(unsigned int ms)
 	struct kvm_dirty_slot_reset reset;
 	unsigned int n, i;
 
+	stop_by_signal();
 	begin(&c);
 	slot_fd = open_log(0);
 	vm_fd = open_log(KVM_DIRTY_SLOT_ALL);
@@ -1403,7 +1489,7 @@ const struct stress_case fixed_cases[] = {
 	{ "nodev", "ENODEV is final; the VM goes", run_nodev },
 	{ "edge", "readers that wait for events and not for states", run_edge },
 	{ "layout", "memslots come, change and go at each step of a harvest", run_layout },
-	{ "waits", "nobody waits for userspace; a VM that is dead", run_waits },
+	{ "waits", "nobody waits for userspace; signals; a VM that is dead", run_waits },
 	{ "area", "the consumers' area", run_area },
 	{ }
 };

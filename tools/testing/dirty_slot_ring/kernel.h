@@ -52,6 +52,8 @@ static inline void shim_jitter(void)
 
 /* Per thread: chance, in 256, that access to user memory or a sleep fails. */
 extern __thread unsigned int shim_inject;
+/* There is a signal, all the time. */
+extern bool shim_signal;
 bool shim_fails(void);
 extern __thread bool shim_in_task;
 
@@ -578,7 +580,7 @@ static inline u64 ktime_get_ns(void)
 #define need_resched()		false
 #define cond_resched()		shim_jitter()
 #define current			NULL
-#define signal_pending(task)	((void)(task), shim_fails())
+#define signal_pending(task)	((void)(task), shim_signal || shim_fails())
 #define usleep_range(lo, hi)	usleep(lo)
 
 /*

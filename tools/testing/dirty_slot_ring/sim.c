@@ -92,6 +92,8 @@ void shim_jitter(void)
 }
 #endif
 
+bool shim_signal;
+
 bool shim_fails(void)
 {
 	return shim_inject && shim_random() % 256 < shim_inject;
@@ -408,9 +410,10 @@ static u64 *sptep_of(gfn_t gfn, int level, bool make)
 		if (!make)
 			return NULL;
 		new = table_alloc();
-		/* A huge page is split; it is protected, or there had been no fault. */
+		/* A huge page is split: its pages are as writable as it is. */
 		for (i = 0; is_large_pte(spte) && i < SPTE_ENT_PER_PAGE; i++)
-			new[i] = gfn_spte(round_down(gfn, SPTE_ENT_PER_PAGE) + i, 0);
+			new[i] = gfn_spte(round_down(gfn, SPTE_ENT_PER_PAGE) + i,
+					  spte & (PT_WRITABLE_MASK | shadow_dirty_mask));
 		if (cmpxchg(sptep, spte, (uintptr_t)new | SPTE_MMU_PRESENT_MASK) != spte)
 			table_free(new);
 		pt = table_of(smp_load_acquire(sptep));

@@ -228,7 +228,11 @@ static void log_wake(struct irq_work *work)
 	wake_up_poll(&log->vm->wait, EPOLLIN | EPOLLRDNORM);
 }
 
-/* What of a log can fail. */
+/*
+ * What of a log can fail.  All of it under slots_lock, as is the bitmap of a memslot
+ * without a log: who sets a memslot has it, and how many vCPUs there are, and how large
+ * the memslot is, is only certain with it.
+ */
 static int log_alloc(struct kvm *kvm, struct kvm_dirty_slot_log *log)
 {
 	int r;

@@ -40,6 +40,9 @@
  *    page if it is clear.  A fault marks before, too; but re-protection, which keeps
  *    no fault out, may get in between and find nothing to protect.  Both are full
  *    barriers: install the SPTE, look at the bit; clear the bit, look at the SPTE.
+ *    The SPTEs of a huge page that is split are as writable as it was, without a
+ *    look: re-protection sees either the huge page, and takes mmu_lock for write, or
+ *    a table that was complete before it was linked, as if it had always been there.
  * 6. Who has taken pages out holds log->outstanding until they are their caller's,
  *    or back in the log; and so does who marks pages for userspace, from when it
  *    finds that the slot still logs.  Else there could be pages in a log of which

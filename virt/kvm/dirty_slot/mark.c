@@ -256,7 +256,10 @@ void kvm_dirty_slot_log_mark(struct kvm *kvm,
 	struct kvm_dirty_slot_log *log = memslot->dirty_slot_log;
 	struct kvm_dirty_slot_ring *ring = NULL;
 
-	/* The wrong VM's vCPU is as good as none: the page is not lost. */
+	/*
+	 * The wrong VM's vCPU is as good as none.  Where there is the other ring,
+	 * mark_page_dirty_in_slot() has warned before, and leaves it at that.
+	 */
 	if (WARN_ON_ONCE(vcpu && vcpu->kvm != kvm))
 		vcpu = NULL;
 
