@@ -48,6 +48,8 @@ extern unsigned int last_gen;
 void note(const char *fmt, ...) __attribute__((format(printf, 1, 2)));
 bool fail(const char *fmt, ...) __attribute__((format(printf, 1, 2)));
 void fatal(const char *what);
+/* From now on: if there are no notes for long, all processes are shown */
+void watch_over_notes(void);
 uint64_t number(const char *line, const char *name);
 
 /* From the seed, so that another run does the same (as far as a machine can) */

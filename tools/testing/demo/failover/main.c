@@ -203,6 +203,7 @@ int main(int argc, char **argv)
 		if (n > 1)
 			split(n);
 	}
+	watch_over_notes();
 	make_files();
 	if (strncmp(argv[first], "seed=", 5))
 		set_seed(chance + lane);

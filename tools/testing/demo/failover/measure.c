@@ -146,7 +146,7 @@ static bool prepare(struct machine *m, unsigned int log, bool old, unsigned int 
 
 	*m = (struct machine){ .log = log, .old = old, .vm = { .ctl = -1, .mon = -1 } };
 	for (part = 0; part < PARTS; part++) {
-		m->v[part] = calloc(epochs + ROUNDS, sizeof(uint64_t));
+		m->v[part] = calloc(epochs, sizeof(uint64_t));
 		m->next[part] = m->v[part];
 		if (!m->v[part])
 			fatal("no memory");
@@ -159,16 +159,14 @@ static bool prepare(struct machine *m, unsigned int log, bool old, unsigned int 
 
 static bool measure_once(struct machine *m, unsigned int epochs)
 {
-	unsigned int part;
 	struct row fast;
 	bool ok;
 
 	take_turn(m);
+	/* Which moves on where the next ones go */
 	ok = run_epochs("100ms", epochs, &m->row, m->next, m->who[0]) &&
 	     run_epochs("1ms", epochs, &fast, NULL, m->who[1]);
 	end_turn(m);
-	for (part = 0; part < PARTS; part++)
-		m->next[part] += epochs;
 	m->n += epochs;
 	if (fast.rate > m->fastest)
 		m->fastest = fast.rate;

@@ -3,8 +3,10 @@
  * What all parts of the driver use.
  */
 #define _GNU_SOURCE
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <pthread.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdlib.h>
@@ -14,6 +16,11 @@
 #include <sys/wait.h>
 
 #include "failover.h"
+
+#define QUIET_US	100000000u
+
+/* When the last note was made */
+static _Atomic uint64_t noted_us;
 
 void note(const char *fmt, ...)
 {
@@ -28,6 +35,80 @@ void note(const char *fmt, ...)
 	else
 		printf("[%5.1f] %s\n", (now_us() - started) / 1e6, text);
 	fflush(stdout);
+	noted_us = now_us();
+}
+
+static void first_line(char *text, size_t size, const char *fmt, int pid, const char *tid)
+{
+	char path[64];
+	FILE *f;
+
+	snprintf(path, sizeof(path), fmt, pid, tid);
+	f = fopen(path, "r");
+	if (!f || !fgets(text, size, f))
+		text[0] = '\0';
+	text[strcspn(text, "\n")] = '\0';
+	if (f)
+		fclose(f);
+}
+
+/* What each thread of a process waits for */
+static void show_process(int pid)
+{
+	char path[64], name[64], where[64], in[200];
+	struct dirent *d;
+	DIR *dir;
+
+	first_line(name, sizeof(name), "/proc/%d/comm", pid, "");
+	if (strncmp(name, "kvm-checkpoint", 14) && strncmp(name, "qemu", 4))
+		return;
+	snprintf(path, sizeof(path), "/proc/%d/task", pid);
+	dir = opendir(path);
+	while (dir && (d = readdir(dir))) {
+		if (d->d_name[0] == '.')
+			continue;
+		first_line(name, sizeof(name), "/proc/%d/task/%s/comm", pid, d->d_name);
+		first_line(where, sizeof(where), "/proc/%d/task/%s/wchan", pid, d->d_name);
+		first_line(in, sizeof(in), "/proc/%d/task/%s/syscall", pid, d->d_name);
+		printf("        %d/%s %s: %s, %s\n", pid, d->d_name, name, where, in);
+	}
+	if (dir)
+		closedir(dir);
+}
+
+/* Whatever it is that takes so long: who reads this wants to know */
+static void *watch_notes(void *arg)
+{
+	uint64_t told = 0;
+	struct dirent *d;
+	DIR *dir;
+
+	(void)arg;
+	for (;;) {
+		sleep(5);
+		if (told == noted_us || now_us() - noted_us < QUIET_US)
+			continue;
+		told = noted_us;
+		printf("        %u: nothing new for %u s:\n", lane + 1, QUIET_US / 1000000);
+		dir = opendir("/proc");
+		while (dir && (d = readdir(dir))) {
+			if (atoi(d->d_name))
+				show_process(atoi(d->d_name));
+		}
+		if (dir)
+			closedir(dir);
+		fflush(stdout);
+	}
+	return NULL;
+}
+
+void watch_over_notes(void)
+{
+	pthread_t thread;
+
+	noted_us = now_us();
+	if (pthread_create(&thread, NULL, watch_notes, NULL))
+		fatal("pthread_create");
 }
 
 void fatal(const char *what)
