@@ -16,6 +16,7 @@
 #include "exec/memory.h"
 #include "exec/ram_addr.h"
 #include "exec/target_page.h"
+#include "hw/qdev-core.h"
 #include "migration/savevm.h"
 #include "sysemu/kvm.h"
 #include "ram.h"
@@ -31,7 +32,21 @@ static struct {
     uint32_t ram_version;
     unsigned int slots_version;
     unsigned int devices_version;
+    unsigned int devices_plugged;
 } known;
+
+/* Also of devices that have no state of their own: the client judges them */
+static unsigned int devices_plugged;
+
+static void device_comes_or_goes(DeviceListener *listener, DeviceState *dev)
+{
+    devices_plugged++;
+}
+
+static DeviceListener device_listener = {
+    .realize = device_comes_or_goes,
+    .unrealize = device_comes_or_goes,
+};
 
 bool checkpoint_block_is_mapped(RAMBlock *rb)
 {
@@ -127,7 +142,12 @@ static void redraw_displays(void)
 int checkpoint_follow_logs(void)
 {
     int fd = kvm_dirty_slot_vm_log_follow();
+    static bool listens;
 
+    if (!listens) {
+        device_listener_register(&device_listener);
+        listens = true;
+    }
     known.client_harvests = fd >= 0;
     if (fd < 0 && fd != -EOPNOTSUPP) {
         warn_report("checkpoint: KVM's dirty logs are harvested by QEMU, as "
@@ -164,9 +184,10 @@ GArray *checkpoint_collect_pages(void)
         guint len = pages->len;
 
         collect_block(rb, nr++, pages);
-        if (!checkpoint_block_is_mapped(rb)) {
+        if (!checkpoint_block_is_mapped(rb) && pages->len != len) {
             /* It is in the state, whole */
             g_array_set_size(pages, len);
+            checkpoint_head_changed();
         }
     }
     return pages;
@@ -223,13 +244,15 @@ static void know_layout(void)
     known.ram_version = ram_list.version;
     known.slots_version = kvm_dirty_slot_log_version();
     known.devices_version = qemu_savevm_handlers_version();
+    known.devices_plugged = devices_plugged;
 }
 
 uint64_t checkpoint_generation(void)
 {
     if (known.ram_version != ram_list.version ||
         known.slots_version != kvm_dirty_slot_log_version() ||
-        known.devices_version != qemu_savevm_handlers_version()) {
+        known.devices_version != qemu_savevm_handlers_version() ||
+        known.devices_plugged != devices_plugged) {
         know_layout();
     }
     return known.generation;

@@ -12,6 +12,8 @@
 #include "qemu/rcu.h"
 #include "qapi/error.h"
 #include "cpu.h"
+#include "exec/memory.h"
+#include "exec/ram_addr.h"
 #include "exec/target_page.h"
 #include "hw/boards.h"
 #include "io/channel-buffer.h"
@@ -19,6 +21,7 @@
 #include "migration/migration.h"
 #include "migration/qemu-file.h"
 #include "migration/savevm.h"
+#include "sysemu/reset.h"
 #include "ram.h"
 #include "checkpoint.h"
 
@@ -31,6 +34,77 @@
 #define RAM_SAVE_FLAG_PAGE      0x08
 #define RAM_SAVE_FLAG_EOS       0x10
 #define RAM_SAVE_FLAG_CONTINUE  0x20
+
+/*
+ * The first part, with memory that the client cannot map, stays in its buffer for
+ * as long as it is the same: the size of that, or 0.
+ */
+static uint64_t head_size;
+static uint64_t head_generation;
+
+uint64_t checkpoint_head_size(void)
+{
+    return head_size;
+}
+
+void checkpoint_head_changed(void)
+{
+    head_size = 0;
+}
+
+/* ROMs are loaded again, which no dirty bit tells of */
+static void on_reset(void *opaque)
+{
+    checkpoint_head_changed();
+}
+
+void checkpoint_follow_head(void)
+{
+    static bool follows;
+
+    if (!follows) {
+        qemu_register_reset(on_reset, NULL);
+        follows = true;
+    }
+    checkpoint_head_changed();
+}
+
+/* Nobody but QEMU writes to it, and says so */
+static bool is_rom(RAMBlock *rb)
+{
+    return rb->mr && memory_region_is_rom(rb->mr);
+}
+
+static bool head_can_stay(void)
+{
+    RAMBlock *rb;
+
+    RCU_READ_LOCK_GUARD();
+    RAMBLOCK_FOREACH_MIGRATABLE(rb) {
+        if (!checkpoint_block_is_mapped(rb) && !is_rom(rb)) {
+            return false;
+        }
+    }
+    return true;
+}
+
+static bool head_is_the_same(void)
+{
+    RAMBlock *rb;
+
+    if (!head_size || head_generation != checkpoint_generation()) {
+        return false;
+    }
+    RCU_READ_LOCK_GUARD();
+    RAMBLOCK_FOREACH_MIGRATABLE(rb) {
+        if (!checkpoint_block_is_mapped(rb) &&
+            cpu_physical_memory_get_dirty(rb->offset, rb->used_length,
+                                          DIRTY_MEMORY_MIGRATION)) {
+            return false;
+        }
+    }
+    return true;
+}
 
 /* The RAM that the client cannot map, as a section of its own */
 static void save_unmapped_ram(QEMUFile *f)
@@ -115,14 +189,51 @@ bool checkpoint_write(int fd, const void *data, size_t size, uint64_t *offset,
     return true;
 }
 
+static bool write_head(int fd, Error **errp)
+{
+    QIOChannelBuffer *head;
+    QEMUFile *f;
+    uint64_t offset = 0;
+    bool ok;
+    int ret;
+
+    if (head_is_the_same()) {
+        return true;
+    }
+    head_size = 0;
+    f = memory_file(1 << 20, &head);
+    qemu_savevm_state_header(f);
+    save_unmapped_ram(f);
+    qemu_fflush(f);
+    ret = qemu_file_get_error(f);
+    if (ret < 0) {
+        error_setg_errno(errp, -ret, "cannot save memory");
+    }
+    ok = ret >= 0 && checkpoint_write(fd, head->data, head->usage, &offset, errp);
+    qemu_fclose(f);
+    if (ok) {
+        head_size = offset;
+        head_generation = checkpoint_generation();
+    }
+    return ok;
+}
+
 bool checkpoint_save_state(int fd, uint64_t *offset, bool running,
                            Error **errp)
 {
     bool vmdesc = !MACHINE(qdev_get_machine())->suppress_vmdesc;
-    QIOChannelBuffer *head, *tail;
-    QEMUFile *hf = memory_file(1 << 20, &head);
-    QEMUFile *df = memory_file(1 << 18, &tail);
+    QIOChannelBuffer *tail;
+    QEMUFile *df;
     int ret;
+
+    if (!write_head(fd, errp)) {
+        return false;
+    }
+    *offset = head_size;
+    if (!head_can_stay()) {
+        head_size = 0;
+    }
+    df = memory_file(1 << 18, &tail);
 
     /* How the guest is to go on where the state is loaded */
     if (running) {
@@ -131,14 +242,7 @@ bool checkpoint_save_state(int fd, uint64_t *offset, bool running,
         global_state_store();
     }
 
-    qemu_savevm_state_header(hf);
-    save_unmapped_ram(hf);
-    qemu_fflush(hf);
-    ret = qemu_file_get_error(hf);
-
-    if (!ret) {
-        ret = qemu_save_device_state(df);
-    }
+    ret = qemu_save_device_state(df);
     if (!ret && vmdesc) {
         /* A description is expected, but it takes long: an empty one */
         qemu_put_byte(df, QEMU_VM_VMDESCRIPTION);
@@ -152,11 +256,9 @@ bool checkpoint_save_state(int fd, uint64_t *offset, bool running,
         error_setg_errno(errp, -ret, "cannot save the state of the devices");
     } else {
         /* Its header, two words, is in the first part already */
-        ret = checkpoint_write(fd, head->data, head->usage, offset, errp) &&
-              checkpoint_write(fd, tail->data + 8, tail->usage - 8, offset,
+        ret = checkpoint_write(fd, tail->data + 8, tail->usage - 8, offset,
                                errp) ? 0 : -1;
     }
-    qemu_fclose(hf);
     qemu_fclose(df);
     return ret == 0;
 }

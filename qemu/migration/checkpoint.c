@@ -172,6 +172,9 @@ static void client_is_late(void *opaque)
 /* Whoever resumes the guest: it does not stand still for the client any more */
 static void guest_runs(void *opaque, bool running, RunState state)
 {
+    if (checkpoint_is_brief()) {
+        return;
+    }
     if (running) {
         hold.owed = false;
         spoil(CHECKPOINT_SPOILT_RESUMED);
@@ -181,6 +184,20 @@ static void guest_runs(void *opaque, bool running, RunState state)
         warn_report("checkpoint: the guest runs without a lease from now on");
         checkpoint_lease_until(0, NULL);
     }
+}
+
+/* Its lease is over: it stands still until that is renewed */
+static void lease_is_over(void)
+{
+    hold.leased = true;
+    if (runstate_is_running()) {
+        /* First: a command may be executed while requests are drained */
+        hold.stopped_ns = hold.since_ns = get_clock();
+        hold.owed = true;
+        vm_stop(RUN_STATE_PAUSED);
+    }
+    warn_report("checkpoint: the lease is over, the guest stands still");
+    qapi_event_send_checkpoint_lease_over();
 }
 
 void checkpoint_lease_changed(void *opaque)
@@ -195,15 +212,7 @@ void checkpoint_lease_changed(void *opaque)
             resume_all_vcpus();
         }
     } else if (!hold.leased && (hold.owed || runstate_is_running())) {
-        hold.leased = true;
-        if (runstate_is_running()) {
-            /* First: a command may be executed while requests are drained */
-            hold.stopped_ns = hold.since_ns = get_clock();
-            hold.owed = true;
-            vm_stop(RUN_STATE_PAUSED);
-        }
-        warn_report("checkpoint: the lease is over, the guest stands still");
-        qapi_event_send_checkpoint_lease_over();
+        lease_is_over();
     }
 }
 
@@ -271,6 +280,16 @@ static bool state_is_loadable(RunState state)
     default:
         return false;
     }
+}
+
+/*
+ * Its devices may come to have what is in no state, as a share that is mounted.  A
+ * dump blocks migration, too, but only as long as it takes.
+ */
+static bool is_blocked(Error **errp)
+{
+    return !qemu_system_dump_in_progress() &&
+           migration_is_blocked_also(client.blocker, errp);
 }
 
 /* The state of a guest that cannot be migrated is of no use elsewhere */
@@ -345,6 +364,7 @@ CheckpointLayout *qmp_x_checkpoint_attach(const char *socket,
         hold.limit = timer_new_ms(QEMU_CLOCK_REALTIME, client_is_late, NULL);
         hold.again = timer_new_ms(QEMU_CLOCK_REALTIME, resume_again, NULL);
     }
+    checkpoint_follow_head();
     log_fd = checkpoint_follow_logs();
     memory_global_dirty_log_start(GLOBAL_DIRTY_CHECKPOINT);
     client.socket = sioc;
@@ -381,6 +401,13 @@ void qmp_x_checkpoint_lease(uint64_t until_us, Error **errp)
     checkpoint_lease_until(until_us, errp);
 }
 
+static bool renew(bool has_lease_us, uint64_t lease_us, bool first,
+                  Error **errp)
+{
+    return !has_lease_us || (first && checkpoint_has_lease()) ||
+           checkpoint_lease_until(lease_us, errp);
+}
+
 CheckpointStopped *qmp_x_checkpoint_stop(bool has_limit_ms, uint32_t limit_ms,
                                          bool has_lease_us, uint64_t lease_us,
                                          bool has_first, bool first,
@@ -388,12 +415,9 @@ CheckpointStopped *qmp_x_checkpoint_stop(bool has_limit_ms, uint32_t limit_ms,
 {
     g_autoptr(StatusInfo) status = NULL;
     CheckpointStopped *stopped;
+    Error *err = NULL;
 
-    if (!need_client(errp)) {
-        return NULL;
-    }
-    if (has_lease_us && !(first && checkpoint_has_lease()) &&
-        !checkpoint_lease_until(lease_us, errp)) {
+    if (!need_client(errp) || !renew(has_lease_us, lease_us, first, errp)) {
         return NULL;
     }
     stopped = g_new0(CheckpointStopped, 1);
@@ -418,6 +442,12 @@ CheckpointStopped *qmp_x_checkpoint_stop(bool has_limit_ms, uint32_t limit_ms,
     status = qmp_query_status(&error_abort);
     stopped->status = status->status;
     client.loadable = state_is_loadable(status->status);
+    if (client.loadable && is_blocked(&err)) {
+        client.loadable = false;
+        stopped->has_blocked = true;
+        stopped->blocked = g_strdup(error_get_pretty(err));
+        error_free(err);
+    }
     stopped->loadable = client.loadable;
     stopped->has_lost = client.lost;
     stopped->lost = g_strdup(client.lost);
@@ -448,7 +478,9 @@ CheckpointPagesInfo *qmp_x_checkpoint_collect(bool state, Error **errp)
         goto fail;
     }
     info->state_size = offset;
-    offset = ROUND_UP(offset, sizeof(CheckpointPages));
+    /* What will be the beginning of the next state is not written over */
+    offset = ROUND_UP(offset ?: checkpoint_head_size(),
+                      sizeof(CheckpointPages));
     info->offset = offset;
     stamp = get_clock();
     pages = checkpoint_collect_pages();
@@ -495,6 +527,120 @@ CheckpointResumed *qmp_x_checkpoint_cont(Error **errp)
     }
     resumed->resumed = runstate_is_running();
     return resumed;
+}
+
+/* What is copied is in the buffer, and the client told where */
+static bool save_and_tell(Error **errp)
+{
+    CheckpointTold told = { .what = CHECKPOINT_TOLD_SAVED };
+    g_autoptr(GArray) pages = NULL;
+    uint64_t offset = 0;
+    int64_t stamp;
+
+    told.generation = checkpoint_generation();
+    if (!checkpoint_save_state(client.buffer, &offset, true, errp)) {
+        return false;
+    }
+    told.state_size = offset;
+    told.offset = offset = ROUND_UP(offset, sizeof(CheckpointPages));
+    stamp = get_clock();
+    pages = checkpoint_collect_pages();
+    told.collect_us = (get_clock() - stamp) / SCALE_US;
+    told.runs = pages->len;
+    if (!checkpoint_write(client.buffer, pages->data,
+                          (size_t)pages->len * sizeof(CheckpointPages),
+                          &offset, errp)) {
+        return false;
+    }
+    if (!checkpoint_tell(client.socket, &told)) {
+        error_setg(errp, "the client does not read its socket");
+        return false;
+    }
+    return true;
+}
+
+static int is_iothread(Object *obj, void *opaque)
+{
+    return object_dynamic_cast(obj, "iothread") != NULL;
+}
+
+/*
+ * Whether a guest that runs can be stopped, and go on, in one visit.  Not if there
+ * are other loops than the main loop, which could go on with what guests kick.
+ */
+static bool can_be_brief(uint32_t limit_ms)
+{
+    return limit_ms && runstate_is_running() && !client.lost &&
+           !checkpoint_lease_is_over() && !qemu_runstate_change_requested() &&
+           !object_child_foreach(object_get_objects_root(), is_iothread, NULL) &&
+           !is_blocked(NULL);
+}
+
+CheckpointTaken *qmp_x_checkpoint_take(uint32_t limit_ms, bool has_lease_us,
+                                       uint64_t lease_us, bool has_first,
+                                       bool first, Error **errp)
+{
+    CheckpointTold told = { .what = CHECKPOINT_TOLD_STOPPED };
+    CheckpointAnswer answer = CHECKPOINT_ANSWER_NONE;
+    CheckpointTaken *taken;
+    Error *err = NULL;
+
+    if (!need_client(errp) || !renew(has_lease_us, lease_us, first, errp)) {
+        return NULL;
+    }
+    taken = g_new0(CheckpointTaken, 1);
+    if (!can_be_brief(limit_ms)) {
+        return taken;
+    }
+    taken->taken = true;
+    client.spoilt = false;
+    hold.leased = false;
+    hold.owed = false;
+    checkpoint_forget_bytes(client.socket);
+
+    hold.stopped_ns = hold.since_ns = get_clock();
+    checkpoint_brief_stop();
+    if (!checkpoint_tell(client.socket, &told)) {
+        error_setg(&err, "the client does not read its socket");
+    } else if (qemu_runstate_change_requested()) {
+        /* What has begun is in no state yet: the guest would not know how */
+        spoil(CHECKPOINT_SPOILT_RUN_STATE);
+    } else if (save_and_tell(&err)) {
+        answer = checkpoint_await(client.socket, hold.stopped_ns +
+                                  (int64_t)limit_ms * SCALE_MS);
+        if (answer == CHECKPOINT_ANSWER_NONE) {
+            spoil(CHECKPOINT_SPOILT_LATE);
+        }
+    }
+    taken->consistent = !client.spoilt && answer == CHECKPOINT_ANSWER_DONE;
+    taken->has_spoilt_by = client.spoilt;
+    taken->spoilt_by = client.spoilt_by;
+
+    hold.hidden = true;
+    hide_pause();
+    checkpoint_brief_end();
+    hold.hidden = false;
+    if (checkpoint_lease_is_over()) {
+        lease_is_over();
+    } else {
+        resume_all_vcpus();
+    }
+    taken->resumed = runstate_is_running();
+
+    if (client.spoilt && client.spoilt_by == CHECKPOINT_SPOILT_LATE) {
+        warn_report("checkpoint: the guest has stood still for long enough, "
+                    "it goes on without a checkpoint");
+        qapi_event_send_checkpoint_late();
+    }
+    if (answer == CHECKPOINT_ANSWER_GONE) {
+        client_gone();
+    }
+    if (err) {
+        qapi_free_CheckpointTaken(taken);
+        error_propagate(errp, err);
+        return NULL;
+    }
+    return taken;
 }
 
 /*

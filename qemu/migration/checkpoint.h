@@ -68,8 +68,50 @@ typedef struct CheckpointPages {
 bool checkpoint_save_state(int fd, uint64_t *offset, bool running,
                            Error **errp);
 
+/* What is in the client's buffer for the next state already */
+uint64_t checkpoint_head_size(void);
+/* Memory that the client cannot map was written */
+void checkpoint_head_changed(void);
+/* There is a client, with a buffer of its own */
+void checkpoint_follow_head(void);
+
 bool checkpoint_write(int fd, const void *data, size_t size, uint64_t *offset,
                       Error **errp);
+
+/*
+ * checkpoint-take.c
+ */
+
+/* What the client is told on its socket, in this order */
+#define CHECKPOINT_TOLD_STOPPED 1
+#define CHECKPOINT_TOLD_SAVED   2
+
+typedef struct CheckpointTold {
+    uint64_t what;
+    /* As in CheckpointPagesInfo, when it is saved */
+    uint64_t generation;
+    uint64_t state_size;
+    uint64_t offset;
+    uint64_t runs;
+    uint64_t collect_us;
+} CheckpointTold;
+
+typedef enum CheckpointAnswer {
+    CHECKPOINT_ANSWER_DONE,
+    CHECKPOINT_ANSWER_NONE,     /* in time */
+    CHECKPOINT_ANSWER_GONE,
+} CheckpointAnswer;
+
+/*
+ * Stops a guest that runs, until checkpoint_brief_end() in the same visit of the
+ * main loop; after that vCPUs still stand still
+ */
+void checkpoint_brief_stop(void);
+void checkpoint_brief_end(void);
+
+bool checkpoint_tell(QIOChannelSocket *to, const CheckpointTold *told);
+void checkpoint_forget_bytes(QIOChannelSocket *from);
+CheckpointAnswer checkpoint_await(QIOChannelSocket *from, int64_t until_ns);
 
 /*
  * checkpoint-lease.c

@@ -27,14 +27,14 @@ static const char * const known[] = {
 	"usb-net",
 	/* What people see, hear and touch */
 	"VGA", "secondary-vga", "bochs-display", "cirrus-vga", "isa-vga", "ramfb", "vmware-svga",
-	"ati-vga", "qxl*", "virtio-vga", "virtio-gpu-*", "virtio-keyboard-*", "virtio-mouse-*",
+	"qxl*", "virtio-vga", "virtio-gpu-*", "virtio-keyboard-*", "virtio-mouse-*",
 	"virtio-tablet-*", "usb-kbd", "usb-mouse", "usb-tablet", "intel-hda", "ich9-intel-hda",
 	"hda-*", "AC97", "ES1370", "virtio-snd-*",
 	/* All the rest */
 	"virtio-serial-*", "virtio-rng-*", "virtio-balloon-*", "virtio-mem-*", "pc-dimm",
 	"*-x86_64-cpu", "isa-serial", "isa-parallel", "pci-serial*", "isa-debugcon",
 	"isa-debug-exit", "pvpanic*", "i6300esb", "ib700", "vmcoreinfo", "vmgenid", "tpm-tis*",
-	"tpm-crb", "edu", "pci-testdev",
+	"tpm-crb", "pci-testdev",
 };
 
 /* What they store is somewhere else, and no disk of query-block */

@@ -16,13 +16,6 @@
 #define QMP_TIMEOUT_MS	10000
 #endif
 
-/* What x-checkpoint-collect writes to the buffer */
-struct qemu_run {
-	uint32_t block;
-	uint32_t npages;
-	uint64_t page;
-};
-
 /*
  * Opening
  */
@@ -166,7 +159,7 @@ void guest_close(struct guest *g)
  * Collecting
  */
 
-static int read_buffer(struct guest *g, void *to, size_t size, uint64_t offset, struct kc_err *err)
+int guest_read_buffer(struct guest *g, void *to, size_t size, uint64_t offset, struct kc_err *err)
 {
 	while (size) {
 		ssize_t n = pread(g->buffer, to, size, offset);
@@ -199,34 +192,21 @@ int guest_refresh_layout(struct guest *g, struct kc_err *err)
 	if (!rc)
 		rc = guest_take_layout(g, layout, err);
 	json_object_put(layout);
-	return rc;
+	/* What is new may have no state that QEMU knows of, and one of its own */
+	if (!rc)
+		rc = guest_check_attached(g, err);
+	return rc == -EOPNOTSUPP ? -ESTALE : rc;
 }
 
-/* The answer to send_collect(): QEMU's pages become dirty, and new slots known */
-static int finish_collect(struct guest *g, uint64_t *state_len, uint64_t *collect_us,
-			  struct kc_err *err)
+int guest_take_runs(struct guest *g, uint64_t offset, uint64_t nr, struct kc_err *err)
 {
-	struct json_object *info = NULL;
 	struct qemu_run runs[256];
-	uint64_t nr, offset, generation;
 	int rc;
-
-	rc = qmp_receive(&g->qmp, "x-checkpoint-collect", &info, err);
-	if (rc)
-		return rc;
-	nr = qmp_u64(info, "runs");
-	offset = qmp_u64(info, "offset");
-	generation = qmp_u64(info, "generation");
-	if (state_len)
-		*state_len = qmp_u64(info, "state-size");
-	if (collect_us)
-		*collect_us = qmp_u64(info, "collect-us");
-	json_object_put(info);
 
 	while (nr) {
 		unsigned int i, n = nr < 256 ? nr : 256;
 
-		rc = read_buffer(g, runs, n * sizeof(*runs), offset, err);
+		rc = guest_read_buffer(g, runs, n * sizeof(*runs), offset, err);
 		if (rc)
 			return rc;
 		for (i = 0; i < n; i++) {
@@ -247,7 +227,32 @@ static int finish_collect(struct guest *g, uint64_t *state_len, uint64_t *collec
 		nr -= n;
 		offset += n * sizeof(*runs);
 	}
+	return 0;
+}
 
+/* The answer to send_collect(): QEMU's pages become dirty, and new slots known */
+static int finish_collect(struct guest *g, uint64_t *state_len, uint64_t *collect_us,
+			  struct kc_err *err)
+{
+	struct json_object *info = NULL;
+	uint64_t nr, offset, generation;
+	int rc;
+
+	rc = qmp_receive(&g->qmp, "x-checkpoint-collect", &info, err);
+	if (rc)
+		return rc;
+	nr = qmp_u64(info, "runs");
+	offset = qmp_u64(info, "offset");
+	generation = qmp_u64(info, "generation");
+	if (state_len)
+		*state_len = qmp_u64(info, "state-size");
+	if (collect_us)
+		*collect_us = qmp_u64(info, "collect-us");
+	json_object_put(info);
+
+	rc = guest_take_runs(g, offset, nr, err);
+	if (rc)
+		return rc;
 	return generation != g->generation ? guest_refresh_layout(g, err) : 0;
 }
 
@@ -269,8 +274,7 @@ int guest_copy_running(struct guest *g, struct guest_epoch *e, uint64_t max, str
 	return 0;
 }
 
-/* Back to the dirty pages: the copies are of no use */
-static int undo_copy(struct guest *g, struct copy *c)
+int guest_undo_copy(struct guest *g, struct copy *c)
 {
 	int rc = 0;
 
@@ -312,8 +316,7 @@ static int take_paused(struct guest *g, struct guest_epoch *e, uint64_t t[], str
 	return 0;
 }
 
-/* The buffer is QEMU's again with the next x-checkpoint-collect */
-static int fetch_state(struct guest *g, struct guest_epoch *e, struct kc_err *err)
+int guest_fetch_state(struct guest *g, struct guest_epoch *e, struct kc_err *err)
 {
 	if (!e->state_len || e->state_len > KC_STATE_MAX)
 		return kc_fail(err, EPROTO, "QEMU saved %zu bytes of device state", e->state_len);
@@ -325,10 +328,10 @@ static int fetch_state(struct guest *g, struct guest_epoch *e, struct kc_err *er
 		e->state = p;
 		e->state_max = e->state_len + 65536;
 	}
-	return read_buffer(g, e->state, e->state_len, 0, err);
+	return guest_read_buffer(g, e->state, e->state_len, 0, err);
 }
 
-static int send_stop(struct guest *g, struct kc_err *err)
+int guest_send_stop(struct guest *g, const char *command, struct kc_err *err)
 {
 	struct json_object *args = json_object_new_object();
 
@@ -337,7 +340,7 @@ static int send_stop(struct guest *g, struct kc_err *err)
 		json_object_object_add(args, "lease-us", json_object_new_uint64(g->lease_us));
 	if (g->lease_us != GUEST_NO_LEASE && g->lease_first)
 		json_object_object_add(args, "lease-first", json_object_new_boolean(true));
-	return qmp_send(&g->qmp, "x-checkpoint-stop", args, -1, err);
+	return qmp_send(&g->qmp, command, args, -1, err);
 }
 
 int guest_end_lease(const struct guest_opts *opts, struct kc_err *err)
@@ -356,8 +359,7 @@ int guest_end_lease(const struct guest_opts *opts, struct kc_err *err)
 	return rc;
 }
 
-/* QEMU's word for why what was copied is of no use, as a sentence */
-static int spoilt(struct guest *g, const char *by, struct kc_err *err)
+int guest_spoilt(const struct guest *g, const char *by, struct kc_err *err)
 {
 	if (!strcmp(by, "late"))
 		return kc_fail(err, EAGAIN,
@@ -379,7 +381,7 @@ static int spoilt(struct guest *g, const char *by, struct kc_err *err)
 
 /* There is nothing to take.  Returns why, as guest_take() does. */
 static int take_nothing(struct guest *g, const struct guest_epoch *e, const char *lost,
-			struct kc_err *err)
+			const char *blocked, struct kc_err *err)
 {
 	int rc;
 
@@ -390,6 +392,8 @@ static int take_nothing(struct guest *g, const struct guest_epoch *e, const char
 		return rc;
 	if (*lost)
 		return kc_fail(err, EUCLEAN, "the guest's memory has been changed (%s)", lost);
+	if (*blocked)
+		return kc_fail(err, ENODATA, "the guest cannot be migrated any more: %s", blocked);
 	return kc_fail(err, ENODATA, "the guest's run state is %s", e->status);
 }
 
@@ -399,14 +403,17 @@ int guest_take(struct guest *g, struct guest_epoch *e, struct kc_err *err)
 	uint64_t t[8] = { 0 };
 	bool consistent, loadable;
 	struct kc_err why;
-	char lost[200];
+	char lost[200], blocked[200];
 	int rc;
 
 	e->copy.nr = 0;
 	e->resumed = false;
+	rc = guest_take_brief(g, e, err);
+	if (rc <= 0)
+		return rc;
 	t[0] = kc_now_us();
 	e->taken_us = t[0];
-	rc = send_stop(g, err);
+	rc = guest_send_stop(g, "x-checkpoint-stop", err);
 	if (!rc)
 		rc = send_collect(g, true, err);
 	if (!rc)
@@ -417,10 +424,11 @@ int guest_take(struct guest *g, struct guest_epoch *e, struct kc_err *err)
 	e->was_running = qmp_bool(o, "running");
 	snprintf(e->status, sizeof(e->status), "%s", qmp_str(o, "status"));
 	snprintf(lost, sizeof(lost), "%s", qmp_str(o, "lost"));
+	snprintf(blocked, sizeof(blocked), "%s", qmp_str(o, "blocked"));
 	loadable = qmp_bool(o, "loadable");
 	json_object_put(o);
 	if (*lost || !loadable)
-		return take_nothing(g, e, lost, err);
+		return take_nothing(g, e, lost, blocked, err);
 
 	rc = take_paused(g, e, t, err);
 	if (rc)
@@ -441,9 +449,9 @@ int guest_take(struct guest *g, struct guest_epoch *e, struct kc_err *err)
 	snprintf(e->waits_for, sizeof(e->waits_for), "%s", qmp_str(o, "waits-for"));
 	consistent = qmp_bool(o, "consistent");
 	if (!consistent)
-		spoilt(g, qmp_str(o, "spoilt-by"), &why);
+		guest_spoilt(g, qmp_str(o, "spoilt-by"), &why);
 	json_object_put(o);
-	if (!consistent && undo_copy(g, &e->copy))
+	if (!consistent && guest_undo_copy(g, &e->copy))
 		return kc_fail(err, ENOMEM, "no memory for the list of dirty pages");
 	if (!consistent)
 		return kc_fail(err, EAGAIN, "%s", why.text);
@@ -454,7 +462,7 @@ int guest_take(struct guest *g, struct guest_epoch *e, struct kc_err *err)
 	e->us[KC_PAUSE_STATE] = t[4] - t[3];
 	e->us[KC_PAUSE_RESUME] = t[7] - t[6];
 	copy_sort(&e->copy);
-	return fetch_state(g, e, err);
+	return guest_fetch_state(g, e, err);
 }
 
 bool guest_died(struct guest *g)

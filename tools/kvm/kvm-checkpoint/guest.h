@@ -9,7 +9,8 @@
  *
  * The order in which an epoch is taken is what makes it a point in time: stop the guest, save the
  * state, let QEMU report its pages, harvest the logs, copy, resume.  (A first harvest and copy go
- * on while QEMU saves the state, to make the pause shorter.)
+ * on while QEMU saves the state, to make the pause shorter.)  It is one command of QEMU, or three:
+ * brief.c, guest.c.
  */
 #ifndef KC_GUEST_H
 #define KC_GUEST_H
@@ -103,6 +104,7 @@ struct guest {
 	char *devices;			/* what their state consists of, sorted, a line for each part */
 	uint64_t generation;
 	int sock, buffer;		/* shared with QEMU */
+	bool no_take;			/* this QEMU has no x-checkpoint-take */
 	struct dirty dirty;
 };
 
@@ -253,7 +255,34 @@ int guest_take_slots(struct guest *g, struct json_object *list, struct kc_err *e
 int guest_harvest_known(struct guest *g, struct kc_err *err);
 
 /* guest.c */
+
+/* What QEMU writes to the buffer for each run of pages */
+struct qemu_run {
+	uint32_t block;
+	uint32_t npages;
+	uint64_t page;
+};
+
 int guest_refresh_layout(struct guest *g, struct kc_err *err);
+int guest_read_buffer(struct guest *g, void *to, size_t size, uint64_t offset, struct kc_err *err);
+/* What QEMU has written, from there in the buffer on, becomes dirty */
+int guest_take_runs(struct guest *g, uint64_t offset, uint64_t nr, struct kc_err *err);
+/* Back to the dirty pages: the copies are of no use */
+int guest_undo_copy(struct guest *g, struct copy *c);
+/* The buffer is QEMU's again with the next epoch */
+int guest_fetch_state(struct guest *g, struct guest_epoch *e, struct kc_err *err);
+/* QEMU's word for why what was copied is of no use, as a sentence */
+int guest_spoilt(const struct guest *g, const char *by, struct kc_err *err);
+/* One of the commands that stop it */
+int guest_send_stop(struct guest *g, const char *command, struct kc_err *err);
+
+/* brief.c */
+
+/*
+ * guest_take() by one command, with the guest stopped as shortly as can be.  1 if that cannot be:
+ * nothing was done.
+ */
+int guest_take_brief(struct guest *g, struct guest_epoch *e, struct kc_err *err);
 
 /* guard.c */
 /* Refuses what has disks or devices whose state would not be in an epoch */

@@ -188,7 +188,8 @@ int qmp_receive(struct qmp *q, const char *command, struct json_object **ret, st
 
 	q->asked_us = kc_now_us();
 	for (;;) {
-		o = next(q, until, &rc);
+		o = q->answer ? q->answer : next(q, until, &rc);
+		q->answer = NULL;
 		if (!o)
 			return explain(rc, command, err);
 		q->asked_us = kc_now_us();
@@ -209,6 +210,23 @@ int qmp_receive(struct qmp *q, const char *command, struct json_object **ret, st
 		event(q, o);
 		json_object_put(o);
 	}
+}
+
+bool qmp_answered(struct qmp *q)
+{
+	struct json_object *o;
+	int rc = -EAGAIN;
+
+	while (!q->answer && (o = next(q, 0, &rc))) {
+		if (json_object_object_get_ex(o, "return", NULL) ||
+		    json_object_object_get_ex(o, "error", NULL)) {
+			q->answer = o;
+			break;
+		}
+		event(q, o);
+		json_object_put(o);
+	}
+	return q->answer || rc != -EAGAIN;
 }
 
 int qmp_call(struct qmp *q, const char *command, struct json_object *args,
@@ -323,9 +341,11 @@ void qmp_close(struct qmp *q)
 		close(q->fd);
 	if (q->tok)
 		json_tokener_free(q->tok);
+	json_object_put(q->answer);
 	free(q->buf);
 	q->fd = -1;
 	q->tok = NULL;
+	q->answer = NULL;
 	q->buf = NULL;
 }
 

@@ -22,6 +22,7 @@ struct qmp {
 	char *buf;
 	size_t len, size;
 	struct json_tokener *tok;
+	struct json_object *answer;	/* that came while something else was awaited */
 };
 
 /**
@@ -74,6 +75,13 @@ int qmp_send(struct qmp *q, const char *command, struct json_object *args, int f
  * idle() returned.
  */
 int qmp_receive(struct qmp *q, const char *command, struct json_object **ret, struct kc_err *err);
+
+/**
+ * qmp_answered() - whether qmp_receive() has something to return, without waiting
+ *
+ * Also when it would fail.  Events that have come are taken.
+ */
+bool qmp_answered(struct qmp *q);
 
 /** qmp_call() - qmp_send() and qmp_receive() */
 int qmp_call(struct qmp *q, const char *command, struct json_object *args,

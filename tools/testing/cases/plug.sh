@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-only
 # shellcheck shell=sh
 # shellcheck disable=SC2034 # SMP and MORE are for common
-# WHAT: A vCPU is plugged while the guest is protected: what its standby has cannot load that.
+# WHAT: A vCPU and a PCI device are plugged while the guest is protected: its standby cannot load that.
 . /bin/lib.sh
 ended() { ! protects "$1"; }
 SMP=1,maxcpus=2
@@ -29,4 +29,23 @@ protect a tcp:127.0.0.1:7002
 protected a
 more_epochs a
 equal a t
-good "it was noticed"
+
+say "--- a PCI device"
+SMP=1
+MORE="-device pcie-root-port,id=rp,chassis=1"
+# shellcheck disable=SC2086
+boot b $MORE
+up b
+standby u 7003 --timeout 5s
+protect b tcp:127.0.0.1:7003
+protected b
+more_epochs b
+qmp b "{'execute': 'device_add', 'arguments': {'driver': 'virtio-rng-pci', 'id': 'more', 'bus': 'rp'}}" ||
+	bad "no device can be plugged"
+wait_for 60 ended b || bad "protect goes on"
+grep -q "the guest's devices have been changed (new is .*virtio-rng" /tmp/b.protect.log ||
+	bad "it does not say what is new"
+sleep 8
+grep 'failing over' /tmp/u.standby.log && bad "the standby takes over from a guest that lives"
+state_is b running || bad "the guest does not run on"
+good "they were noticed"

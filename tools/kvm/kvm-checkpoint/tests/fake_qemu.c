@@ -260,12 +260,14 @@ static void do_attach(struct qemu *q)
 
 static void do_stop(struct qemu *q, unsigned int limit_ms)
 {
-	char lost[100] = "";
+	char lost[100] = "", blocked[100] = "";
 	/* One that could not be resumed would run */
 	bool ran = q->running || q->stopped;
 
 	if (q->lost)
 		snprintf(lost, sizeof(lost), ", \"lost\": \"%s\"", q->lost);
+	if (q->blocked)
+		snprintf(blocked, sizeof(blocked), ", \"blocked\": \"%s\"", q->blocked);
 	if (q->run_state || q->lost) {
 		q->stopped = false;
 		answer(q, "{\"running\": false, \"status\": \"%s\", \"loadable\": false%s}",
@@ -281,8 +283,8 @@ static void do_stop(struct qemu *q, unsigned int limit_ms)
 	q->spoilt_by = NULL;
 	q->snaps_before = q->nr_snaps;
 	q->limit_us = ran && limit_ms ? kc_now_us() + limit_ms * 1000ull : 0;
-	answer(q, "{\"running\": %s, \"status\": \"paused\", \"loadable\": true}",
-	       ran ? "true" : "false");
+	answer(q, "{\"running\": %s, \"status\": \"paused\", \"loadable\": %s%s}",
+	       ran ? "true" : "false", q->blocked ? "false" : "true", blocked);
 }
 
 /* The guest as it is now; its state says which of these it is */
@@ -341,34 +343,45 @@ static unsigned int write_runs(struct qemu *q, uint64_t at)
 	return n;
 }
 
+static void save(struct qemu *q, struct told *told)
+{
+	struct snap *s = take_snap(q);
+
+	write_buffer(q, s->state, s->state_len, 0);
+	told->state_size = s->state_len;
+}
+
+/* Where the runs of pages begin, and how many they are */
+static void tell_pages(struct qemu *q, struct told *told)
+{
+	told->generation = q->generation;
+	told->offset = (told->state_size + 15) / 16 * 16;
+	told->runs = write_runs(q, told->offset);
+	told->collect_us = 3;
+}
+
 static void do_collect(struct qemu *q, bool state)
 {
-	uint64_t at = 0, runs;
-	unsigned int n;
+	struct told told = { 0 };
 
 	if (state && q->tear == RESUMED) {
 		q->running = true;
 		q->stopped = false;
 		send_event(q, "RESUME");
 	}
-	if (state && !q->running && !q->run_state && !q->lost) {
-		struct snap *s;
-
+	if (state && !q->running && !q->run_state && !q->lost && !q->blocked) {
 		/* Devices flush what they have */
 		if (q->stopped)
 			guest_writes(q, below(3));
-		s = take_snap(q);
-		write_buffer(q, s->state, s->state_len, 0);
-		at = s->state_len;
+		save(q, &told);
 	}
-	runs = (at + 15) / 16 * 16;
-	n = write_runs(q, runs);
+	tell_pages(q, &told);
 	if (state && q->tear != WHOLE)
 		guest_writes(q, 20);
 	answer(q,
 	       "{\"generation\": %" PRIu64 ", \"state-size\": %" PRIu64 ", \"offset\": %" PRIu64
-	       ", \"runs\": %u, \"collect-us\": 3}",
-	       q->generation, at, runs, n);
+	       ", \"runs\": %" PRIu64 ", \"collect-us\": 3}",
+	       told.generation, told.state_size, told.offset, told.runs);
 }
 
 static void resume(struct qemu *q)
@@ -407,6 +420,76 @@ static void do_cont(struct qemu *q)
 	answer(q, "{\"resumed\": %s, \"consistent\": %s%s}", q->running ? "true" : "false",
 	       q->spoilt_by ? "false" : "true", more);
 	q->tear = WHOLE;
+}
+
+static void tell(struct qemu *q, struct told *told)
+{
+	if (q->sock >= 0 && (!q->tells || q->tells(q, told)))
+		CHECK(send(q->sock, told, sizeof(*told), MSG_NOSIGNAL) == sizeof(*told),
+		      "the client is gone");
+}
+
+/* Until the client has copied all; false if it has not, in time */
+static bool is_copied(struct qemu *q, uint64_t until_us)
+{
+	struct pollfd p = { .fd = q->sock, .events = POLLIN };
+	char byte;
+
+	while (q->sock >= 0 && kc_now_us() < until_us) {
+		if (poll(&p, 1, 10) != 1)
+			continue;
+		if (recv(q->sock, &byte, 1, MSG_DONTWAIT) == 1)
+			return true;
+		break;
+	}
+	return false;
+}
+
+/* All in one, and nothing else happens meanwhile */
+static void do_take(struct qemu *q, unsigned int limit_ms)
+{
+	struct told told = { .what = TOLD_STOPPED };
+	uint64_t until = kc_now_us() + limit_ms * 1000ull;
+	char more[200] = "";
+	bool copied;
+
+	if (!q->takes) {
+		say(q, "{\"error\": {\"class\": \"CommandNotFound\", \"desc\": \"The command " TAKE
+		    " has not been found\"}}\r\n");
+		return;
+	}
+	CHECK(limit_ms, "the main loop would stand still for ever");
+	if (!q->running || q->run_state || q->lost || q->blocked) {
+		answer(q, "{\"taken\": false, \"consistent\": false, \"resumed\": false}");
+		return;
+	}
+	while (recv(q->sock, more, sizeof(more), MSG_DONTWAIT) > 0)
+		;
+	more[0] = '\0';
+	guest_writes(q, below(40));
+	q->running = false;
+	q->stopped = true;
+	q->spoilt_by = NULL;
+	tell(q, &told);
+	if (q->sock < 0)
+		return;
+	guest_writes(q, below(3));
+	told.what = TOLD_SAVED;
+	save(q, &told);
+	tell_pages(q, &told);
+	tell(q, &told);
+	copied = is_copied(q, until);
+	if (!copied && !q->spoilt_by)
+		q->spoilt_by = "late";
+	q->nr_taken += copied && !q->spoilt_by;
+	if (q->spoilt_by) {
+		q->snaps[q->nr_snaps - 1].torn = true;
+		snprintf(more, sizeof(more), ", \"spoilt-by\": \"%s\"", q->spoilt_by);
+	}
+	q->running = true;
+	q->stopped = false;
+	answer(q, "{\"taken\": true, \"consistent\": %s, \"resumed\": true%s}",
+	       q->spoilt_by ? "false" : "true", more);
 }
 
 static void do_lease(struct qemu *q, struct json_object *args, const char *name)
@@ -480,6 +563,9 @@ static void obey(struct qemu *q, const char *command, struct json_object *args)
 			      json_object_get_boolean(o));
 	else if (!strcmp(command, CONT))
 		do_cont(q);
+	else if (!strcmp(command, TAKE))
+		do_take(q, json_object_object_get_ex(args, "limit-ms", &o) ?
+			   json_object_get_int(o) : 0);
 	else if (!strcmp(command, "getfd"))
 		do_getfd(q, json_object_object_get_ex(args, "fdname", &o) ?
 			    json_object_get_string(o) : "");
@@ -547,7 +633,7 @@ static void execute(struct qemu *q, struct json_object *o)
 	} else if (instead) {
 		say(q, instead);
 	} else {
-		if (!strcmp(command, STOP))
+		if (!strcmp(command, STOP) || (!strcmp(command, TAKE) && q->takes))
 			do_lease(q, args, "lease-us");
 		CHECK(strncmp(command, "x-", 2) || q->attached || !strcmp(command, ATTACH) ||
 		      !strcmp(command, LEASE),
@@ -615,6 +701,7 @@ void step(struct qemu *q, int ms)
 		{ .fd = q->monitor < 0 ? q->listener : -1, .events = POLLIN },
 	};
 	const char *instead;
+	char byte;
 
 	look_at_the_clock(q);
 	if (poll(p, 3, ms) <= 0) {
@@ -625,7 +712,9 @@ void step(struct qemu *q, int ms)
 	if (p[0].revents) {
 		read_monitor(q);
 	} else if (p[1].revents) {
-		detach(q);
+		/* That all is copied may come too late */
+		if (recv(q->sock, &byte, 1, MSG_DONTWAIT) != 1)
+			detach(q);
 	} else if (p[2].revents) {
 		q->monitor = accept4(q->listener, NULL, NULL, SOCK_CLOEXEC);
 		instead = q->hook ? q->hook(q, "greeting") : NULL;

@@ -22,6 +22,7 @@
 #define COLLECT	"x-checkpoint-collect"
 #define CONT	"x-checkpoint-cont"
 #define LEASE	"x-checkpoint-lease"
+#define TAKE	"x-checkpoint-take"
 
 struct block {
 	const char *name;
@@ -47,6 +48,13 @@ struct pages {
 
 enum tear { WHOLE, RESUMED, SCRIBBLED };
 
+/* As x-checkpoint-take tells its client */
+struct told {
+	uint64_t what, generation, state_size, offset, runs, collect_us;
+};
+
+enum { TOLD_STOPPED = 1, TOLD_SAVED };
+
 extern struct qemu {
 	struct block blocks[NR_BLOCKS];
 	int listener, monitor, sock, buffer;
@@ -67,6 +75,7 @@ extern struct qemu {
 	uint64_t lease_us;		/* as it was given last, 0 for none */
 	const char *plugged;		/* ", \"NAME\"" for one more device, or NULL */
 	const char *lost;		/* why its logs do not have all pages, or NULL */
+	const char *blocked;		/* why it cannot be migrated any more, or NULL */
 	struct snap snaps[MAX_SNAPS];
 	unsigned int nr_snaps, snaps_before;	/* in all, and when it was stopped */
 
@@ -80,6 +89,11 @@ extern struct qemu {
 	const char *(*hook)(struct qemu *q, const char *command);
 	bool dies_after;
 	const char *last_words;		/* before it dies */
+
+	/* It has x-checkpoint-take; asked before the client is told something: false, it is not */
+	bool takes;
+	bool (*tells)(struct qemu *q, struct told *told);
+	unsigned int nr_taken;
 	pid_t client;
 } qemu;
 

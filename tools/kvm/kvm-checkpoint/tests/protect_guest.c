@@ -183,6 +183,31 @@ void test_first_run_state(void)
 	must_have_waited("the guest's run state is save-vm");
 }
 
+/* It gets something that is in no state, for a while: there is no epoch, and no takeover. */
+static const char *cannot_migrate(struct qemu *q, const char *command)
+{
+	if (strcmp(command, STOP) || q->stops < 4)
+		return NULL;
+	if (!since_us)
+		since_us = kc_now_us();
+	q->blocked = kc_now_us() - since_us < 4000000 ? "a share is mounted" : NULL;
+	return NULL;
+}
+
+void test_blocked(void)
+{
+	unsigned int i;
+
+	qemu.hook = cannot_migrate;
+	start_qemu(&qemu);
+	start_watching_standby();
+	protect_epochs(spec(), "9");
+	CHECK(qemu.nr_snaps == 10, "%u epochs were taken", qemu.nr_snaps);
+	for (i = 0; i < qemu.nr_snaps; i++)
+		CHECK(!qemu.snaps[i].stopped, "the guest stands still");
+	must_have_waited("the guest cannot be migrated any more: a share is mounted");
+}
+
 /* Somebody loads a snapshot: no log has the pages. */
 static const char *loads(struct qemu *q, const char *command)
 {
@@ -367,6 +392,28 @@ void test_unplugged(void)
 	qemu.hook = plugs;
 	qemu.plugged = ", \"" NIC " 0 11\"";
 	must_end_changed("the guest's devices have been changed (gone is " NIC ")");
+}
+
+/* One without a state that QEMU knows of: no part of the state tells of it. */
+static const char *plugs_unknown(struct qemu *q, const char *command)
+{
+	if (!strcmp(command, COLLECT) && q->collects == 4) {
+		q->peripheral = DEVICE("own", "frobnicator-pci");
+		q->generation++;
+	}
+	return NULL;
+}
+
+void test_plugged_unknown(void)
+{
+	qemu.hook = plugs_unknown;
+	start_qemu(&qemu);
+	start_standby(path_of("ram"), "--no-fence", "--timeout", "2s", "--insecure");
+	must_fail(protect(CHECKED, spec(), "--interval", "1ms"),
+		  "device own is a frobnicator-pci, which may have a state that is not in an epoch");
+	wait_log("ends the protection: detached");
+	stop_standby(SIGTERM);
+	CHECK(snap_of_standby(path_of("ram")) == 2, "an epoch of another guest counts");
 }
 
 /* While nobody is attached. */

@@ -1,0 +1,117 @@
+/*
+ * Checkpoints of a running guest: a stop that is as short as can be
+ *
+ * SPDX-License-Identifier: GPL-2.0-only
+ *
+ * vCPUs and devices stop as ever, and the block layer is drained; but all within
+ * one visit of the main loop, which the client ends by a byte on its socket.  No
+ * handler runs meanwhile, so that what only keeps handlers from running can be
+ * left out: ioeventfds stay where they are, and kicks wait in them.  Nothing is
+ * flushed: that is no matter of the guest, but of where its disks' epochs live.
+ * Registers that were only read need not be written back.  No events are sent.
+ */
+
+#include "qemu/osdep.h"
+#include "qemu/bitmap.h"
+#include "qapi/error.h"
+#include "block/block.h"
+#include "hw/core/cpu.h"
+#include "io/channel-socket.h"
+#include "migration/misc.h"
+#include "sysemu/cpu-timers.h"
+#include "sysemu/cpus.h"
+#include "sysemu/runstate.h"
+#include "checkpoint.h"
+
+static bool brief;
+
+/* CPUs, by their order, whose registers were the kernel's */
+static unsigned long *not_ours;
+
+bool checkpoint_is_brief(void)
+{
+    return brief;
+}
+
+void checkpoint_brief_stop(void)
+{
+    long n = 0;
+    CPUState *cpu;
+
+    runstate_set(RUN_STATE_PAUSED);
+    cpu_disable_ticks();
+    pause_all_vcpus();
+    brief = true;
+    vm_state_notify(false, RUN_STATE_PAUSED);
+    bdrv_drain_all_begin();
+
+    CPU_FOREACH(cpu) {
+        n++;
+    }
+    not_ours = bitmap_new(n);
+    n = 0;
+    CPU_FOREACH(cpu) {
+        if (!cpu->vcpu_dirty) {
+            set_bit(n, not_ours);
+        }
+        n++;
+    }
+}
+
+void checkpoint_brief_end(void)
+{
+    long n = 0;
+    CPUState *cpu;
+
+    /* A state that is saved reads them, and changes none */
+    CPU_FOREACH(cpu) {
+        if (test_bit(n++, not_ours)) {
+            cpu->vcpu_dirty = false;
+        }
+    }
+    g_free(not_ours);
+
+    cpu_enable_ticks();
+    bdrv_drain_all_end();
+    runstate_set(RUN_STATE_RUNNING);
+    vm_state_notify(true, RUN_STATE_RUNNING);
+    brief = false;
+}
+
+bool checkpoint_tell(QIOChannelSocket *to, const CheckpointTold *told)
+{
+    return qio_channel_write(QIO_CHANNEL(to), (const char *)told,
+                             sizeof(*told), NULL) == sizeof(*told);
+}
+
+/* What it said too late is no answer to what it is asked next */
+void checkpoint_forget_bytes(QIOChannelSocket *from)
+{
+    char buf[64];
+
+    while (qio_channel_read(QIO_CHANNEL(from), buf, sizeof(buf), NULL) > 0) {
+        ;
+    }
+}
+
+CheckpointAnswer checkpoint_await(QIOChannelSocket *from, int64_t until_ns)
+{
+    for (;;) {
+        GPollFD fd = { .fd = from->fd, .events = G_IO_IN | G_IO_HUP };
+        int64_t left = until_ns - get_clock();
+        char byte;
+
+        if (left <= 0) {
+            return CHECKPOINT_ANSWER_NONE;
+        }
+        qemu_poll_ns(&fd, 1, left);
+        switch (qio_channel_read(QIO_CHANNEL(from), &byte, 1, NULL)) {
+        case 1:
+            return CHECKPOINT_ANSWER_DONE;
+        case QIO_CHANNEL_ERR_BLOCK:
+            continue;
+        default:
+            return CHECKPOINT_ANSWER_GONE;
+        }
+    }
+}

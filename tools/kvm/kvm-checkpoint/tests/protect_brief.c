@@ -1,0 +1,205 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * Epochs by one command, x-checkpoint-take, and all that can go wrong within it.
+ */
+#include <poll.h>
+#include <signal.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include "protecting.h"
+#include "protect_tests.h"
+
+static unsigned int last;
+
+static void take_epochs(unsigned int n)
+{
+	char text[12];
+
+	snprintf(text, sizeof(text), "%u", n);
+	qemu.takes = true;
+	start_qemu(&qemu);
+	protect_epochs(path_of("store"), text);
+}
+
+void test_take(void)
+{
+	take_epochs(20);
+	check_store(&last);
+	CHECK(qemu.nr_taken == 21 && !qemu.stops && last == 20, "%u epochs by one command, %u by three",
+	      qemu.nr_taken, qemu.stops);
+	CHECK(qemu.nr_snaps == 21, "%u epochs were taken", qemu.nr_snaps);
+}
+
+/* --- It comes to nothing -------------------------------------------------- */
+
+static unsigned int nr_told;
+
+/* Twice, when there are some epochs */
+static bool now_and_then(const struct told *told)
+{
+	nr_told += told->what == TOLD_SAVED;
+	return told->what == TOLD_SAVED && (nr_told == 4 || nr_told == 9);
+}
+
+static bool spoils(struct qemu *q, struct told *told)
+{
+	if (now_and_then(told))
+		q->spoilt_by = "run-state";
+	return true;
+}
+
+void test_take_spoilt(void)
+{
+	qemu.tells = spoils;
+	take_epochs(20);
+	CHECK(times_in_log("about to stop or to be reset during a checkpoint: taking another") == 2,
+	      "it does not say twice what happened");
+	check_store(&last);
+	CHECK(qemu.nr_taken == 21 && last == 22, "%u epochs were taken, the last is %u",
+	      qemu.nr_taken, last);
+}
+
+/* In the midst of it, until it is too late */
+static bool freezes(struct qemu *q, struct told *told)
+{
+	if (now_and_then(told)) {
+		kill(q->client, SIGSTOP);
+		/* It has not got it yet, or not what came before */
+		poll(NULL, 0, 400);
+		kill(q->client, SIGCONT);
+		q->spoilt_by = "late";
+	}
+	return true;
+}
+
+void test_take_late(void)
+{
+	qemu.tells = freezes;
+	qemu.takes = true;
+	start_qemu(&qemu);
+	CHECK(protect(CHECKED, path_of("store"), "--epochs", "20", "--interval", "1ms",
+		      "--pause-limit", "300ms") == 0, "protect fails");
+	CHECK(qemu.nr_taken >= 21, "%u epochs were taken", qemu.nr_taken);
+	CHECK(times_in_log("took longer than the 300 ms of --pause-limit") >= 2,
+	      "it does not say what happened");
+	check_store(&last);
+}
+
+/* Slots come: QEMU cannot be asked about them before it goes on. */
+static bool moves(struct qemu *q, struct told *told)
+{
+	if (now_and_then(told)) {
+		q->generation++;
+		told->generation++;
+	}
+	return true;
+}
+
+void test_take_layout(void)
+{
+	qemu.tells = moves;
+	take_epochs(20);
+	CHECK(qemu.layouts == 2, "the layout was asked for %u times", qemu.layouts);
+	CHECK(times_in_log("memory slots have been changed: taking another") == 2,
+	      "it does not say what happened");
+	check_store(&last);
+}
+
+/* The guest is stopped by its owner, and later resumed: then it is the three commands. */
+static const char *owner_stops(struct qemu *q, const char *command)
+{
+	if (!strcmp(command, TAKE) && q->nr_taken == 4)
+		q->running = false;
+	if (!strcmp(command, STOP) && q->stops == 3) {
+		q->running = true;
+		q->nr_taken++;
+	}
+	return NULL;
+}
+
+void test_take_stopped(void)
+{
+	qemu.hook = owner_stops;
+	take_epochs(12);
+	CHECK(qemu.stops >= 3 && qemu.nr_taken > 5, "%u epochs by one command, %u by three",
+	      qemu.nr_taken, qemu.stops);
+	check_store(&last);
+}
+
+/* --- QEMU is not what it should be ---------------------------------------- */
+
+/* It dies when it has stopped the guest, or has saved its state. */
+static unsigned int dies_at;
+
+static bool dies(struct qemu *q, struct told *told)
+{
+	if (told->what != dies_at || ++nr_told != 4)
+		return true;
+	die(q);
+	q->takes = false;
+	return false;
+}
+
+static void die_at(unsigned int what)
+{
+	dies_at = what;
+	nr_told = 0;
+	qemu.tells = dies;
+	qemu.takes = true;
+	start_qemu(&qemu);
+	start_standby(path_of("ram"), "--no-fence", "--timeout", "0", "--insecure");
+	must_fail(protect(CHECKED, spec(), "--interval", "1ms"), "QEMU is gone");
+	stop_standby(SIGTERM);
+	CHECK(snap_of_standby(path_of("ram")) <= 3, "an epoch counts that was not taken to its end");
+}
+
+void test_take_dies_stopped(void)
+{
+	die_at(TOLD_STOPPED);
+}
+
+void test_take_dies_saved(void)
+{
+	die_at(TOLD_SAVED);
+}
+
+/* Each in its turn, in the place of what should come, or of what it says of it */
+static bool babbles(struct qemu *q, struct told *told)
+{
+	static const struct told nonsense[] = {
+		{ .what = 0 }, { .what = 3 }, { .what = -1ULL }, { TOLD_STOPPED, 1, 2, 3, 4, 5 },
+		{ TOLD_SAVED, 1, -1ULL, 0, 0, 0 }, { TOLD_SAVED, 1, 100, -1ULL, 7, 0 },
+		{ TOLD_SAVED, 1, 100, 0, -1ULL, 0 },
+		{ TOLD_SAVED, 1, 0, 0, 0, 0 }, { TOLD_SAVED, 1, 1ULL << 40, 0, 0, 0 },
+	};
+
+	if (told->what != TOLD_SAVED || !nr_told || nr_told > sizeof(nonsense) / sizeof(*told)) {
+		nr_told += told->what == TOLD_SAVED && !nr_told;
+		return true;
+	}
+	*told = nonsense[nr_told++ - 1];
+	/* Who lies about pages, and makes sense, is believed */
+	told->generation = q->generation;
+	q->snaps[q->nr_snaps - 1].torn = true;
+	return true;
+}
+
+void test_take_garbage(void)
+{
+	unsigned int i;
+
+	nr_told = 0;
+	qemu.tells = babbles;
+	qemu.takes = true;
+	start_qemu(&qemu);
+	/* It ends when that has come thrice in a row, and begins anew */
+	for (i = 0; i < 6; i++)
+		protect(CHECKED, path_of("store"), "--epochs", "3", "--interval", "1ms");
+	CHECK(nr_told > 9, "only %u of it were heard", nr_told);
+	CHECK(protect(CHECKED, path_of("store"), "--epochs", "3", "--interval", "1ms") == 0,
+	      "protect fails when QEMU makes sense again");
+	check_store(&last);
+}
