@@ -423,6 +423,9 @@ int guest_take(struct guest *g, struct guest_epoch *e, struct kc_err *err)
 	t[1] = kc_now_us();
 	e->was_running = qmp_bool(o, "running");
 	snprintf(e->status, sizeof(e->status), "%s", qmp_str(o, "status"));
+	/* With -no-shutdown QEMU lives on: if it goes, then that is not why */
+	if (!strcmp(e->status, "shutdown"))
+		g->qmp.shutdown = false;
 	snprintf(lost, sizeof(lost), "%s", qmp_str(o, "lost"));
 	snprintf(blocked, sizeof(blocked), "%s", qmp_str(o, "blocked"));
 	loadable = qmp_bool(o, "loadable");

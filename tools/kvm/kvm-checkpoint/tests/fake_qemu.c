@@ -283,8 +283,9 @@ static void do_stop(struct qemu *q, unsigned int limit_ms)
 	q->spoilt_by = NULL;
 	q->snaps_before = q->nr_snaps;
 	q->limit_us = ran && limit_ms ? kc_now_us() + limit_ms * 1000ull : 0;
-	answer(q, "{\"running\": %s, \"status\": \"paused\", \"loadable\": %s%s}",
-	       ran ? "true" : "false", q->blocked ? "false" : "true", blocked);
+	answer(q, "{\"running\": %s, \"status\": \"%s\", \"loadable\": %s%s}",
+	       ran ? "true" : "false", q->stopped_as ? q->stopped_as : "paused",
+	       q->blocked ? "false" : "true", blocked);
 }
 
 /* The guest as it is now; its state says which of these it is */

@@ -72,6 +72,7 @@ extern struct qemu {
 	uint64_t limit_us;		/* when it is resumed, whoever stopped it, or 0 */
 	const char *spoilt_by;		/* why what was taken is of no use, or NULL */
 	const char *run_state;		/* one of which there are no epochs, or NULL */
+	const char *stopped_as;		/* its status when it does not run, or NULL: paused */
 	uint64_t lease_us;		/* as it was given last, 0 for none */
 	const char *plugged;		/* ", \"NAME\"" for one more device, or NULL */
 	const char *lost;		/* why its logs do not have all pages, or NULL */

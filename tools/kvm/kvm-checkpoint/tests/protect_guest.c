@@ -208,6 +208,29 @@ void test_blocked(void)
 	must_have_waited("the guest cannot be migrated any more: a share is mounted");
 }
 
+/* It is switched off, with -no-shutdown: QEMU lives on, and is killed later. */
+static const char *is_switched_off(struct qemu *q, const char *command)
+{
+	if (!strcmp(command, STOP) && q->stops == 4) {
+		q->running = false;
+		q->stopped_as = "shutdown";
+		send_event(q, "SHUTDOWN");
+		send_event(q, "STOP");
+	}
+	return !strcmp(command, STOP) && q->stops == 8 ? dead : NULL;
+}
+
+void test_off(void)
+{
+	qemu.hook = is_switched_off;
+	start_qemu(&qemu);
+	start_standby(path_of("ram"), "--no-fence", "--timeout", "60s", "--insecure");
+	must_fail(protect(CHECKED, spec(), "--interval", "1ms"), "QEMU is gone");
+	wait_log("the primary says that its guest died");
+	wait_log("taken over");
+	stop_standby(SIGTERM);
+}
+
 /* Somebody loads a snapshot: no log has the pages. */
 static const char *loads(struct qemu *q, const char *command)
 {
