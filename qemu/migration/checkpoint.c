@@ -622,7 +622,8 @@ CheckpointTaken *qmp_x_checkpoint_take(uint32_t limit_ms, bool has_lease_us,
     hold.hidden = false;
     if (checkpoint_lease_is_over()) {
         lease_is_over();
-    } else {
+    } else if (!qemu_runstate_change_requested()) {
+        /* Or vCPUs go on beyond a breakpoint: the main loop comes to that next */
         resume_all_vcpus();
     }
     taken->resumed = runstate_is_running();

@@ -177,11 +177,5 @@ int guest_take_brief(struct guest *g, struct guest_epoch *e, struct kc_err *err)
 	if (rc)
 		return rc;
 
-	e->us[KC_PAUSE_STOP] = t[1] - t[0];
-	e->us[KC_PAUSE_HARVEST] = t[2] - t[1] + t[5] - t[4];
-	e->us[KC_PAUSE_COPY] = t[3] - t[2] + t[6] - t[5];
-	e->us[KC_PAUSE_STATE] = t[4] - t[3];
-	e->us[KC_PAUSE_RESUME] = t[7] - t[6];
-	copy_sort(&e->copy);
-	return guest_fetch_state(g, e, err);
+	return guest_finish(g, e, t, err);
 }

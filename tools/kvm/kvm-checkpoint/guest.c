@@ -316,7 +316,7 @@ static int take_paused(struct guest *g, struct guest_epoch *e, uint64_t t[], str
 	return 0;
 }
 
-int guest_fetch_state(struct guest *g, struct guest_epoch *e, struct kc_err *err)
+static int fetch_state(struct guest *g, struct guest_epoch *e, struct kc_err *err)
 {
 	if (!e->state_len || e->state_len > KC_STATE_MAX)
 		return kc_fail(err, EPROTO, "QEMU saved %zu bytes of device state", e->state_len);
@@ -329,6 +329,17 @@ int guest_fetch_state(struct guest *g, struct guest_epoch *e, struct kc_err *err
 		e->state_max = e->state_len + 65536;
 	}
 	return guest_read_buffer(g, e->state, e->state_len, 0, err);
+}
+
+int guest_finish(struct guest *g, struct guest_epoch *e, const uint64_t t[], struct kc_err *err)
+{
+	e->us[KC_PAUSE_STOP] = t[1] - t[0];
+	e->us[KC_PAUSE_HARVEST] = t[2] - t[1] + t[5] - t[4];
+	e->us[KC_PAUSE_COPY] = t[3] - t[2] + t[6] - t[5];
+	e->us[KC_PAUSE_STATE] = t[4] - t[3];
+	e->us[KC_PAUSE_RESUME] = t[7] - t[6];
+	copy_sort(&e->copy);
+	return fetch_state(g, e, err);
 }
 
 int guest_send_stop(struct guest *g, const char *command, struct kc_err *err)
@@ -459,13 +470,7 @@ int guest_take(struct guest *g, struct guest_epoch *e, struct kc_err *err)
 	if (!consistent)
 		return kc_fail(err, EAGAIN, "%s", why.text);
 
-	e->us[KC_PAUSE_STOP] = t[1] - t[0];
-	e->us[KC_PAUSE_HARVEST] = t[2] - t[1] + t[5] - t[4];
-	e->us[KC_PAUSE_COPY] = t[3] - t[2] + t[6] - t[5];
-	e->us[KC_PAUSE_STATE] = t[4] - t[3];
-	e->us[KC_PAUSE_RESUME] = t[7] - t[6];
-	copy_sort(&e->copy);
-	return guest_fetch_state(g, e, err);
+	return guest_finish(g, e, t, err);
 }
 
 bool guest_died(struct guest *g)

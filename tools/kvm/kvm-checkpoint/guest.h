@@ -269,8 +269,11 @@ int guest_read_buffer(struct guest *g, void *to, size_t size, uint64_t offset, s
 int guest_take_runs(struct guest *g, uint64_t offset, uint64_t nr, struct kc_err *err);
 /* Back to the dirty pages: the copies are of no use */
 int guest_undo_copy(struct guest *g, struct copy *c);
-/* The buffer is QEMU's again with the next epoch */
-int guest_fetch_state(struct guest *g, struct guest_epoch *e, struct kc_err *err);
+/*
+ * The guest goes on: how long it took by its parts, and its state, as the buffer is QEMU's again with
+ * the next epoch.  @t: before and after stop, first harvest and copy, state, harvest, copy, resume.
+ */
+int guest_finish(struct guest *g, struct guest_epoch *e, const uint64_t t[], struct kc_err *err);
 /* QEMU's word for why what was copied is of no use, as a sentence */
 int guest_spoilt(const struct guest *g, const char *by, struct kc_err *err);
 /* One of the commands that stop it */
