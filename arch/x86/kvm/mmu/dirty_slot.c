@@ -80,8 +80,8 @@ static __always_inline u64 *walk_to(struct walk *w, gfn_t gfn)
 
 /* The SPTEs of the first pages of masks, asked for; NULL where there is none. */
 static __always_inline void look_ahead(struct walk *walk, gfn_t base_gfn,
-				const struct kvm_dirty_slot_mask *masks,
-				unsigned int nr, u64 **sptes)
+				       const struct kvm_dirty_slot_mask *masks,
+				       unsigned int nr, u64 **sptes)
 {
 	const struct kvm_dirty_slot_mask *end = masks + nr;
 	struct walk w = *walk;
