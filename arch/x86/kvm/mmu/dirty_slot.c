@@ -79,9 +79,9 @@ static __always_inline u64 *walk_to(struct walk *w, gfn_t gfn)
 }
 
 /* The SPTEs of the first pages of masks, asked for; NULL where there is none. */
-static __always_inline void look_ahead(struct walk *walk, gfn_t base_gfn,
-				       const struct kvm_dirty_slot_mask *masks,
-				       unsigned int nr, u64 **sptes)
+static noinline void look_ahead(struct walk *walk, gfn_t base_gfn,
+				const struct kvm_dirty_slot_mask *masks,
+				unsigned int nr, u64 **sptes)
 {
 	const struct kvm_dirty_slot_mask *end = masks + nr;
 	struct walk w = *walk;
@@ -138,30 +138,38 @@ static __always_inline bool protect_pages(struct walk *w,
 	return true;
 }
 
-/* Up to WALK_AHEAD masks; returns how many were done. */
-static noinline unsigned int protect_some(struct walk *w,
-					  struct kvm_mmu_page *root,
-					  gfn_t base_gfn,
-					  const struct kvm_dirty_slot_mask *masks,
-					  unsigned int nr, u64 dbit, u64 keep)
+/* Many masks, some of them ahead; returns how many were done. */
+static noinline unsigned int protect_masks(struct kvm *kvm,
+					   struct kvm_mmu_page *root,
+					   struct walk w, gfn_t base_gfn,
+					   const struct kvm_dirty_slot_mask *masks,
+					   unsigned int nr, u64 dbit)
 {
-	u64 *sptes[WALK_AHEAD];
+	u64 *sptes[WALK_AHEAD], *sptep, keep = shadow_dirty_mask & ~dbit;
+	unsigned int i = 0;
 	unsigned long mask;
-	unsigned int i;
 	gfn_t first;
 
-	look_ahead(w, base_gfn, masks, nr, sptes);
-	for (i = 0; i != nr; i++) {
+	do {
+		if (!(i % WALK_AHEAD)) {
+			/* Who waits for mmu_lock for write keeps out who faults. */
+			if (i && kvm_dirty_slot_must_yield(kvm))
+				break;
+			look_ahead(&w, base_gfn, masks + i,
+				   min(nr - i, WALK_AHEAD), sptes);
+		}
+		sptep = sptes[i % WALK_AHEAD];
 		first = base_gfn + masks[i].offset;
 		mask = masks[i].mask;
-		if (likely(sptes[i])) {
-			protect_spte(root, sptes[i], first + __ffs(mask), dbit,
+		if (likely(sptep)) {
+			protect_spte(root, sptep, first + __ffs(mask), dbit,
 				     keep);
 			mask &= mask - 1;
 		}
-		if (!protect_pages(w, root, first, mask, dbit, keep))
+		if (!protect_pages(&w, root, first, mask, dbit, keep))
 			break;
-	}
+	} while (++i < nr);
+
 	return i;
 }
 
@@ -181,23 +189,12 @@ static unsigned int protect_root(struct kvm *kvm, struct kvm_mmu_page *root,
 		.pd_at = ~0ULL,
 		.pt_at = ~0ULL,
 	};
-	unsigned int i = 0, n, done;
-	u64 keep = shadow_dirty_mask & ~dbit;
 
 	/* A single one overlaps with nothing. */
 	if (nr == 1)
 		return protect_pages(&w, root, base_gfn + masks->offset,
-				     masks->mask, dbit, keep);
-	do {
-		/* Who waits for mmu_lock for write keeps out who faults. */
-		if (i && kvm_dirty_slot_must_yield(kvm))
-			break;
-		n = min(nr - i, WALK_AHEAD);
-		done = protect_some(&w, root, base_gfn, masks + i, n, dbit, keep);
-		i += done;
-	} while (done == n && i != nr);
-
-	return i;
+				     masks->mask, dbit, shadow_dirty_mask & ~dbit);
+	return protect_masks(kvm, root, w, base_gfn, masks, nr, dbit);
 }
 
 /* All valid roots of the address space; returns how many masks were done in all. */
