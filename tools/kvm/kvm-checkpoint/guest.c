@@ -476,9 +476,11 @@ int guest_take(struct guest *g, struct guest_epoch *e, struct kc_err *err)
 bool guest_died(struct guest *g)
 {
 	uint64_t until = kc_now_us() + 2000000;
-	char byte;
+	char buf[256];
+	ssize_t n = 1;
 
-	/* Only the end of QEMU's process closes its end of this one */
-	return g->sock >= 0 && !qmp_wait(&g->qmp, g->sock, POLLIN | POLLRDHUP, until) &&
-	       recv(g->sock, &byte, 1, MSG_DONTWAIT) == 0;
+	/* Only the end of QEMU's process closes its end of this one, after what it has said */
+	while (n > 0 && g->sock >= 0 && !qmp_wait(&g->qmp, g->sock, POLLIN | POLLRDHUP, until))
+		n = recv(g->sock, buf, sizeof(buf), MSG_DONTWAIT);
+	return n == 0;
 }
