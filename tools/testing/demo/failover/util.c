@@ -81,6 +81,7 @@ static void *watch_notes(void *arg)
 {
 	uint64_t told = 0;
 	struct dirent *d;
+	char path[64];
 	DIR *dir;
 
 	(void)arg;
@@ -97,6 +98,8 @@ static void *watch_notes(void *arg)
 		}
 		if (dir)
 			closedir(dir);
+		snprintf(path, sizeof(path), "/tmp/standby-%u.err", last_gen);
+		show_file(path);
 		fflush(stdout);
 	}
 	return NULL;
