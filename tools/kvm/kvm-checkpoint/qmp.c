@@ -322,6 +322,11 @@ int qmp_open(struct qmp *q, const char *path, unsigned int timeout_ms, int (*idl
 			     path);
 		goto fail;
 	}
+	/* One that ends may take a client as long as it has not closed everything */
+	if (rc == -EPIPE) {
+		rc = qemu_gone(err);
+		goto fail;
+	}
 	if (rc) {
 		rc = kc_fail(err, EPROTO, "%s is not a QMP socket", path);
 		goto fail;

@@ -35,8 +35,8 @@ struct qmp {
  * @idle_ctx: for @idle.
  * @err: why not.
  *
- * Return: 0; -ENOENT or -ECONNREFUSED if nobody listens, -EPROTO if it is not QMP, -ETIMEDOUT if
- * nothing comes: QEMU serves one client of a socket at a time.
+ * Return: 0; -ENOENT or -ECONNREFUSED if nobody listens, -EPIPE if it goes before it greets, -EPROTO if
+ * it is not QMP, -ETIMEDOUT if nothing comes: QEMU serves one client of a socket at a time.
  */
 int qmp_open(struct qmp *q, const char *path, unsigned int timeout_ms, int (*idle)(void *ctx),
 	     void *idle_ctx, struct kc_err *err);

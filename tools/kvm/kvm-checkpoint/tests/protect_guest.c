@@ -231,6 +231,31 @@ void test_off(void)
 	stop_standby(SIGTERM);
 }
 
+/* It ends, and takes one more client on its way: that is for the standby to decide. */
+static const char *goes_slowly(struct qemu *q, const char *command)
+{
+	if (!strcmp(command, STOP) && q->stops == 4) {
+		close_monitor(q);
+		return "";
+	}
+	if (strcmp(command, "greeting") || q->stops < 4)
+		return NULL;
+	die(q);
+	return silent;
+}
+
+void test_goes_slowly(void)
+{
+	qemu.hook = goes_slowly;
+	start_qemu(&qemu);
+	start_watching_standby();
+	must_fail(protect(CHECKED, spec(), "--interval", "1ms"), "QEMU is gone; the guest is without protection");
+	wait_log("failing over to epoch");
+	wait_log("taken over");
+	CHECK(!log_has("ends the protection"), "the standby is told that the guest lives");
+	stop_standby(SIGTERM);
+}
+
 /* Somebody loads a snapshot: no log has the pages. */
 static const char *loads(struct qemu *q, const char *command)
 {

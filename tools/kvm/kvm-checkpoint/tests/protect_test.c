@@ -754,6 +754,7 @@ static const struct test tests[] = {
 	{ "protect_other_run_states", test_other_run_states },
 	{ "protect_first_run_state", test_first_run_state },
 	{ "protect_off", test_off },
+	{ "protect_goes_slowly", test_goes_slowly },
 	{ "protect_lost", test_lost },
 	{ "protect_take", test_take },
 	{ "protect_take_spoilt", test_take_spoilt },

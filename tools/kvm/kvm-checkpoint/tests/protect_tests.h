@@ -54,6 +54,7 @@ void test_run_states(void);
 void test_other_run_states(void);
 void test_first_run_state(void);
 void test_off(void);
+void test_goes_slowly(void);
 void test_lost(void);
 void test_take(void);
 void test_take_spoilt(void);
