@@ -454,27 +454,20 @@ CheckpointStopped *qmp_x_checkpoint_stop(bool has_limit_ms, uint32_t limit_ms,
     return stopped;
 }
 
-CheckpointPagesInfo *qmp_x_checkpoint_collect(bool state, Error **errp)
+/*
+ * Writes the state of the devices, if it is wanted, and then the pages: saving may
+ * write to the guest's memory.  @running: as for checkpoint_save_state()
+ */
+static CheckpointPagesInfo *write_buffer(bool state, bool running, Error **errp)
 {
+    CheckpointPagesInfo *info = g_new0(CheckpointPagesInfo, 1);
     g_autoptr(GArray) pages = NULL;
-    CheckpointPagesInfo *info;
     uint64_t offset = 0;
     int64_t stamp;
 
-    if (!need_client(errp)) {
-        return NULL;
-    }
-
-    info = g_new0(CheckpointPagesInfo, 1);
     info->generation = checkpoint_generation();
-    /* What has begun is in no state yet: the guest would not know how it ends */
-    if (state && qemu_runstate_change_requested()) {
-        spoil(CHECKPOINT_SPOILT_RUN_STATE);
-    }
-    state = state && !client.spoilt && client.loadable && !client.lost;
-    /* Saving may write to the guest's memory, so pages come after it */
-    if (state && !runstate_is_running() &&
-        !checkpoint_save_state(client.buffer, &offset, hold.owed, errp)) {
+    if (state &&
+        !checkpoint_save_state(client.buffer, &offset, running, errp)) {
         goto fail;
     }
     info->state_size = offset;
@@ -486,16 +479,30 @@ CheckpointPagesInfo *qmp_x_checkpoint_collect(bool state, Error **errp)
     pages = checkpoint_collect_pages();
     info->collect_us = (get_clock() - stamp) / SCALE_US;
     info->runs = pages->len;
-    if (!checkpoint_write(client.buffer, pages->data,
-                          (size_t)pages->len * sizeof(CheckpointPages),
-                          &offset, errp)) {
-        goto fail;
+    if (checkpoint_write(client.buffer, pages->data,
+                         (size_t)pages->len * sizeof(CheckpointPages),
+                         &offset, errp)) {
+        return info;
     }
-    return info;
 
 fail:
     qapi_free_CheckpointPagesInfo(info);
     return NULL;
+}
+
+CheckpointPagesInfo *qmp_x_checkpoint_collect(bool state, Error **errp)
+{
+    if (!need_client(errp)) {
+        return NULL;
+    }
+
+    /* What has begun is in no state yet: the guest would not know how it ends */
+    if (state && qemu_runstate_change_requested()) {
+        spoil(CHECKPOINT_SPOILT_RUN_STATE);
+    }
+    state = state && !client.spoilt && client.loadable && !client.lost &&
+            !runstate_is_running();
+    return write_buffer(state, hold.owed, errp);
 }
 
 CheckpointResumed *qmp_x_checkpoint_cont(Error **errp)
@@ -532,26 +539,17 @@ CheckpointResumed *qmp_x_checkpoint_cont(Error **errp)
 /* What is copied is in the buffer, and the client told where */
 static bool save_and_tell(Error **errp)
 {
+    g_autoptr(CheckpointPagesInfo) info = write_buffer(true, true, errp);
     CheckpointTold told = { .what = CHECKPOINT_TOLD_SAVED };
-    g_autoptr(GArray) pages = NULL;
-    uint64_t offset = 0;
-    int64_t stamp;
 
-    told.generation = checkpoint_generation();
-    if (!checkpoint_save_state(client.buffer, &offset, true, errp)) {
+    if (!info) {
         return false;
     }
-    told.state_size = offset;
-    told.offset = offset = ROUND_UP(offset, sizeof(CheckpointPages));
-    stamp = get_clock();
-    pages = checkpoint_collect_pages();
-    told.collect_us = (get_clock() - stamp) / SCALE_US;
-    told.runs = pages->len;
-    if (!checkpoint_write(client.buffer, pages->data,
-                          (size_t)pages->len * sizeof(CheckpointPages),
-                          &offset, errp)) {
-        return false;
-    }
+    told.generation = info->generation;
+    told.state_size = info->state_size;
+    told.offset = info->offset;
+    told.runs = info->runs;
+    told.collect_us = info->collect_us;
     if (!checkpoint_tell(client.socket, &told)) {
         error_setg(errp, "the client does not read its socket");
         return false;
@@ -603,7 +601,7 @@ CheckpointTaken *qmp_x_checkpoint_take(uint32_t limit_ms, bool has_lease_us,
     if (!checkpoint_tell(client.socket, &told)) {
         error_setg(&err, "the client does not read its socket");
     } else if (qemu_runstate_change_requested()) {
-        /* What has begun is in no state yet: the guest would not know how */
+        /* As in x-checkpoint-collect */
         spoil(CHECKPOINT_SPOILT_RUN_STATE);
     } else if (save_and_tell(&err)) {
         answer = checkpoint_await(client.socket, hold.stopped_ns +

@@ -2,11 +2,7 @@
 # shellcheck shell=sh
 # WHAT: A protected guest gets what cannot be migrated: no epochs, no takeover, until that is gone.
 . /bin/lib.sh
-boot a
-up a
-standby s 7001 --timeout 5s
-protect a tcp:127.0.0.1:7001
-protected a
+pair a s
 more_epochs a
 # An empty disk in a format of which each open image blocks migration: one track of 8 sectors
 { printf 'WithoutFreeSpace'; printf '\002\0\0\0\020\0\0\0\001\0\0\0\010\0\0\0\001\0\0\0\010\0\0\0\0\0\0\0'; } >/tmp/disk.hds

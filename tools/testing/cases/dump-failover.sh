@@ -4,11 +4,7 @@
 # be loaded.
 # STATES: save-vm
 . /bin/lib.sh
-boot a
-up a
-standby s 7001 --timeout 5s
-protect a tcp:127.0.0.1:7001
-protected a
+pair a s
 more_epochs a
 drain
 slow_dump a detach

@@ -9,7 +9,7 @@ standby s 7001 --timeout 0
 protect a tcp:127.0.0.1:7001 --pause-limit 0
 protected a
 for end in protect guest; do
-	catch a
+	catch a 0.2 state_is a paused
 	drain
 	slow_dump a detach
 	kill -CONT "$(cat /tmp/a.protect)"

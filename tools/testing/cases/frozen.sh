@@ -5,26 +5,13 @@
 # QEMU answers nobody else while the guest stands still: it is in its log that it was so
 goes_on() { grep -c 'it goes on without a checkpoint' /tmp/a.log; }
 is_met() { [ "$(goes_on)" -ge "$1" ]; }
-freeze() {
-	local n=0
-
-	while [ $n -lt 200 ]; do
-		kill -STOP "$(cat /tmp/a.protect)"
-		sleep 1.5
-		is_met "$1" && return 0
-		kill -CONT "$(cat /tmp/a.protect)"
-		sleep 0.0$((n % 7 + 1))
-		n=$((n + 1))
-	done
-	bad "protect is never met in the midst of an epoch"
-}
 boot a
 up a
 standby s 7001 --timeout 0
 protect a tcp:127.0.0.1:7001 --pause-limit 1s
 protected a
 for i in 1 2 3; do
-	freeze $i
+	catch a 1.5 is_met $i
 	wait_for 3 state_is a running || bad "the guest stands still for protect"
 	before=$(ask a status | cut -d' ' -f2)
 	sleep 1

@@ -118,6 +118,15 @@ more_epochs() {
 	wait_for 30 newer "$1" $((e + 2)) || bad "there are no more epochs after $e"
 }
 
+# pair NAME STANDBY: a guest that is protected, and its standby, which takes over after 5 s
+pair() {
+	boot "$1"
+	up "$1"
+	standby "$2" 7001 --timeout 5s
+	protect "$1" tcp:127.0.0.1:7001
+	protected "$1"
+}
+
 # equal NAME STANDBY: stop the guest, and compare with the epoch that has all of it
 stopped_epoch() { grep '"event":"epoch"' "/tmp/$1.json" | tail -n 1 | grep -q '"was_running":false'; }
 equal() {
@@ -127,15 +136,16 @@ equal() {
 	tool same "/dev/shm/$1.ram" "/dev/shm/$2.dir/ram0" || bad "the standby has other memory than the guest"
 	qmp "$1" cont >/dev/null
 }
-# catch NAME: stop protect in the midst of an epoch
+# catch NAME SECONDS COMMAND...: stop protect in the midst of an epoch, which is so if COMMAND succeeds after SECONDS
 catch() {
-	local n=0
+	local n=0 name=$1 seconds=$2
 
+	shift 2
 	while [ $n -lt 200 ]; do
-		kill -STOP "$(cat "/tmp/$1.protect")"
-		sleep 0.2
-		state_is "$1" paused && return 0
-		kill -CONT "$(cat "/tmp/$1.protect")"
+		kill -STOP "$(cat "/tmp/$name.protect")"
+		sleep "$seconds"
+		"$@" && return 0
+		kill -CONT "$(cat "/tmp/$name.protect")"
 		sleep 0.0$((n % 7 + 1))
 		n=$((n + 1))
 	done

@@ -5,11 +5,7 @@
 . /bin/lib.sh
 ended() { ! protects "$1"; }
 SMP=1,maxcpus=2
-boot a
-up a
-standby s 7001 --timeout 5s
-protect a tcp:127.0.0.1:7001
-protected a
+pair a s
 more_epochs a
 qmp a "{'execute': 'device_add', 'arguments': {'driver': 'host-x86_64-cpu', 'id': 'more', 'socket-id': 0, 'core-id': 1, 'thread-id': 0}}" ||
 	bad "no vCPU can be plugged"

@@ -2,11 +2,7 @@
 # shellcheck shell=sh
 # WHAT: Somebody else gives QEMU a command that takes long: the guest lives, there is nothing to take over.
 . /bin/lib.sh
-boot a
-up a
-standby s 7001 --timeout 5s
-protect a tcp:127.0.0.1:7001
-protected a
+pair a s
 drain
 ( sleep 20; touch /tmp/drain.fast ) &
 slow_dump a wait
