@@ -227,6 +227,7 @@ static void client_gone(void)
     client.socket = NULL;
     close(client.buffer);
     resume_guest(NULL);
+    checkpoint_packets_orphaned();
 
     checkpoint_unfollow_logs();
     memory_global_dirty_log_stop(GLOBAL_DIRTY_CHECKPOINT);
@@ -470,6 +471,9 @@ static CheckpointPagesInfo *write_buffer(bool state, bool running, Error **errp)
         !checkpoint_save_state(client.buffer, &offset, running, errp)) {
         goto fail;
     }
+    if (state) {
+        info->packets = checkpoint_packets_mark();
+    }
     info->state_size = offset;
     /* What will be the beginning of the next state is not written over */
     offset = ROUND_UP(offset ?: checkpoint_head_size(),
@@ -550,6 +554,7 @@ static bool save_and_tell(Error **errp)
     told.offset = info->offset;
     told.runs = info->runs;
     told.collect_us = info->collect_us;
+    told.packets = info->packets;
     if (!checkpoint_tell(client.socket, &told)) {
         error_setg(errp, "the client does not read its socket");
         return false;

@@ -94,6 +94,7 @@ typedef struct CheckpointTold {
     uint64_t offset;
     uint64_t runs;
     uint64_t collect_us;
+    uint64_t packets;
 } CheckpointTold;
 
 typedef enum CheckpointAnswer {
@@ -112,6 +113,19 @@ void checkpoint_brief_end(void);
 bool checkpoint_tell(QIOChannelSocket *to, const CheckpointTold *told);
 void checkpoint_forget_bytes(QIOChannelSocket *from);
 CheckpointAnswer checkpoint_await(QIOChannelSocket *from, int64_t until_ns);
+
+/*
+ * checkpoint-net.c
+ */
+
+/*
+ * A state is saved, which has all packets sent up to now.  Its number for
+ * x-checkpoint-release, or 0 if packets are not held back.
+ */
+uint64_t checkpoint_packets_mark(void);
+
+/* The client is gone */
+void checkpoint_packets_orphaned(void);
 
 /*
  * checkpoint-lease.c

@@ -46,6 +46,7 @@ struct kc_sink {
 	uint8_t receiver[16];
 	unsigned int heartbeat_ms;	/* 0 for none */
 	unsigned int takeover_ms;	/* of silence, and it takes over; 0 for never */
+	unsigned int fence_ms;		/* that its fence may take; 0 for none */
 
 	/* The rest is sink.c's. */
 	struct kc_packer *packer;

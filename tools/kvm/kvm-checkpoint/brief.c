@@ -14,7 +14,7 @@
 
 /* As QEMU sends it */
 struct told {
-	uint64_t what, generation, state_size, offset, runs, collect_us;
+	uint64_t what, generation, state_size, offset, runs, collect_us, packets;
 };
 
 enum { STOPPED = 1, SAVED = 2 };
@@ -96,6 +96,7 @@ static int take(struct guest *g, struct guest_epoch *e, uint64_t t[], bool *stal
 		return rc;
 	*stale |= told.generation != g->generation;
 	e->state_len = told.state_size;
+	e->packets = told.packets;
 	/* QEMU saves the state and then looks for pages; the latter is a harvest */
 	t[4] -= told.collect_us < t[4] - t[3] ? told.collect_us : t[4] - t[3];
 	return 0;
@@ -151,11 +152,15 @@ int guest_take_brief(struct guest *g, struct guest_epoch *e, struct kc_err *err)
 		return 1;
 	t[0] = kc_now_us();
 	e->taken_us = t[0];
+	if (g->opts.stopping)
+		g->opts.stopping(g->opts.idle_ctx);
 	rc = guest_send_stop(g, TAKE, err);
 	if (!rc)
 		rc = await(g, STOPPED, &told, err);
 	if (rc)
 		return rc == -ECANCELED ? not_taken(g, err) : rc;
+	if (g->opts.stopped)
+		g->opts.stopped(g->opts.idle_ctx);
 	t[1] = kc_now_us();
 	e->was_running = true;
 	e->waits_for[0] = '\0';

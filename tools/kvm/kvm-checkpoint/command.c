@@ -96,6 +96,15 @@ static bool placeholder(const struct kc_launch *l, const char *name, size_t n, c
 			    !strncmp(l->guest->blocks[i].name, name + 4, n - 4))
 				break;
 		}
+	} else if (n > 4 && !strncmp(name, "disk", 4) && name[4] >= '0' && name[4] <= '9') {
+		i = strtoul(name + 4, &end, 10);
+		if (end != name + n)
+			return false;
+		if (!l->guest)
+			return i < KC_MAX_DISKS;
+		if (i < l->guest->nr_disks)
+			v = l->disks[i];
+		i = KC_MAX_BLOCKS;
 	} else if ((is_size || (n > 3 && !strncmp(name, "ram", 3))) &&
 		   name[is_size ? 4 : 3] >= '0' && name[is_size ? 4 : 3] <= '9') {
 		i = strtoul(name + (is_size ? 4 : 3), &end, 10);
@@ -136,9 +145,9 @@ char *kc_expand(const struct kc_launch *l, const char *arg, struct kc_err *err)
 		ok = placeholder(l, p + 1, close - p - 1, value, sizeof(value));
 		if (!ok)
 			kc_fail(err, EINVAL,
-				"\"%s\": there is no %.*s; known are {ramN}, {ram:NAME}, {sizeN}, {state} and {epoch}%s",
+				"\"%s\": there is no %.*s; known are {ramN}, {ram:NAME}, {sizeN}, {diskN}, {state} and {epoch}%s",
 				arg, (int)(close - p + 1), p,
-				l->guest ? ", of blocks that the guest has" : "");
+				l->guest ? ", of blocks and disks that the guest has" : "");
 		fputs(value, f);
 		p = close;
 	}
@@ -255,6 +264,17 @@ int kc_launch_check_blocks(const struct kc_launch *l, struct kc_err *err)
 			return kc_fail(err, EINVAL,
 				       "the standby's QEMU command does not use block %s of the guest's RAM, by {ram%u} or {ram:%s}: the guest would go on without that memory",
 				       l->guest->blocks[i].name, i, l->guest->blocks[i].name);
+	}
+	for (i = 0; i < l->guest->nr_disks; i++) {
+		char name[20];
+
+		snprintf(name, sizeof(name), "{disk%u}", i);
+		for (a = l->argv; *a && !strstr(*a, name); a++)
+			;
+		if (!*a)
+			return kc_fail(err, EINVAL,
+				       "the standby's QEMU command does not use disk %s of the guest, by %s",
+				       l->guest->disks[i].name, name);
 	}
 	return 0;
 }

@@ -34,7 +34,13 @@ _kvm_checkpoint() {
 	--compress)
 		mapfile -t COMPREPLY < <(compgen -W "lz4 zstd none" -- "$cur") ;;
 	--disk)
-		mapfile -t COMPREPLY < <(compgen -W external -- "$cur") ;;
+		if [ "$command" = standby ]; then
+			mapfile -t COMPREPLY < <(compgen -f -- "$cur")
+		else
+			mapfile -t COMPREPLY < <(compgen -W "replicate external node=" -- "$cur")
+		fi ;;
+	--net)
+		mapfile -t COMPREPLY < <(compgen -W "commit pass" -- "$cur") ;;
 	--capability)
 		mapfile -t COMPREPLY < <(compgen -W x-ignore-shared -- "$cur") ;;
 	--fence | --exec)

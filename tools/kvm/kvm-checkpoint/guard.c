@@ -107,37 +107,95 @@ int guest_call_list(struct guest *g, const char *command, struct json_object **l
 	return kc_fail(err, EPROTO, "QEMU's answer to %s makes no sense", command);
 }
 
-static int check_disks(struct guest *g, bool external, struct kc_err *err)
+/* By which it is known in the epochs: the same each time QEMU is started */
+static const char *disk_name(struct json_object *d, struct json_object *inserted)
+{
+	const char *name = qmp_str(d, "device");
+
+	if (!*name)
+		name = qmp_str(d, "qdev");
+	return *name ? name : qmp_str(inserted, "node-name");
+}
+
+static bool is_chosen(const struct guest_opts *opts, struct json_object *d,
+		      struct json_object *inserted)
+{
+	unsigned int i;
+
+	for (i = 0; i < opts->nr_disks; i++) {
+		if (!strcmp(opts->disks[i], qmp_str(d, "device")) ||
+		    !strcmp(opts->disks[i], qmp_str(d, "qdev")) ||
+		    !strcmp(opts->disks[i], qmp_str(inserted, "node-name")))
+			return true;
+	}
+	return !opts->nr_disks;
+}
+
+/* One more that is part of epochs */
+static int add_disk(struct guest *g, struct json_object *d, struct json_object *inserted,
+		    struct kc_err *err)
+{
+	const char *name = disk_name(d, inserted);
+	struct json_object *image = NULL;
+	uint64_t size;
+	struct kc_disk *is;
+
+	json_object_object_get_ex(inserted, "image", &image);
+	size = image ? qmp_u64(image, "virtual-size") : 0;
+	if (!size || size % KC_PAGE_SIZE)
+		return kc_fail(err, EOPNOTSUPP,
+			       "disk %s has %lu bytes: only disks whose size is a multiple of %u can be part of epochs; say --disk external if it is taken care of",
+			       name, size, KC_PAGE_SIZE);
+	if (g->id.nr_disks == KC_MAX_DISKS)
+		return kc_fail(err, EOPNOTSUPP, "the guest has more than %u writable disks",
+			       KC_MAX_DISKS);
+	snprintf(g->disk_nodes[g->id.nr_disks], sizeof(g->disk_nodes[0]), "%s",
+		 *qmp_str(d, "device") ? qmp_str(d, "device") : qmp_str(inserted, "node-name"));
+	is = &g->disk_ids[g->id.nr_disks++];
+	is->npages = size / KC_PAGE_SIZE;
+	snprintf(is->name, sizeof(is->name), "%s", name);
+	return 0;
+}
+
+static int check_disks(struct guest *g, struct kc_err *err)
 {
 	struct json_object *disks = NULL, *inserted;
+	uint32_t before = g->id.nr_disks;
 	size_t i;
 	int rc;
 
-	if (external)
+	if (g->opts.external_disks)
 		return 0;
+	g->id.nr_disks = 0;
 	rc = guest_call_list(g, "query-block", &disks, err);
 	if (rc)
 		return rc;
 	for (i = 0; !rc && i < json_object_array_length(disks); i++) {
 		struct json_object *d = json_object_array_get_idx(disks, i);
-		const char *name = qmp_str(d, "device");
 
 		if (!json_object_object_get_ex(d, "inserted", &inserted) ||
-		    qmp_bool(inserted, "ro"))
+		    qmp_bool(inserted, "ro") || !is_chosen(&g->opts, d, inserted))
 			continue;
-		if (!*name)
-			name = qmp_str(d, "qdev");
-		rc = kc_fail(err, EOPNOTSUPP,
-			     "disk %s is writable: its contents are not replicated, and a guest that is resumed from an epoch would find a disk of later.  Make it read-only, or say --disk external if storage goes back to the same epoch by other means",
-			     name);
+		if (g->opts.replicate_disks)
+			rc = add_disk(g, d, inserted, err);
+		else
+			rc = kc_fail(err, EOPNOTSUPP,
+				     "disk %s is writable: its contents are not replicated to a directory, and a guest that is resumed from an epoch would find a disk of later.  Make it read-only, or say --disk external if storage goes back to the same epoch by other means",
+				     disk_name(d, inserted));
 	}
 	json_object_put(disks);
+	if (!rc && g->id.nr_disks < g->opts.nr_disks)
+		rc = kc_fail(err, EOPNOTSUPP, "the guest has only %u of the %u disks of --disk node=NAME",
+			     g->id.nr_disks, g->opts.nr_disks);
+	if (!rc && g->generation && g->id.nr_disks != before)
+		rc = kc_fail(err, ESTALE, "the guest has %u writable disks, and had %u: protect it anew",
+			     g->id.nr_disks, before);
 	return rc;
 }
 
 int guest_check_attached(struct guest *g, struct kc_err *err)
 {
-	int rc = check_disks(g, g->opts.external_disks, err);
+	int rc = check_disks(g, err);
 
 	if (!rc)
 		rc = check_peripherals(g, "/machine/peripheral", err);

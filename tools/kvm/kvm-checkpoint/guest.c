@@ -97,6 +97,7 @@ static int open_guest(struct guest *g, const struct guest_opts *opts, bool again
 	g->buffer = -1;
 	g->id.page_size = KC_PAGE_SIZE;
 	g->id.blocks = g->block_ids;
+	g->id.disks = g->disk_ids;
 
 	rc = qmp_open(&g->qmp, opts->qmp, timeout_ms, opts->idle, opts->idle_ctx, err);
 	if (!rc)
@@ -230,8 +231,8 @@ int guest_take_runs(struct guest *g, uint64_t offset, uint64_t nr, struct kc_err
 	return 0;
 }
 
-/* The answer to send_collect(): QEMU's pages become dirty, and new slots known */
-static int finish_collect(struct guest *g, uint64_t *state_len, uint64_t *collect_us,
+/* The answer to send_collect(): QEMU's pages become dirty, and new slots known.  @e: for the state, or NULL */
+static int finish_collect(struct guest *g, struct guest_epoch *e, uint64_t *collect_us,
 			  struct kc_err *err)
 {
 	struct json_object *info = NULL;
@@ -244,10 +245,11 @@ static int finish_collect(struct guest *g, uint64_t *state_len, uint64_t *collec
 	nr = qmp_u64(info, "runs");
 	offset = qmp_u64(info, "offset");
 	generation = qmp_u64(info, "generation");
-	if (state_len)
-		*state_len = qmp_u64(info, "state-size");
-	if (collect_us)
+	if (e) {
+		e->state_len = qmp_u64(info, "state-size");
+		e->packets = qmp_u64(info, "packets");
 		*collect_us = qmp_u64(info, "collect-us");
+	}
 	json_object_put(info);
 
 	rc = guest_take_runs(g, offset, nr, err);
@@ -285,7 +287,7 @@ int guest_undo_copy(struct guest *g, struct copy *c)
 
 static int take_paused(struct guest *g, struct guest_epoch *e, uint64_t t[], struct kc_err *err)
 {
-	uint64_t state_len = 0, collect_us = 0;
+	uint64_t collect_us = 0;
 	int rc;
 
 	/* QEMU cannot be asked about slots that have come, as it works: they come below */
@@ -296,7 +298,7 @@ static int take_paused(struct guest *g, struct guest_epoch *e, uint64_t t[], str
 	if (guest_copy_dirty(g, &e->copy, UINT64_MAX))
 		return kc_fail(err, ENOMEM, "no memory for copies of dirty pages");
 	t[3] = kc_now_us();
-	rc = finish_collect(g, &state_len, &collect_us, err);
+	rc = finish_collect(g, e, &collect_us, err);
 	t[4] = kc_now_us();
 	/*
 	 * Once more: pages that were written while the state was saved, and slots that are new.
@@ -310,7 +312,6 @@ static int take_paused(struct guest *g, struct guest_epoch *e, uint64_t t[], str
 	if (guest_copy_dirty(g, &e->copy, UINT64_MAX))
 		return kc_fail(err, ENOMEM, "no memory for copies of dirty pages");
 	t[6] = kc_now_us();
-	e->state_len = state_len;
 	/* QEMU saves the state and then looks for pages; the latter is a harvest */
 	t[4] -= collect_us < t[4] - t[3] ? collect_us : t[4] - t[3];
 	return 0;
@@ -352,6 +353,30 @@ int guest_send_stop(struct guest *g, const char *command, struct kc_err *err)
 	if (g->lease_us != GUEST_NO_LEASE && g->lease_first)
 		json_object_object_add(args, "lease-first", json_object_new_boolean(true));
 	return qmp_send(&g->qmp, command, args, -1, err);
+}
+
+int guest_hold(struct guest *g, unsigned int limit_ms, struct kc_err *err)
+{
+	struct json_object *args = json_object_new_object(), *o = NULL, *cards;
+	int rc;
+
+	json_object_object_add(args, "limit-ms", json_object_new_int64(limit_ms));
+	rc = qmp_call(&g->qmp, "x-checkpoint-hold", args, &o, err);
+	g->holds = !rc && json_object_object_get_ex(o, "cards", &cards) &&
+		   json_object_is_type(cards, json_type_array) && json_object_array_length(cards);
+	json_object_put(o);
+	return rc == -EREMOTEIO ? -EOPNOTSUPP : rc;
+}
+
+int guest_release(struct guest *g, uint64_t packets, bool drop, struct kc_err *err)
+{
+	struct json_object *args = json_object_new_object();
+
+	if (packets)
+		json_object_object_add(args, "packets", json_object_new_uint64(packets));
+	json_object_object_add(args, "drop", json_object_new_boolean(drop));
+	g->holds = g->holds && packets;
+	return qmp_call(&g->qmp, "x-checkpoint-release", args, NULL, err);
 }
 
 int guest_end_lease(const struct guest_opts *opts, struct kc_err *err)
@@ -424,6 +449,8 @@ int guest_take(struct guest *g, struct guest_epoch *e, struct kc_err *err)
 		return rc;
 	t[0] = kc_now_us();
 	e->taken_us = t[0];
+	if (g->opts.stopping)
+		g->opts.stopping(g->opts.idle_ctx);
 	rc = guest_send_stop(g, "x-checkpoint-stop", err);
 	if (!rc)
 		rc = send_collect(g, true, err);
@@ -431,6 +458,8 @@ int guest_take(struct guest *g, struct guest_epoch *e, struct kc_err *err)
 		rc = qmp_receive(&g->qmp, "x-checkpoint-stop", &o, err);
 	if (rc)
 		return rc;
+	if (g->opts.stopped)
+		g->opts.stopped(g->opts.idle_ctx);
 	t[1] = kc_now_us();
 	e->was_running = qmp_bool(o, "running");
 	snprintf(e->status, sizeof(e->status), "%s", qmp_str(o, "status"));

@@ -67,6 +67,9 @@ struct guest_slot {
  * struct guest_opts - how a guest is protected
  * @qmp: path of QEMU's monitor.
  * @external_disks: writable disks are taken care of.
+ * @replicate_disks: writable disks are part of epochs, see protect_disks.c.
+ * @disks: names of those that are, if not all; the others are taken care of.
+ * @nr_disks: how many names.
  * @trusted_devices: patterns of types of devices that have no state but what QEMU has.
  * @nr_trusted_devices: how many.
  * @pause_limit_ms: the guest goes on when it has stood still for so long, whatever we do; 0 for
@@ -75,15 +78,21 @@ struct guest_slot {
  *	lives.
  * @idle: called now and then while QEMU works, see qmp_open(); or NULL.
  * @idle_ctx: for @idle.
+ * @stopped: called in each guest_take() when the guest stands still and its disks are at rest; or
+ *	NULL.  Also if nothing comes of it.
+ * @stopping: called before that, or NULL.
  */
 struct guest_opts {
 	const char *qmp;
-	bool external_disks;
+	bool external_disks, replicate_disks;
+	const char *disks[KC_MAX_DISKS];
+	unsigned int nr_disks;
 	const char *trusted_devices[16];
 	unsigned int nr_trusted_devices;
 	unsigned int pause_limit_ms, qemu_timeout_ms;
 	int (*idle)(void *ctx);
 	void *idle_ctx;
+	void (*stopping)(void *ctx), (*stopped)(void *ctx);
 };
 
 #define GUEST_NO_LEASE	UINT64_MAX
@@ -93,6 +102,8 @@ struct guest {
 	struct qmp qmp;
 	struct kc_guest id;
 	struct kc_block block_ids[KC_MAX_BLOCKS];
+	struct kc_disk disk_ids[KC_MAX_DISKS];
+	char disk_nodes[KC_MAX_DISKS][KC_NAME_SIZE];	/* what QEMU's commands call them */
 	struct guest_block blocks[KC_MAX_BLOCKS];
 	struct kvmdirty *log;		/* of all slots; NULL: QEMU reads what KVM has */
 	int log_fd;			/* to poll */
@@ -105,6 +116,7 @@ struct guest {
 	uint64_t generation;
 	int sock, buffer;		/* shared with QEMU */
 	bool no_take;			/* this QEMU has no x-checkpoint-take */
+	bool holds;			/* what it sends is held back */
 	struct dirty dirty;
 };
 
@@ -120,6 +132,7 @@ struct guest_epoch {
 	uint64_t us[KC_PAUSE_PARTS];
 	bool was_running, resumed;
 	bool last;			/* in: the guest is to stay stopped */
+	uint64_t packets;		/* for guest_release(): those sent before it; 0: none are held */
 	char status[32];		/* QEMU's word for it */
 	char waits_for[256];
 };
@@ -188,6 +201,28 @@ static inline void guest_lease(struct guest *g, uint64_t until_us, bool first)
 	g->lease_us = until_us;
 	g->lease_first = first;
 }
+
+/**
+ * guest_hold() - hold back what the guest sends, from the next guest_take() on
+ * @g: the guest; g->holds says whether it has a network card at all.
+ * @limit_ms: for how long when we are gone.
+ * @err: why not.
+ *
+ * Return: 0; -EOPNOTSUPP if there is a card whose packets cannot be held; another negative errno.
+ */
+int guest_hold(struct guest *g, unsigned int limit_ms, struct kc_err *err);
+
+/**
+ * guest_release() - let go what was held back
+ * @g: the guest.
+ * @packets: what was sent before the epoch with this guest_epoch.packets; 0: all, and hold nothing
+ *	any more.
+ * @drop: it is not to be sent, as the guest goes on elsewhere.
+ * @err: why not.
+ *
+ * Return: 0 or a negative errno.
+ */
+int guest_release(struct guest *g, uint64_t packets, bool drop, struct kc_err *err);
 
 /** guest_end_lease() - it runs for ever; by a connection of its own, so after guest_close() */
 int guest_end_lease(const struct guest_opts *opts, struct kc_err *err);

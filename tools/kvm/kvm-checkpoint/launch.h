@@ -24,11 +24,11 @@ void kc_free_argv(char **argv);
 /**
  * struct kc_launch - QEMU on top of a checkpoint
  * @argv: its command, in which placeholders are replaced: {ramN} or {ram:NAME} path of a block,
- *	{sizeN} its size in bytes, {state} path of the device state, {epoch} its number.
+ *	{sizeN} its size in bytes, {diskN} path of a disk's image, {state} path of the device state, {epoch} its number.
  * @bare: do not add "-S -incoming defer" and a QMP monitor of our own and do not load the state:
  *	the command does all of it.
  * @capabilities: of migration, to be set before the state is loaded; NULL terminated or NULL.
- * @guest, @ram, @state, @epoch: the checkpoint.
+ * @guest, @ram, @disks, @state, @epoch: the checkpoint.
  * @stopped: the guest was not running when it was taken, so load it and leave it as it was.
  * @timeout_ms: for QEMU to have loaded the state.
  * @committed: called right before the guest runs and changes the RAM; an error stops it.  QEMU
@@ -42,6 +42,7 @@ struct kc_launch {
 	char **capabilities;
 	const struct kc_guest *guest;
 	char **ram;
+	const char *disks[KC_MAX_DISKS];
 	const char *state;
 	uint64_t epoch;
 	bool stopped;
@@ -73,7 +74,7 @@ bool kc_launch_names_epoch(const struct kc_launch *l);
 /* Is a path of RAM in it at all?  Of which guest is not known yet. */
 bool kc_launch_has_ram(const struct kc_launch *l);
 
-/* Are all blocks of the guest in it?  Else it would run without what they hold. */
+/* Are all blocks and disks of the guest in it?  Else it would run without what they hold. */
 int kc_launch_check_blocks(const struct kc_launch *l, struct kc_err *err);
 
 /* Is there such a program, and may it be run?  0, or a negative errno. */

@@ -40,7 +40,15 @@ static const char usage_text[] =
 "                        the guest to the standby (default 0: never)\n"
 "  --lease TIME          the guest runs only while an epoch that was sent less than that ago\n"
 "                        is acknowledged; QEMU stops it otherwise (default: it runs on)\n"
-"  --disk external       the guest may have writable disks: storage is taken care of\n"
+"  --net commit|pass     what the guest sends is held back until the epoch that knows of it\n"
+"                        is acknowledged, or leaves at once (default commit with a\n"
+"                        standby, pass with a directory)\n"
+"  --net-limit TIME      for how long, if nothing is acknowledged (default: until the standby\n"
+"                        would have taken over, by its time limit and its fence's)\n"
+"  --disk replicate      writable disks are part of epochs (default with a standby)\n"
+"  --disk node=NAME      this one is, and storage of the others is taken care of; may be\n"
+"                        said several times\n"
+"  --disk external       none is: storage is taken care of\n"
 "  --trust-device TYPE   such a device has no state but what QEMU migrates; may be said\n"
 "                        several times\n"
 "  --control PATH        unix socket for status, detach and switchover\n"
@@ -147,6 +155,8 @@ static bool detach(struct protect *p)
 
 	if (p->is_elsewhere)
 		return told;
+	if (told)
+		kc_net_end(p, false);
 	guest_close(&p->guest);
 	if (told && p->lease_ms && guest_end_lease(&p->guest_opts, &err))
 		kc_log(KC_LOG_ERROR,
@@ -273,8 +283,8 @@ static int parse_count(const char *s, uint64_t *n)
 int cmd_protect(int argc, char **argv)
 {
 	enum {
-		QMP = 256, LEAVE_RAM, TO, INTERVAL, MAX_DIRTY, PAUSE_LIMIT, QEMU_TIMEOUT, LEASE, DISK,
-		TRUST, CONTROL, EPOCHS, JSON, HELP, SINK_OPTION,
+		QMP = 256, LEAVE_RAM, TO, INTERVAL, MAX_DIRTY, PAUSE_LIMIT, QEMU_TIMEOUT, LEASE, NET,
+		NET_LIMIT, DISK, TRUST, CONTROL, EPOCHS, JSON, HELP, SINK_OPTION,
 	};
 	static const struct option options[] = {
 		{ "qmp", required_argument, NULL, QMP },
@@ -285,6 +295,8 @@ int cmd_protect(int argc, char **argv)
 		{ "pause-limit", required_argument, NULL, PAUSE_LIMIT },
 		{ "qemu-timeout", required_argument, NULL, QEMU_TIMEOUT },
 		{ "lease", required_argument, NULL, LEASE },
+		{ "net", required_argument, NULL, NET },
+		{ "net-limit", required_argument, NULL, NET_LIMIT },
 		{ "disk", required_argument, NULL, DISK },
 		{ "trust-device", required_argument, NULL, TRUST },
 		{ "control", required_argument, NULL, CONTROL },
@@ -306,9 +318,11 @@ int cmd_protect(int argc, char **argv)
 	struct kc_ctl *ctl = NULL;
 	struct kc_err err;
 	int c, index, status;
+	bool replicate = false;
 
 	p.interval_ms = 100;
 	p.max_dirty = 8192;
+	p.net_limit_ms = NET_LIMIT_UNSET;
 	p.guest_opts.pause_limit_ms = 2000;
 	p.guest_opts.idle = kc_link_tick;
 	p.guest_opts.idle_ctx = &p;
@@ -349,10 +363,24 @@ int cmd_protect(int argc, char **argv)
 			if (kc_parse_ms(optarg, &p.lease_ms) || !p.lease_ms)
 				return usage_error("--lease needs a time, such as 3s");
 			break;
+		case NET:
+			if (strcmp(optarg, "commit") && strcmp(optarg, "pass"))
+				return usage_error("--net can be commit or pass");
+			p.net = *optarg == 'c' ? NET_COMMIT : NET_PASS;
+			break;
+		case NET_LIMIT:
+			if (kc_parse_ms(optarg, &p.net_limit_ms))
+				return usage_error("--net-limit needs a time, such as 10s");
+			break;
 		case DISK:
-			if (strcmp(optarg, "external"))
-				return usage_error("--disk can only be external");
-			p.guest_opts.external_disks = true;
+			if (!strncmp(optarg, "node=", 5) && optarg[5] &&
+			    p.guest_opts.nr_disks < KC_MAX_DISKS)
+				p.guest_opts.disks[p.guest_opts.nr_disks++] = optarg + 5;
+			else if (!strcmp(optarg, "external"))
+				p.guest_opts.external_disks = true;
+			else if (strcmp(optarg, "replicate"))
+				return usage_error("--disk can be external, replicate or node=NAME");
+			replicate = replicate || strcmp(optarg, "external");
 			break;
 		case TRUST:
 			if (p.guest_opts.nr_trusted_devices == 16)
@@ -390,11 +418,19 @@ int cmd_protect(int argc, char **argv)
 		return usage_error("--lease is of use with a standby: --to tcp:HOST:PORT");
 	if (p.lease_ms && p.lease_ms < 4 * p.interval_ms)
 		return usage_error("--lease has to be four times --interval at least");
+	if (replicate && p.guest_opts.external_disks)
+		return usage_error("--disk external and other disks exclude each other");
+	if (replicate && p.to && strncmp(p.to, "tcp:", 4))
+		return usage_error("disks are replicated to a standby only: --to tcp:HOST:PORT");
 	if (!p.to)
 		return usage_error("--to is missing: tcp:HOST:PORT of a standby, or a directory");
 	if (kc_sink_check(p.to, &p.opts, &err))
 		return usage_error(err.text);
 
+	p.guest_opts.replicate_disks = !strncmp(p.to, "tcp:", 4);
+	p.guest_opts.stopping = kc_disks_stopping;
+	p.guest_opts.stopped = kc_disks_cut;
+	p.disks.cut_end = &p.disks.cut;
 	kc_core_without_memory();
 	if (kc_wake_fd() < 0) {
 		kc_log(KC_LOG_ERROR, "cannot make an eventfd: %s", strerror(errno));
@@ -425,6 +461,7 @@ int cmd_protect(int argc, char **argv)
 	kc_sent_forget(&p);
 	kc_ctl_stop(ctl);
 	guest_close(&p.guest);
+	kc_disks_free(&p);
 	free(p.epoch.copy.pages);
 	free(p.epoch.state);
 	kc_status_free(p.status);

@@ -11,6 +11,7 @@
 #include <stdatomic.h>
 
 #include "guest.h"
+#include "nbd.h"
 #include "sink.h"
 #include "status.h"
 #include "wake.h"
@@ -41,15 +42,46 @@ struct sent_epoch {
 
 #define KC_SENT 8u
 
+/* What becomes of what the guest sends */
+enum net { NET_AUTO, NET_COMMIT, NET_PASS };
+
+#define NET_LIMIT_UNSET	UINT32_MAX
+
+/* The guest_epoch.packets of an epoch */
+struct net_mark {
+	uint64_t nr, packets;
+};
+
+/* What the standby said that it has of a part of a disk, but for pages that were sent since */
+struct known {
+	unsigned int disk;
+	uint64_t first, n;
+	bool stale[KC_DIGESTS_CHUNK];
+	uint8_t digests[KC_DIGESTS_CHUNK * KC_DIGEST_SIZE];
+};
+
+struct disks {
+	struct nbd *nbd;
+	bool mirrored;		/* QEMU's jobs were begun, and all that they write counts */
+	bool compare;		/* only what differs is sent */
+	unsigned int jobs_ended;	/* of the QMP connection, when they were begun */
+	char target[32];
+	struct nbd_write *cut, **cut_end;	/* of the epoch that was taken last */
+	struct known known;
+};
+
 struct protect {
 	const char *to, *control, *leave_ram;
 	unsigned int interval_ms, lease_ms;
 	uint64_t max_dirty, max_epochs;
 	bool json;
+	enum net net;
+	unsigned int net_limit_ms;
 	struct kc_sink_opts opts;
 	struct guest_opts guest_opts;
 
 	struct guest guest;
+	struct disks disks;
 	struct guest_epoch epoch;
 	struct kc_sink *sink;
 	int lost;		/* what kc_link_tick() found out of it, and why */
@@ -68,6 +100,11 @@ struct protect {
 	bool is_elsewhere;	/* the standby was to be told the end, and has taken over */
 	bool idle;		/* the guest is stopped, and its last epoch says all */
 	bool waiting;		/* the guest cannot be resumed, for now */
+	bool no_cards;		/* it has no network */
+	struct net_mark marks[KC_SENT];
+	uint64_t released;	/* packets of which state are */
+	unsigned int net_ms;	/* for how long they are held without an acknowledgement, */
+	uint64_t net_stuck_us;	/* since then; 0: there is no reason that there is none */
 	char no_epochs[200];	/* why there are none for now, or empty */
 	bool tty;
 	unsigned int unread;	/* lines that were not shown, as nobody reads them */
@@ -149,6 +186,44 @@ void kc_sent_acked(struct protect *p);
 void kc_sent_forget(struct protect *p);
 /* With a new sink: all that it lacks is dirty now.  False if that is not known. */
 bool kc_sent_again(struct protect *p);
+
+/* --- protect_net.c: what the guest sends ----------------------------------- */
+
+/*
+ * Before the first epoch of a sink, and before others: what the guest sends after it is held back, if
+ * that is wanted.  -ESTALE if it cannot be.
+ */
+int kc_net_hold(struct protect *p, struct kc_err *err);
+/* Epoch p->nr was committed */
+void kc_net_sent(struct protect *p);
+/* There is a reason that nothing is acknowledged */
+void kc_net_stuck(struct protect *p);
+/* Lets go what may go; while no command of QEMU's is under way */
+int kc_net_look(struct protect *p, struct kc_err *err);
+/* Protection ends, and it is known who goes on with the guest */
+void kc_net_end(struct protect *p, bool drop);
+
+/* --- protect_disks.c: its disks -------------------------------------------- */
+
+/* An epoch of a new sink is open: QEMU begins to mirror */
+int kc_disks_begin(struct protect *p, struct kc_err *err);
+/* The sink is gone */
+void kc_disks_lost(struct protect *p);
+void kc_disks_free(struct protect *p);
+/* -ECONNRESET if something was written that did not come here */
+int kc_disks_check(struct protect *p, struct kc_err *err);
+/* Is all of them copied?  Else how many bytes of how many. */
+int kc_disks_ready(struct protect *p, bool *ready, uint64_t *done, uint64_t *total,
+		   struct kc_err *err);
+/* What has come goes to the open epoch, which is the first */
+int kc_disks_pump(struct protect *p, bool compare, struct kc_err *err);
+/* For guest_opts: the guest is about to stop, has stopped; what has come is of this epoch */
+void kc_disks_stopping(void *ctx);
+void kc_disks_cut(void *ctx);
+/* That goes to the open epoch */
+int kc_disks_send(struct protect *p, struct kc_err *err);
+/* So much waits for an epoch that there should be one */
+bool kc_disks_full(struct protect *p);
 
 /* --- protect_epoch.c: epochs ---------------------------------------------- */
 

@@ -14,6 +14,8 @@
 
 /* How soon after it was found that there can be no epoch it is tried again */
 #define AGAIN_US	50000
+/* How often QEMU is asked how far it is with disks */
+#define READY_US	20000
 
 /* How often in a row somebody may interfere with an epoch */
 #define MAX_TRIES	50
@@ -35,7 +37,7 @@ enum where kc_epoch_wait(struct protect *p, uint64_t until_us, int *rc, struct k
 		if (where != OK)
 			return where;
 		ready = p->acked + 1 >= p->nr;
-		full = watch && g->dirty.pages >= p->max_dirty;
+		full = (watch && g->dirty.pages >= p->max_dirty) || kc_disks_full(p);
 		if (p->acked >= p->nr && kc_switch_requested)
 			return SWITCH;
 		if (ready && !kc_switch_requested && (now >= until_us || full))
@@ -78,12 +80,15 @@ static int send_epoch(struct protect *p, struct kc_err *err)
 	int rc = send_pages(p, err);
 
 	if (!rc)
+		rc = kc_disks_send(p, err);
+	if (!rc)
 		rc = kc_epoch_state(p->sink, p->epoch.state, p->epoch.state_len,
 				    !p->epoch.was_running, err);
 	if (!rc)
 		rc = kc_epoch_commit(p->sink, err);
 	if (rc)
 		return rc;
+	kc_net_sent(p);
 	kc_status_epoch(p->status, p->nr, p->epoch.taken_us);
 	if (p->epoch.was_running)
 		kc_status_pause(p->status, p->epoch.us);
@@ -107,6 +112,9 @@ static enum where take_epoch(struct protect *p, int *rc, struct kc_err *err)
 {
 	unsigned int tries = 0;
 
+	*rc = kc_net_hold(p, err);
+	if (*rc)
+		return GUEST;
 	do {
 		*rc = guest_take(&p->guest, &p->epoch, err);
 		if (!*rc || *rc == -EAGAIN)
@@ -121,10 +129,12 @@ static enum where take_epoch(struct protect *p, int *rc, struct kc_err *err)
 	/* Whatever does this to the guest, it does it all the time. */
 	if (*rc == -EAGAIN && !kc_stop_requested)
 		*rc = -EBUSY;
-	if (*rc == -ENODATA)
+	if (*rc == -ENODATA) {
 		kc_no_epochs(p, err->text);
-	else if (!*rc)
+		kc_net_stuck(p);
+	} else if (!*rc) {
 		kc_no_epochs(p, "");
+	}
 	return *rc == -EAGAIN ? STOPPED : *rc == -ENODATA ? NOT_NOW : *rc ? GUEST : OK;
 }
 
@@ -133,8 +143,12 @@ enum where kc_epoch_next(struct protect *p, int *rc, struct kc_err *err)
 	enum where where = take_epoch(p, rc, err);
 
 	/* The last one stays what it is worth */
-	if (where == NOT_NOW)
+	if (where == NOT_NOW) {
+		/* Nor must the guest wait for it with its disks */
+		if (kc_disks_full(p))
+			kc_disks_lost(p);
 		return OK;
+	}
 	if (where != OK)
 		return where;
 	/* Nothing can have changed since */
@@ -143,7 +157,9 @@ enum where kc_epoch_next(struct protect *p, int *rc, struct kc_err *err)
 	p->idle = !p->epoch.was_running;
 
 	kc_sent_note(p, p->nr + 1);
-	*rc = kc_epoch_begin(p->sink, p->nr + 1, 0, err);
+	*rc = kc_disks_check(p, err);
+	if (!*rc)
+		*rc = kc_epoch_begin(p->sink, p->nr + 1, 0, err);
 	if (*rc)
 		return SINK;
 	p->nr++;
@@ -200,6 +216,9 @@ static enum where copy_block(struct protect *p, unsigned int b, bool compare, ui
 			where = kc_link_look(p, rc, err);
 			if (where != OK)
 				return where;
+			*rc = kc_disks_pump(p, compare, err);
+			if (*rc)
+				return SINK;
 		}
 		if (compare && !(i % KC_DIGESTS_CHUNK)) {
 			uint64_t n = npages - i < KC_DIGESTS_CHUNK ? npages - i : KC_DIGESTS_CHUNK;
@@ -244,6 +263,37 @@ static enum where copy_all(struct protect *p, bool compare, uint64_t *sent, int 
 	return OK;
 }
 
+/* What QEMU copies comes when it likes: until all of it has */
+static enum where copy_disks(struct protect *p, int *rc, struct kc_err *err)
+{
+	uint64_t done, total;
+	enum where where;
+	bool ready;
+
+	if (!p->guest.id.nr_disks)
+		return OK;
+	kc_status_phase(p->status, "copy of disks");
+	p->started_us = kc_now_us();
+	for (;;) {
+		where = kc_link_look(p, rc, err);
+		if (where != OK)
+			return where;
+		*rc = kc_disks_check(p, err);
+		if (!*rc)
+			*rc = kc_disks_pump(p, p->disks.compare, err);
+		if (*rc)
+			return SINK;
+		*rc = kc_disks_ready(p, &ready, &done, &total, err);
+		if (*rc)
+			return GUEST;
+		kc_show_progress(p, "copy of disks", ready ? total / KC_PAGE_SIZE :
+				 done / KC_PAGE_SIZE, total / KC_PAGE_SIZE);
+		if (ready)
+			return OK;
+		kc_sleep(p, kc_now_us() + READY_US, -1);
+	}
+}
+
 enum where kc_epoch_first(struct protect *p, int *rc, struct kc_err *err)
 {
 	unsigned int flags = kc_sink_start(p->sink), pass;
@@ -265,8 +315,14 @@ enum where kc_epoch_first(struct protect *p, int *rc, struct kc_err *err)
 	if (*rc)
 		return SINK;
 	p->nr++;
+	p->disks.compare = compare;
+	*rc = kc_disks_begin(p, err);
+	if (*rc)
+		return GUEST;
 	if (!again)
 		where = copy_all(p, compare, &sent, rc, err);
+	if (where == OK)
+		where = copy_disks(p, rc, err);
 	if (where != OK)
 		return where;
 	differed = again ? p->guest.dirty.pages : sent;
@@ -289,6 +345,9 @@ enum where kc_epoch_first(struct protect *p, int *rc, struct kc_err *err)
 			if (*rc)
 				return SINK;
 			sent += p->epoch.copy.nr;
+			*rc = kc_disks_pump(p, compare, err);
+			if (*rc)
+				return SINK;
 		}
 	}
 
@@ -299,20 +358,25 @@ enum where kc_epoch_first(struct protect *p, int *rc, struct kc_err *err)
 	if (p->lease_ms)
 		guest_lease(&p->guest, kc_boot_us() + p->lease_ms * 1000ull, true);
 	while ((where = take_epoch(p, rc, err)) == NOT_NOW) {
-		*rc = kc_link_poll(p, err);
+		where = kc_link_look(p, rc, err);
+		if (where != OK)
+			return where;
+		*rc = kc_disks_pump(p, compare, err);
 		if (*rc)
 			return SINK;
-		if (kc_stop_requested)
-			return STOPPED;
 		usleep(AGAIN_US);
 	}
 	if (where != OK)
 		return where;
+	*rc = kc_disks_check(p, err);
+	if (*rc)
+		return SINK;
 	sent += p->epoch.copy.nr;
 	kc_sent_note(p, p->nr);
 	*rc = send_epoch(p, err);
 	if (*rc)
 		return SINK;
+	p->disks.compare = false;
 	if (!again)
 		p->known_from = p->nr;
 	p->idle = !p->epoch.was_running;
@@ -335,7 +399,9 @@ enum where kc_epoch_last(struct protect *p, int *rc, struct kc_err *err)
 	p->epoch.last = false;
 	if (*rc)
 		return GUEST;
-	*rc = kc_epoch_begin(p->sink, p->nr + 1, 0, err);
+	*rc = kc_disks_check(p, err);
+	if (!*rc)
+		*rc = kc_epoch_begin(p->sink, p->nr + 1, 0, err);
 	if (*rc)
 		return SINK;
 	p->nr++;

@@ -145,7 +145,10 @@ enum where kc_link_look(struct protect *p, int *rc, struct kc_err *err)
 	if (*rc)
 		return GUEST;
 	*rc = p->sink ? kc_link_poll(p, err) : 0;
-	return *rc ? SINK : OK;
+	if (*rc)
+		return SINK;
+	*rc = kc_net_look(p, err);
+	return *rc ? GUEST : OK;
 }
 
 /* In the meantime the standby is to hear of us, if it can. */
@@ -232,6 +235,8 @@ enum where kc_link_open(struct protect *p, int *rc, struct kc_err *err)
 
 void kc_link_close(struct protect *p)
 {
+	kc_net_stuck(p);
+	kc_disks_lost(p);
 	if (p->sink)
 		kc_status_sink(p->status, NULL);
 	kc_status_peer(p->status, NULL);

@@ -55,6 +55,9 @@ int kc_guest_is_elsewhere(struct protect *p, const char *why)
 		guest_close(&p->guest);
 		usleep(200000);
 	}
+	/* Nobody there knows of it */
+	if (!rc)
+		kc_net_end(p, true);
 	kc_log(KC_LOG_ERROR, rc ? "QEMU is gone: the guest is at the standby" :
 	       "the guest is stopped here, as it is at the standby: end this QEMU, and never resume the guest in it");
 	o = kc_show_event("taken_over");
@@ -143,7 +146,11 @@ bool kc_switch_over(struct protect *p, int *status)
 		resume(p, err.text);
 		return false;
 	}
-	rc = kc_sink_switch_over(p->sink, &err);
+	/* All of it is in that epoch */
+	if (!kc_net_look(p, &err))
+		rc = kc_sink_switch_over(p->sink, &err);
+	else
+		rc = -ECANCELED;
 	kc_link_close(p);
 	if (rc && rc != -ECANCELED)
 		rc = ask(p, err.text);

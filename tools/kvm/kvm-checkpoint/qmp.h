@@ -12,11 +12,15 @@
 
 #include "util.h"
 
+/* How the block jobs of this program are called */
+#define JOB_NAME	"kvm-checkpoint-"
+
 struct qmp {
 	int fd;
 	unsigned int timeout_ms;
 	uint64_t asked_us;	/* since when an answer is awaited, 0 if none is */
 	bool shutdown;		/* the event came: the guest or its owner ended it */
+	unsigned int jobs_ended;	/* events of that, and of their errors, of jobs that are called JOB_NAME... */
 	int (*idle)(void *ctx);
 	void *idle_ctx;
 	char *buf;

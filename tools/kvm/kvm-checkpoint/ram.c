@@ -19,6 +19,30 @@
 
 /* --- Blocks --------------------------------------------------------------- */
 
+static uint64_t slots_of(const struct kc_ram *ram, unsigned int i)
+{
+	return kc_guest_block_pages(&ram->guest,
+				    i < KC_MAX_BLOCKS ? i : KC_DISK_BLOCK + i - KC_MAX_BLOCKS);
+}
+
+static int map_slots(struct kc_ram *ram, struct kc_err *err)
+{
+	unsigned int i;
+
+	for (i = 0; i < KC_MAX_BLOCKS + KC_MAX_DISKS; i++) {
+		if (!slots_of(ram, i))
+			continue;
+		ram->slots[i] = mmap(NULL, slots_of(ram, i) * sizeof(uint32_t),
+				     PROT_READ | PROT_WRITE,
+				     MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+		if (ram->slots[i] == MAP_FAILED) {
+			ram->slots[i] = NULL;
+			return kc_fail(err, ENOMEM, "out of memory");
+		}
+	}
+	return 0;
+}
+
 /* Map the blocks; make them if they are new. */
 static int map_blocks(struct kc_ram *ram, bool create, void (*progress)(void *ctx), void *ctx,
 		      struct kc_err *err)
@@ -66,15 +90,8 @@ static int map_blocks(struct kc_ram *ram, bool create, void (*progress)(void *ct
 			return kc_ram_fail(err, ram, "map a block of RAM");
 		}
 		kc_no_dump(ram->map[i], size);
-		ram->slot[i] = mmap(NULL, ram->guest.blocks[i].npages * sizeof(uint32_t),
-				    PROT_READ | PROT_WRITE,
-				    MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-		if (ram->slot[i] == MAP_FAILED) {
-			ram->slot[i] = NULL;
-			return kc_fail(err, ENOMEM, "out of memory");
-		}
 	}
-	return 0;
+	return map_slots(ram, err);
 }
 
 static void unmap_blocks(struct kc_ram *ram)
@@ -84,10 +101,12 @@ static void unmap_blocks(struct kc_ram *ram)
 	for (i = 0; i < ram->guest.nr_blocks; i++) {
 		if (ram->map[i])
 			munmap(ram->map[i], ram->guest.blocks[i].npages * KC_PAGE_SIZE);
-		if (ram->slot[i])
-			munmap(ram->slot[i], ram->guest.blocks[i].npages * sizeof(uint32_t));
 		ram->map[i] = NULL;
-		ram->slot[i] = NULL;
+	}
+	for (i = 0; i < KC_MAX_BLOCKS + KC_MAX_DISKS; i++) {
+		if (ram->slots[i])
+			munmap(ram->slots[i], slots_of(ram, i) * sizeof(uint32_t));
+		ram->slots[i] = NULL;
 	}
 }
 
@@ -101,7 +120,9 @@ int kc_ram_create(struct kc_ram *ram, const struct kc_guest *guest, void (*progr
 	if (getrandom(ram->id, sizeof(ram->id), 0) != sizeof(ram->id) ||
 	    kc_guest_copy(&ram->guest, guest))
 		return kc_fail(err, ENOMEM, "out of memory");
-	rc = map_blocks(ram, true, progress, ctx, err);
+	rc = kc_ram_new_disks(ram, err);
+	if (!rc)
+		rc = map_blocks(ram, true, progress, ctx, err);
 	if (!rc)
 		rc = kc_ram_write_meta_tmp(ram, 0, 0, 0, false, err);
 	if (!rc)
@@ -112,6 +133,7 @@ int kc_ram_create(struct kc_ram *ram, const struct kc_guest *guest, void (*progr
 			unlinkat(ram->dir, name, 0);
 		}
 		unmap_blocks(ram);
+		kc_ram_close_disks(ram);
 		kc_guest_free(&ram->guest);
 		return rc;
 	}
@@ -132,30 +154,45 @@ static uint8_t *read_redo(const struct kc_ram *ram, uint32_t slot)
 	return page;
 }
 
+/* Likewise one of a disk */
+static uint8_t *read_disk(const struct kc_ram *ram, uint32_t block, uint64_t nr)
+{
+	uint8_t *page = malloc(KC_PAGE_SIZE);
+
+	if (page && kc_ram_read_page(ram, block, nr, page, NULL)) {
+		free(page);
+		page = NULL;
+	}
+	return page;
+}
+
 int kc_ram_digests(struct kc_ram *ram, uint32_t block, uint64_t first, uint32_t n, uint8_t *out,
 		   struct kc_err *err)
 {
 	static const uint8_t zeros[KC_PAGE_SIZE];
 	const uint8_t *pages[KC_DIGESTS_CHUNK];
 	uint8_t *copies[KC_DIGESTS_CHUNK];
+	uint64_t npages = kc_guest_block_pages(&ram->guest, block);
 	uint32_t i, slot, nr_copies = 0;
 	int rc;
 
-	if (block >= ram->guest.nr_blocks || first > ram->guest.blocks[block].npages ||
-	    n > ram->guest.blocks[block].npages - first || n > KC_DIGESTS_CHUNK)
+	if (first > npages || n > npages - first || n > KC_DIGESTS_CHUNK)
 		return kc_fail(err, EPROTO,
 			       "the stream is corrupt: digests of pages that are not there");
 	rc = ram->redo >= 0 ? kc_ram_flush(ram, err) : 0;
 	for (i = 0; i < n && !rc; i++) {
-		slot = ram->slot[block][first + i];
-		pages[i] = slot == SLOT_ZERO ? zeros : ram->map[block] + (first + i) * KC_PAGE_SIZE;
-		if (slot == SLOT_ZERO || slot == SLOT_NONE)
+		slot = *kc_ram_slot(ram, block, first + i);
+		pages[i] = zeros;
+		if (slot == SLOT_NONE && block < KC_DISK_BLOCK)
+			pages[i] = ram->map[block] + (first + i) * KC_PAGE_SIZE;
+		if (slot == SLOT_ZERO || (slot == SLOT_NONE && block < KC_DISK_BLOCK))
 			continue;
-		pages[i] = copies[nr_copies] = read_redo(ram, slot);
+		pages[i] = copies[nr_copies] = slot == SLOT_NONE ? read_disk(ram, block, first + i) :
+					       read_redo(ram, slot);
 		if (pages[i])
 			nr_copies++;
 		else
-			rc = kc_ram_fail(err, ram, "read redo.tmp");
+			rc = kc_ram_fail(err, ram, "read redo.tmp or a disk");
 	}
 	if (!rc)
 		kc_page_digests(pages, n, out);
@@ -211,6 +248,7 @@ int kc_ram_open(const char *path, bool durable, struct kc_ram **out, struct kc_e
 	if (!ram)
 		return kc_fail(err, ENOMEM, "out of memory");
 	ram->dir = ram->lock = ram->redo = -1;
+	memset(ram->disk, -1, sizeof(ram->disk));
 	ram->durable = durable;
 	ram->wbuf = malloc(WBUF_PAGES * KC_PAGE_SIZE);
 	ram->path = strdup(path);
@@ -249,6 +287,9 @@ int kc_ram_open(const char *path, bool durable, struct kc_ram **out, struct kc_e
 		rc = no_longer_durable(ram, err);
 	if (!rc && ram->has_guest) {
 		rc = map_blocks(ram, false, NULL, NULL, err);
+		/* Who has taken them over may use them */
+		if (!rc && !(ram->flags & KC_RAM_TAKEN_OVER))
+			rc = kc_ram_open_disks(ram, err);
 		if (!rc)
 			rc = kc_ram_redo_again(ram, err);
 		/* Whoever was to try it is dead. */
@@ -269,10 +310,15 @@ fail:
 
 void kc_ram_close(struct kc_ram *ram)
 {
+	unsigned int i;
+
 	if (!ram)
 		return;
 	kc_ram_drop(ram);
 	unmap_blocks(ram);
+	kc_ram_close_disks(ram);
+	for (i = 0; i < KC_MAX_DISKS; i++)
+		free(ram->disk_path[i]);
 	kc_guest_free(&ram->guest);
 	if (ram->lock >= 0)
 		close(ram->lock);

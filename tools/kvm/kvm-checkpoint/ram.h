@@ -9,6 +9,7 @@
  *			host, whether the disk has all of that
  *	redo		a complete epoch on its way into the RAM files
  *	redo.tmp	an epoch that is being received
+ *	disk0, ...	links to the images of disks, if they are part of epochs
  *	undo		the way back from an epoch that is yet to prove itself to the one before
  *
  * An epoch is complete when redo.tmp has been renamed to redo.  If the process dies while it copies
@@ -44,6 +45,24 @@ const struct kc_guest *kc_ram_guest(const struct kc_ram *ram);
  */
 int kc_ram_create(struct kc_ram *ram, const struct kc_guest *guest, void (*progress)(void *ctx),
 		  void *ctx, struct kc_err *err);
+
+/**
+ * kc_ram_set_disks() - which images a guest's disks are to have, before kc_ram_create()
+ * @paths: of raw files or block devices; files that are not there are made.
+ * @nr: how many.
+ *
+ * Return: 0; -EINVAL or -EEXIST if there is a guest already that has others.
+ */
+int kc_ram_set_disks(struct kc_ram *ram, const char *const *paths, unsigned int nr,
+		     struct kc_err *err);
+
+/*
+ * They are somebody else's from now on, and not locked any more; or again ours, which is nothing if
+ * they are.
+ */
+void kc_ram_close_disks(struct kc_ram *ram);
+int kc_ram_open_disks(struct kc_ram *ram, struct kc_err *err);
+const char *kc_ram_disk_path(const struct kc_ram *ram, unsigned int disk);
 
 /* 16 random bytes that were made with the RAM. */
 const uint8_t *kc_ram_id(const struct kc_ram *ram);

@@ -28,7 +28,7 @@ void kc_ram_drop(struct kc_ram *ram)
 	size_t i;
 
 	for (i = 0; i < ram->nr_entries; i++)
-		ram->slot[ram->entries[i].block][ram->entries[i].page] = SLOT_NONE;
+		*kc_ram_slot(ram, ram->entries[i].block, ram->entries[i].page) = SLOT_NONE;
 	free(ram->entries);
 	ram->entries = NULL;
 	ram->nr_entries = ram->room = 0;
@@ -70,7 +70,11 @@ static const void *ram_base(void *ctx, uint16_t block, uint64_t page)
 	struct kc_ram *ram = ctx;
 
 	/* A delta needs a base that is complete. */
-	return ram->direct ? NULL : ram->map[block] + page * KC_PAGE_SIZE;
+	if (ram->direct)
+		return NULL;
+	if (block < KC_DISK_BLOCK)
+		return ram->map[block] + page * KC_PAGE_SIZE;
+	return kc_ram_read_page(ram, block, page, ram->base, NULL) ? NULL : ram->base;
 }
 
 static const struct kc_devices *ram_base_state(void *ctx)
@@ -94,7 +98,9 @@ int kc_ram_flush(struct kc_ram *ram, struct kc_err *err)
 static int note(struct kc_ram *ram, uint16_t block, uint64_t page, uint32_t slot,
 		struct kc_err *err)
 {
-	if (ram->slot[block][page] == SLOT_NONE) {
+	uint32_t *at = kc_ram_slot(ram, block, page);
+
+	if (*at == SLOT_NONE) {
 		if (ram->nr_entries == ram->room) {
 			size_t room = ram->room ? 2 * ram->room : 1024;
 			struct entry *e = realloc(ram->entries, room * sizeof(*e));
@@ -106,7 +112,7 @@ static int note(struct kc_ram *ram, uint16_t block, uint64_t page, uint32_t slot
 		}
 		ram->entries[ram->nr_entries++] = (struct entry){ .page = page, .block = block };
 	}
-	ram->slot[block][page] = slot;
+	*at = slot;
 	return 0;
 }
 
@@ -115,10 +121,8 @@ static int ram_page(void *ctx, uint16_t block, uint64_t page, const void *data, 
 	struct kc_ram *ram = ctx;
 	int rc;
 
-	if (ram->direct) {
-		memcpy(ram->map[block] + page * KC_PAGE_SIZE, data, KC_PAGE_SIZE);
-		return 0;
-	}
+	if (ram->direct)
+		return kc_ram_write_page(ram, block, page, data, err);
 	if (ram->nr_slots == SLOT_ZERO - 1)
 		return kc_fail(err, EFBIG, "the epoch has too many pages");
 	memcpy(ram->wbuf + (size_t)(ram->nr_slots - ram->flushed) * KC_PAGE_SIZE, data,
@@ -132,43 +136,78 @@ static int ram_page(void *ctx, uint16_t block, uint64_t page, const void *data, 
 
 static int ram_zero(void *ctx, uint16_t block, uint64_t page, uint64_t n, struct kc_err *err)
 {
+	static const uint8_t zeros[KC_PAGE_SIZE];
 	struct kc_ram *ram = ctx;
-	uint8_t *p = ram->map[block] + page * KC_PAGE_SIZE;
+	uint8_t old[KC_PAGE_SIZE];
 	int rc = 0;
 
-	for (; n && !rc; n--, page++, p += KC_PAGE_SIZE) {
-		if (!ram->direct)
+	for (; n && !rc; n--, page++) {
+		if (!ram->direct) {
 			rc = note(ram, block, page, SLOT_ZERO, err);
-		else if (!kc_is_zero_page(p))
-			memset(p, 0, KC_PAGE_SIZE);
+			continue;
+		}
+		/* What is zero already needs no memory, and no room on a disk. */
+		rc = kc_ram_read_page(ram, block, page, old, err);
+		if (!rc && !kc_is_zero_page(old))
+			rc = kc_ram_write_page(ram, block, page, zeros, err);
 	}
 	return rc;
+}
+
+/* The page as it is by now */
+static int read_open(struct kc_ram *ram, uint32_t block, uint64_t page, uint8_t *to,
+		     struct kc_err *err)
+{
+	uint32_t slot = ram->direct ? SLOT_NONE : *kc_ram_slot(ram, block, page);
+	int rc;
+
+	if (slot == SLOT_NONE)
+		return kc_ram_read_page(ram, block, page, to, err);
+	if (slot == SLOT_ZERO) {
+		memset(to, 0, KC_PAGE_SIZE);
+		return 0;
+	}
+	rc = kc_ram_flush(ram, err);
+	if (!rc && pread(ram->redo, to, KC_PAGE_SIZE, (off_t)(slot - 1) * KC_PAGE_SIZE) !=
+			   (ssize_t)KC_PAGE_SIZE)
+		rc = kc_ram_fail(err, ram, "read redo.tmp");
+	return rc;
+}
+
+static int ram_part(void *ctx, const struct kc_part *p, struct kc_err *err)
+{
+	uint8_t whole[KC_PAGE_SIZE];
+	int rc = read_open(ctx, p->block, p->page, whole, err);
+
+	if (rc)
+		return rc;
+	memcpy(whole + p->offset, p->data, p->len);
+	return ram_page(ctx, p->block, p->page, whole, err);
 }
 
 /* Copy the pages of a complete epoch to where they belong. */
 static int apply(struct kc_ram *ram, int redo, const struct entry *entries, uint64_t nr_entries,
 		 uint64_t nr_slots, struct kc_err *err)
 {
+	static const uint8_t zeros[KC_PAGE_SIZE];
 	const uint8_t *pages = NULL;
 	uint64_t i;
+	int rc = 0;
 
 	if (nr_slots) {
 		pages = mmap(NULL, nr_slots * KC_PAGE_SIZE, PROT_READ, MAP_SHARED, redo, 0);
 		if (pages == MAP_FAILED)
 			return kc_ram_fail(err, ram, "map redo");
 	}
-	for (i = 0; i < nr_entries; i++) {
+	for (i = 0; i < nr_entries && !rc; i++) {
 		const struct entry *e = &entries[i];
-		uint8_t *to = ram->map[e->block] + e->page * KC_PAGE_SIZE;
 
-		if (e->slot == SLOT_ZERO)
-			memset(to, 0, KC_PAGE_SIZE);
-		else
-			memcpy(to, pages + (uint64_t)(e->slot - 1) * KC_PAGE_SIZE, KC_PAGE_SIZE);
+		rc = kc_ram_write_page(ram, e->block, e->page, e->slot == SLOT_ZERO ? zeros :
+				       pages + (uint64_t)(e->slot - 1) * KC_PAGE_SIZE, err);
 	}
 	if (pages)
 		munmap((void *)pages, nr_slots * KC_PAGE_SIZE);
-	return 0;
+	return rc;
 }
 
 static int sync_blocks(struct kc_ram *ram, struct kc_err *err)
@@ -179,7 +218,7 @@ static int sync_blocks(struct kc_ram *ram, struct kc_err *err)
 		if (msync(ram->map[i], ram->guest.blocks[i].npages * KC_PAGE_SIZE, MS_SYNC))
 			return kc_ram_fail(err, ram, "sync the RAM");
 	}
-	return 0;
+	return ram->durable ? kc_ram_sync_disks(ram, err) : 0;
 }
 
 /* The RAM files have the epoch: say so, and remove what only led there. */
@@ -236,7 +275,8 @@ static int seal(struct kc_ram *ram, uint64_t nr, uint64_t time_ms, unsigned int 
 	if (rc)
 		return rc;
 	for (i = 0; i < ram->nr_entries; i++)
-		ram->entries[i].slot = ram->slot[ram->entries[i].block][ram->entries[i].page];
+		ram->entries[i].slot = *kc_ram_slot(ram, ram->entries[i].block,
+						    ram->entries[i].page);
 	if (write_end(ram, ram->redo, &t, redo_magic))
 		return kc_ram_fail(err, ram, "write redo.tmp");
 	if (renameat(ram->dir, "redo.tmp", ram->dir, "redo"))
@@ -251,6 +291,7 @@ static int seal(struct kc_ram *ram, uint64_t nr, uint64_t time_ms, unsigned int 
 static int keep_way_back(struct kc_ram *ram, struct kc_err *err)
 {
 	struct trailer t = { .epoch = ram->epoch, .time_ms = ram->time_ms, .flags = ram->flags };
+	uint8_t page[KC_PAGE_SIZE];
 	bool failed = false;
 	size_t i;
 	int fd;
@@ -261,10 +302,9 @@ static int keep_way_back(struct kc_ram *ram, struct kc_err *err)
 		return kc_ram_fail(err, ram, "make undo.tmp");
 	for (i = 0; i < ram->nr_entries && !failed; i++) {
 		struct entry *e = &ram->entries[i];
-		const uint8_t *page = ram->map[e->block] + e->page * KC_PAGE_SIZE;
-
 		e->slot = SLOT_ZERO;
-		if (kc_is_zero_page(page))
+		failed = kc_ram_read_page(ram, e->block, e->page, page, NULL);
+		if (failed || kc_is_zero_page(page))
 			continue;
 		e->slot = ++t.nr_slots;
 		failed = kc_ram_write_full(fd, page, KC_PAGE_SIZE);
@@ -371,6 +411,7 @@ const struct kc_rx_ops kc_ram_ops = {
 	.base_state = ram_base_state,
 	.page = ram_page,
 	.zero = ram_zero,
+	.part = ram_part,
 	.commit = ram_commit,
 	.abort = ram_abort,
 };
@@ -402,8 +443,7 @@ static int read_end(struct kc_ram *ram, int fd, const char magic[8], struct trai
 				 XXH3_64bits(t, offsetof(struct trailer, xxh))) != t->xxh)
 		return -EPROTO;
 	for (i = 0; i < t->nr_entries; i++) {
-		if (entries[i].block >= ram->guest.nr_blocks ||
-		    entries[i].page >= ram->guest.blocks[entries[i].block].npages ||
+		if (entries[i].page >= kc_guest_block_pages(&ram->guest, entries[i].block) ||
 		    (entries[i].slot != SLOT_ZERO && entries[i].slot - 1 >= t->nr_slots))
 			return -EPROTO;
 	}

@@ -46,6 +46,9 @@ struct kc_ram {
 	uint64_t time_ms;	/* when it was complete, by the clock on the wall */
 	uint8_t id[16], sender[16];
 	uint8_t *map[KC_MAX_BLOCKS];
+	int disk[KC_MAX_DISKS];	/* -1: not open */
+	char *disk_path[KC_MAX_DISKS];
+	unsigned int nr_paths;
 	struct kc_devices state;
 
 	const struct kc_ram_trial *trial;
@@ -53,12 +56,33 @@ struct kc_ram {
 	/* The epoch that is being received. */
 	bool direct;
 	int redo;
-	uint32_t *slot[KC_MAX_BLOCKS];
+	uint32_t *slots[KC_MAX_BLOCKS + KC_MAX_DISKS];
 	struct entry *entries;
 	size_t nr_entries, room;
 	uint32_t nr_slots, flushed;
 	uint8_t *wbuf;
+	uint8_t base[KC_PAGE_SIZE];
 };
+
+/* Where in redo the page is, if it is in the open epoch */
+static inline uint32_t *kc_ram_slot(const struct kc_ram *ram, uint32_t block, uint64_t page)
+{
+	unsigned int i = block < KC_DISK_BLOCK ? block : KC_MAX_BLOCKS + block - KC_DISK_BLOCK;
+
+	return &ram->slots[i][page];
+}
+
+/* --- ram_disk.c: disks, and pages of blocks and disks ---------------------- */
+
+/* Of a new guest: its images are opened, or made */
+int kc_ram_new_disks(struct kc_ram *ram, struct kc_err *err);
+int kc_ram_sync_disks(struct kc_ram *ram, struct kc_err *err);
+
+/* As of the last complete epoch */
+int kc_ram_read_page(const struct kc_ram *ram, uint32_t block, uint64_t page, void *to,
+		     struct kc_err *err);
+int kc_ram_write_page(struct kc_ram *ram, uint32_t block, uint64_t page, const void *from,
+		      struct kc_err *err);
 
 /* --- ram_meta.c: small files, and meta ------------------------------------ */
 

@@ -13,7 +13,7 @@
 
 #include "ram_internal.h"
 
-static const char meta_magic[8] = "KCRAM 2";
+static const char meta_magic[8] = "KCRAM 3";
 
 int kc_ram_fail(struct kc_err *err, const struct kc_ram *ram, const char *what)
 {

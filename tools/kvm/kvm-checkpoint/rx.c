@@ -133,9 +133,9 @@ static int check_place(struct kc_rx *rx, uint16_t block, uint64_t page, uint64_t
 
 	if (block == KC_STATE_BLOCK && rx->state)
 		npages = KC_STATE_PAGES(rx->announced.len);
-	else if (block < rx->guest->nr_blocks)
-		npages = rx->guest->blocks[block].npages;
 	else
+		npages = kc_guest_block_pages(rx->guest, block);
+	if (!npages)
 		return kc_fail(err, EPROTO, "the stream is corrupt: block %u of %u", block,
 			       rx->guest->nr_blocks);
 	if (page >= npages || n > npages - page)
@@ -146,6 +146,9 @@ static int check_place(struct kc_rx *rx, uint16_t block, uint64_t page, uint64_t
 	if (block == KC_STATE_BLOCK)
 		return 0;
 	rx->pages += n;
+	if (block >= KC_DISK_BLOCK)
+		return rx->ops->part ? 0 :
+		       kc_fail(err, EPROTO, "the stream has disks where there can be none");
 	for (; rx->seen[block] && n; n--, page++) {
 		uint64_t bit = 1ull << (page % 64);
 
@@ -210,6 +213,22 @@ static int take_zero(struct kc_rx *rx, const struct kc_rec *rec, struct kc_err *
 		return 0;
 	}
 	return rx->ops->zero(rx->ctx, z.block, z.page, z.npages, err);
+}
+
+/* Where it counts, it counts as a record, not as a page */
+static int take_part(struct kc_rx *rx, const struct kc_rec *rec, struct kc_err *err)
+{
+	uint64_t pages = rx->pages;
+	struct kc_part p;
+	int rc;
+
+	rc = kc_get_part(rec, &p, err);
+	if (!rc)
+		rc = check_place(rx, p.block, p.page, 1, err);
+	rx->pages = pages;
+	if (!rc && !kc_sum_is(XXH3_64bits(p.data, p.len) == p.xxh))
+		rc = kc_fail(err, EPROTO, "the stream is corrupt: a part of a disk is not what was sent");
+	return rc ? rc : rx->ops->part(rx->ctx, &p, err);
 }
 
 static int take_state(struct kc_rx *rx, const struct kc_rec *rec, struct kc_err *err)
@@ -288,6 +307,7 @@ int kc_rx_record(struct kc_rx *rx, const struct kc_rec *rec, struct kc_err *err)
 		break;
 	case KC_PAGE:
 	case KC_ZERO:
+	case KC_PART:
 	case KC_STATE:
 	case KC_COMMIT:
 	case KC_ABORT:
@@ -311,6 +331,8 @@ int kc_rx_record(struct kc_rx *rx, const struct kc_rec *rec, struct kc_err *err)
 		return take_page(rx, rec, err);
 	case KC_ZERO:
 		return take_zero(rx, rec, err);
+	case KC_PART:
+		return take_part(rx, rec, err);
 	case KC_STATE:
 		return take_state(rx, rec, err);
 	case KC_ABORT:

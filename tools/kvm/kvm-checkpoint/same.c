@@ -37,26 +37,42 @@ int kc_guest_check(const struct kc_guest *g, struct kc_err *err)
 					       b->name);
 		}
 	}
+	if (g->nr_disks > KC_MAX_DISKS)
+		return kc_fail(err, EPROTO, "%u disks: up to %u are supported", g->nr_disks,
+			       KC_MAX_DISKS);
+	for (i = 0; i < g->nr_disks; i++) {
+		if (!g->disks[i].name[0] || !g->disks[i].npages || g->disks[i].npages > MAX_PAGES)
+			return kc_fail(err, EPROTO, "disk %u has no name or an impossible size", i);
+	}
 	return 0;
 }
 
 int kc_guest_copy(struct kc_guest *to, const struct kc_guest *from)
 {
 	struct kc_block *blocks = calloc(from->nr_blocks, sizeof(*blocks));
+	struct kc_disk *disks = calloc(from->nr_disks + 1, sizeof(*disks));
 
-	if (!blocks)
+	if (!blocks || !disks) {
+		free(blocks);
+		free(disks);
 		return -ENOMEM;
+	}
 	memcpy(blocks, from->blocks, from->nr_blocks * sizeof(*blocks));
+	if (from->nr_disks)
+		memcpy(disks, from->disks, from->nr_disks * sizeof(*disks));
 	*to = *from;
 	to->blocks = blocks;
+	to->disks = disks;
 	return 0;
 }
 
 void kc_guest_free(struct kc_guest *g)
 {
 	free(g->blocks);
+	free(g->disks);
 	g->blocks = NULL;
-	g->nr_blocks = 0;
+	g->disks = NULL;
+	g->nr_blocks = g->nr_disks = 0;
 }
 
 /* The first line of @of that @in has not, into @line. */
@@ -133,7 +149,28 @@ int kc_guest_same(const struct kc_guest *a, const struct kc_guest *b, struct kc_
 				       ua, (unsigned long long)x->npages * 4, x->name,
 				       (unsigned long long)y->npages * 4, y->name);
 	}
+	if (a->nr_disks != b->nr_disks)
+		return kc_fail(err, EEXIST, "it holds guest %s with %u disks, not %u", ua, a->nr_disks,
+			       b->nr_disks);
+	for (i = 0; i < a->nr_disks; i++) {
+		const struct kc_disk *x = &a->disks[i], *y = &b->disks[i];
+
+		if (strcmp(x->name, y->name) || x->npages != y->npages)
+			return kc_fail(err, EEXIST,
+				       "it holds guest %s with disk %.80s of %llu KiB, not %.80s of %llu KiB",
+				       ua, x->name, (unsigned long long)x->npages * 4, y->name,
+				       (unsigned long long)y->npages * 4);
+	}
 	return same_hardware(a, b, ua, err);
+}
+
+uint64_t kc_guest_block_pages(const struct kc_guest *g, uint32_t block)
+{
+	if (block < g->nr_blocks)
+		return g->blocks[block].npages;
+	if (block >= KC_DISK_BLOCK && block - KC_DISK_BLOCK < g->nr_disks)
+		return g->disks[block - KC_DISK_BLOCK].npages;
+	return 0;
 }
 
 uint64_t kc_guest_pages(const struct kc_guest *g)

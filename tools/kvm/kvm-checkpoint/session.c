@@ -200,7 +200,7 @@ static int greet(struct session *s, const struct kc_hello *hello, struct kc_err 
 {
 	struct standby *sb = s->sb;
 	struct kc_welcome w = { .version = KC_VERSION };
-	uint8_t rec[KC_REC_HDR + 32];
+	uint8_t rec[KC_REC_HDR + 36];
 	struct kc_err why;
 	char uuid[37];
 	int rc;
@@ -230,7 +230,9 @@ static int greet(struct session *s, const struct kc_hello *hello, struct kc_err 
 			return rc;
 	}
 	/* That protection had ended is forgotten with the next complete epoch, not before. */
-	rc = kc_ram_settle(sb->ram, err);
+	rc = kc_ram_open_disks(sb->ram, err);
+	if (!rc)
+		rc = kc_ram_settle(sb->ram, err);
 	if (rc)
 		return rc;
 	kc_uuid_text(hello->guest.uuid, uuid);
@@ -239,6 +241,7 @@ static int greet(struct session *s, const struct kc_hello *hello, struct kc_err 
 	       hello->guest.name, kc_ram_epoch(sb->ram));
 	show_peer(s);
 	w.timeout_ms = sb->timeout_ms;
+	w.fence_ms = sb->no_fence ? 0 : sb->fence_timeout_ms;
 	w.same_sender = kc_ram_set_sender(sb->ram, hello->instance, hello->guest.process);
 	w.last_epoch = kc_ram_epoch(sb->ram);
 	memcpy(w.receiver, kc_ram_id(sb->ram), sizeof(w.receiver));

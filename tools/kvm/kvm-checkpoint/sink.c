@@ -335,6 +335,55 @@ int kc_epoch_page(struct kc_sink *s, uint32_t block, uint64_t page, const void *
 	return broken(s, put_page(s, block, page, data, err));
 }
 
+static int put_part(struct kc_sink *s, const struct kc_part *p, struct kc_err *err)
+{
+	uint8_t rec[KC_REC_HDR + KC_PART_HDR];
+	int rc = flush_zeros(s, err);
+
+	if (rc)
+		return rc;
+	kc_pack_zero(s->packer, p->block, p->page);
+	kc_put_part(rec, p);
+	return kc_sink_emit(s, rec, sizeof(rec), p->data, p->len, err);
+}
+
+int kc_epoch_disk(struct kc_sink *s, uint32_t disk, uint64_t offset, const void *data, size_t len,
+		  struct kc_err *err)
+{
+	static const uint8_t zeros[KC_PAGE_SIZE];
+	const uint8_t *from = data;
+	uint64_t size;
+	int rc;
+
+	rc = usable(s, true, err);
+	if (rc)
+		return rc;
+	size = kc_guest_block_pages(&s->guest, KC_DISK_BLOCK + disk) * KC_PAGE_SIZE;
+	if (offset > size || len > size - offset)
+		return kc_fail(err, EINVAL, "the guest has no %zu bytes at %llu of disk %u", len,
+			       (unsigned long long)offset, disk);
+	while (len && !rc) {
+		struct kc_part p = { .page = offset / KC_PAGE_SIZE,
+				     .offset = offset % KC_PAGE_SIZE,
+				     .block = KC_DISK_BLOCK + disk };
+
+		p.len = len < KC_PAGE_SIZE - p.offset ? len : KC_PAGE_SIZE - p.offset;
+		p.data = from ? from : zeros;
+		if (p.block == s->ahead.block && p.page - s->ahead.first < s->ahead.n)
+			s->ahead_stale = true;
+		if (p.len == KC_PAGE_SIZE) {
+			rc = put_page(s, p.block, p.page, p.data, err);
+		} else {
+			p.xxh = XXH3_64bits(p.data, p.len);
+			rc = put_part(s, &p, err);
+		}
+		offset += p.len;
+		len -= p.len;
+		from = from ? from + p.len : NULL;
+	}
+	return broken(s, rc);
+}
+
 int kc_epoch_state(struct kc_sink *s, const void *buf, size_t len, bool stopped,
 		   struct kc_err *err)
 {
@@ -451,6 +500,7 @@ int kc_epoch_abort(struct kc_sink *s, struct kc_err *err)
 int kc_sink_digests(struct kc_sink *s, uint32_t block, uint64_t first, uint32_t n, uint8_t *out,
 		    struct kc_err *err)
 {
+	uint64_t npages;
 	uint32_t chunk;
 	int rc;
 
@@ -459,8 +509,8 @@ int kc_sink_digests(struct kc_sink *s, uint32_t block, uint64_t first, uint32_t 
 		return rc;
 	if (!s->has_ram && !s->base)
 		return kc_fail(err, EINVAL, "the receiver holds nothing");
-	if (block >= s->guest.nr_blocks || first > s->guest.blocks[block].npages ||
-	    n > s->guest.blocks[block].npages - first)
+	npages = kc_guest_block_pages(&s->guest, block);
+	if (first > npages || n > npages - first)
 		return kc_fail(err, EINVAL, "the guest has no such pages");
 	if (s->open)
 		rc = flush_zeros(s, err);
@@ -503,6 +553,11 @@ uint64_t kc_sink_heard_us(const struct kc_sink *s)
 unsigned int kc_sink_takeover_ms(const struct kc_sink *s)
 {
 	return s->takeover_ms;
+}
+
+unsigned int kc_sink_fence_ms(const struct kc_sink *s)
+{
+	return s->fence_ms;
 }
 
 int kc_sink_note(struct kc_sink *s, const char *text, struct kc_err *err)

@@ -37,6 +37,9 @@
 #define KC_PAGE_SIZE	4096u
 #define KC_DIGEST_SIZE	16u
 #define KC_MAX_BLOCKS	64u
+#define KC_MAX_DISKS	16u
+/* Blocks from here on are disks */
+#define KC_DISK_BLOCK	0x8000u
 #define KC_NAME_SIZE	256u
 #define KC_HARDWARE_SIZE 8192u
 
@@ -52,12 +55,24 @@ struct kc_block {
 };
 
 /**
+ * struct kc_disk - a disk of the guest whose contents are part of an epoch
+ * @name: as QEMU knows it, not empty.
+ * @npages: its size in units of KC_PAGE_SIZE bytes, at least 1.
+ */
+struct kc_disk {
+	char name[KC_NAME_SIZE];
+	uint64_t npages;
+};
+
+/**
  * struct kc_guest - which guest, and how its memory is laid out
  * @uuid: of the guest (QEMU's -uuid; all zero if it has none).
  * @name: of the guest, for people; may be empty.
  * @page_size: KC_PAGE_SIZE.
  * @nr_blocks: entries in @blocks, from 1 to KC_MAX_BLOCKS.
  * @blocks: RAM blocks; their order is the numbering used everywhere.
+ * @nr_disks: entries in @disks, up to KC_MAX_DISKS.
+ * @disks: those that are part of epochs; the number of one as a block is KC_DISK_BLOCK more.
  * @fingerprint: a hash of whatever else must be the same for a checkpoint to fit: the machine type
  *	and the list of devices; all zero if unknown.
  * @hardware: what that is the hash of, for messages, one item a line; may be cut, may be empty.
@@ -72,6 +87,8 @@ struct kc_guest {
 	uint32_t page_size;
 	uint32_t nr_blocks;
 	struct kc_block *blocks;
+	uint32_t nr_disks;
+	struct kc_disk *disks;
 	uint8_t fingerprint[32];
 	char hardware[KC_HARDWARE_SIZE];
 	uint8_t process[16];
@@ -228,7 +245,7 @@ unsigned int kc_sink_start(const struct kc_sink *sink);
 /**
  * kc_sink_digests() - what the receiver holds, to send only pages that differ
  * @sink: any time, also within an epoch; pages already sent in that epoch count with what was sent.
- * @block: number of the block.
+ * @block: number of the block, or of a disk.
  * @first: first page.
  * @n: number of pages; the best size is KC_DIGESTS_CHUNK.
  * @out: @n digests of KC_DIGEST_SIZE bytes, to be compared with kc_page_digest().
@@ -295,6 +312,23 @@ int kc_epoch_page(struct kc_sink *sink, uint32_t block, uint64_t page, const voi
 		  struct kc_err *err);
 
 /**
+ * kc_epoch_disk() - hand over a write to a disk
+ * @sink: with an open epoch.
+ * @disk: number of the disk.
+ * @offset: where, in bytes.
+ * @data: what; NULL for zeros.  Not referred to after the call.
+ * @len: how much, in bytes.
+ * @err: why not.
+ *
+ * Writes count in the order in which they are handed over.  For a receiver that holds nothing all of
+ * the disk has to be in the first epoch.
+ *
+ * Return: 0 or a negative errno.
+ */
+int kc_epoch_disk(struct kc_sink *sink, uint32_t disk, uint64_t offset, const void *data,
+		  size_t len, struct kc_err *err);
+
+/**
  * kc_epoch_state() - hand over the device state; once in each epoch
  * @sink: with an open epoch.
  * @buf: the state, opaque.
@@ -353,6 +387,9 @@ uint64_t kc_sink_heard_us(const struct kc_sink *sink);
 
 /* After how long a silence it takes over, in milliseconds; 0 for never. */
 unsigned int kc_sink_takeover_ms(const struct kc_sink *sink);
+
+/* How long its fence may take then, in milliseconds; 0 if it has none. */
+unsigned int kc_sink_fence_ms(const struct kc_sink *sink);
 
 /**
  * kc_sink_note() - tell a standby why there are no epochs for now

@@ -258,6 +258,8 @@ static void usage(FILE *f)
 		"  --listen HOST:PORT    where primaries connect to\n"
 		"  --ram-dir DIR         where the guest's RAM and state are held, best in a tmpfs\n"
 		"                        (default /dev/shm/kvm-checkpoint)\n"
+		"  --disk PATH           image of a disk of the guest, raw or a block device, for {diskN}\n"
+		"                        in QEMU's command; once for each disk, in their order\n"
 		"  --durable             force each epoch to the disk of --ram-dir\n"
 		"  --timeout TIME        fail over if the primary is silent for so long (default 5s,\n"
 		"                        0: only when told to)\n"
@@ -281,7 +283,8 @@ static void usage(FILE *f)
 		"  --json                messages as JSON\n"
 		"\n"
 		"In QEMU's command are replaced: {ramN} or {ram:NAME} by the path of a block of RAM,\n"
-		"{sizeN} by its size, {state} by that of the device state, {epoch} by its number.\n"
+		"{sizeN} by its size, {diskN} by the path of an image, {state} by that of the device\n"
+		"state, {epoch} by its number.\n"
 		"Without a command, prints these and ends.\n");
 }
 
@@ -314,6 +317,7 @@ static int parse(struct standby *sb, int argc, char **argv)
 		{ "listen", 1, NULL, 'l' },
 		{ "ram-dir", 1, NULL, 'r' },
 		{ "durable", 0, NULL, 'd' },
+		{ "disk", 1, NULL, 'D' },
 		{ "timeout", 1, NULL, 't' },
 		{ "failover-after-restart", 1, NULL, 'a' },
 		{ "fence", 1, NULL, 'f' },
@@ -350,6 +354,11 @@ static int parse(struct standby *sb, int argc, char **argv)
 			break;
 		case 'd':
 			sb->durable = true;
+			break;
+		case 'D':
+			ok = sb->nr_disks < KC_MAX_DISKS && *optarg;
+			if (ok)
+				sb->disks[sb->nr_disks++] = optarg;
 			break;
 		case 't':
 			ok = !kc_parse_ms(optarg, &sb->timeout_ms);
@@ -513,6 +522,10 @@ int cmd_standby(int argc, char **argv)
 	if (kc_ram_flags(sb.ram) & KC_RAM_TAKEN_OVER) {
 		kc_log(KC_LOG_ERROR, "the guest in %s was taken over, its files are no checkpoint any more: when it needs them no more, remove %s",
 		       sb.ram_dir, sb.ram_dir);
+		goto out;
+	}
+	if (kc_ram_set_disks(sb.ram, sb.disks, sb.nr_disks, &err)) {
+		kc_log(KC_LOG_ERROR, "%s", err.text);
 		goto out;
 	}
 	kc_ready_init(&sb);

@@ -48,6 +48,8 @@ struct standby {
 	bool no_fence, bare;
 	char **exec;
 	char *capabilities[8];
+	const char *disks[KC_MAX_DISKS];
+	unsigned int nr_disks;
 
 	struct kc_ram *ram;
 	/*

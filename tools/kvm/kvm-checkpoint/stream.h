@@ -16,6 +16,8 @@
  *	DIGEST_REQ	any time: which digests it wants
  *	BEGIN		an epoch begins: number, number it builds upon, flags
  *	PAGE, ZERO	contents of a page; a run of zero pages
+ *	PART		less than a page of a disk; what of disks is whole pages are PAGEs and
+ *			ZEROs, of blocks from KC_DISK_BLOCK on
  *	STATE		length, checksum and flags of the device state; its contents are PAGEs and
  *			ZEROs of the block KC_STATE_BLOCK after it.  What they leave out is as in
  *			the epoch before, or zero if this is no increment
@@ -33,8 +35,7 @@
  * The checksum of an epoch is the XXH3-128 of all bytes, headers included, that the sender sent
  * from BEGIN (inclusive) to COMMIT (exclusive), so also of records that the receiver does not know.
  *
- * Types 0x40 to 0x4f are set aside for the replication of disks, 0x50 to 0x5f for the outgoing
- * packets that an epoch's acknowledgement releases.
+ * Types 0x40 to 0x4f are for the replication of disks.
  *
  * An epoch file is HELLO, then BEGIN to COMMIT of one epoch.
  */
@@ -46,7 +47,7 @@
 
 #include "sink.h"
 
-#define KC_VERSION	2
+#define KC_VERSION	3
 #define KC_REC_HDR	8u
 #define KC_REC_MAX	(64u << 10)
 #define KC_REC_OPTIONAL	1u
@@ -55,6 +56,7 @@
 enum kc_rec_type {
 	KC_HELLO = 1, KC_WELCOME, KC_ERROR, KC_HEARTBEAT, KC_END, KC_DIGEST_REQ, KC_DIGESTS, KC_NOTE,
 	KC_BEGIN = 0x10, KC_PAGE, KC_ZERO, KC_STATE, KC_COMMIT, KC_ABORT, KC_ACK,
+	KC_PART = 0x40,
 };
 
 /* Why a receiver refuses or gives up; a receiver may send others. */
@@ -81,7 +83,7 @@ struct kc_hello {
 struct kc_welcome {
 	uint16_t version;
 	bool has_ram, same_sender;	/* the last epoch came from the same instance */
-	uint32_t timeout_ms;
+	uint32_t timeout_ms, fence_ms;	/* of silence, then for the fence; 0: never, none */
 	uint64_t last_epoch;
 	uint8_t receiver[16];
 };
@@ -120,6 +122,16 @@ struct kc_state {
 	uint64_t xxh;
 };
 
+#define KC_PART_HDR	24u
+
+/* Less than a page of a disk */
+struct kc_part {
+	uint64_t page, xxh;
+	uint16_t block, offset;		/* in the page, in bytes */
+	uint32_t len;
+	const uint8_t *data;
+};
+
 struct kc_zero {
 	uint64_t page, npages;
 	uint16_t block;
@@ -147,6 +159,8 @@ size_t kc_put_error(uint8_t *out, uint32_t code, const char *text);
 size_t kc_put_begin(uint8_t *out, const struct kc_begin *b);
 /* Header of the record and of the page; p->len bytes of data have to follow. */
 size_t kc_put_page(uint8_t *out, const struct kc_page *p);
+/* Likewise */
+size_t kc_put_part(uint8_t *out, const struct kc_part *p);
 size_t kc_put_zero(uint8_t *out, const struct kc_zero *z);
 size_t kc_put_state(uint8_t *out, const struct kc_state *s);
 size_t kc_put_commit(uint8_t *out, const struct kc_commit *c);
@@ -163,6 +177,7 @@ void kc_get_note(const struct kc_rec *rec, char *text, size_t size);
 int kc_get_error(const struct kc_rec *rec, uint32_t *code, char *text, size_t size);
 int kc_get_begin(const struct kc_rec *rec, struct kc_begin *b, struct kc_err *err);
 int kc_get_page(const struct kc_rec *rec, struct kc_page *p, struct kc_err *err);
+int kc_get_part(const struct kc_rec *rec, struct kc_part *p, struct kc_err *err);
 int kc_get_zero(const struct kc_rec *rec, struct kc_zero *z, struct kc_err *err);
 int kc_get_state(const struct kc_rec *rec, struct kc_state *s, struct kc_err *err);
 int kc_get_commit(const struct kc_rec *rec, struct kc_commit *c, struct kc_err *err);
@@ -184,6 +199,8 @@ void kc_guest_free(struct kc_guest *guest);
 /* 0 if epochs of @b fit to those of @a, -EEXIST and what differs if not. */
 int kc_guest_same(const struct kc_guest *a, const struct kc_guest *b, struct kc_err *err);
 uint64_t kc_guest_pages(const struct kc_guest *guest);
+/* Of a block or a disk, 0 if there is none of this number */
+uint64_t kc_guest_block_pages(const struct kc_guest *guest, uint32_t block);
 void kc_uuid_text(const uint8_t uuid[16], char out[37]);
 
 /*
@@ -218,7 +235,7 @@ void kc_packer_free(struct kc_packer *pk);
  */
 bool kc_pack(struct kc_packer *pk, uint64_t epoch, struct kc_page *p, const void *data);
 
-/* The page is zero now, which kc_pack() was not asked about. */
+/* The page is zero now, or some of it was changed, which kc_pack() was not asked about. */
 void kc_pack_zero(struct kc_packer *pk, uint16_t block, uint64_t page);
 
 /* What was packed for @epoch (0: ever) is not what the receiver holds. */
@@ -268,6 +285,8 @@ struct kc_rx_ops {
 	const struct kc_devices *(*base_state)(void *ctx);
 	int (*page)(void *ctx, uint16_t block, uint64_t page, const void *data, struct kc_err *err);
 	int (*zero)(void *ctx, uint16_t block, uint64_t page, uint64_t n, struct kc_err *err);
+	/* Some bytes of a page of a disk; NULL for who knows no disks. */
+	int (*part)(void *ctx, const struct kc_part *part, struct kc_err *err);
 	/* All is there and verified: keep it, for good. */
 	int (*commit)(void *ctx, uint64_t nr, const struct kc_devices *state, struct kc_err *err);
 	void (*abort)(void *ctx);

@@ -27,7 +27,7 @@ void kc_free_launch(struct kc_launch *l)
 int kc_make_launch(struct standby *sb, const struct kc_guest *g, struct kc_launch *l,
 		   struct kc_err *err)
 {
-	uint32_t i;
+	uint32_t i, d;
 
 	*l = (struct kc_launch){
 		.argv = sb->exec, .bare = sb->bare, .capabilities = sb->capabilities, .guest = g,
@@ -41,6 +41,8 @@ int kc_make_launch(struct standby *sb, const struct kc_guest *g, struct kc_launc
 		if (!l->ram[i])
 			break;
 	}
+	for (d = 0; d < KC_MAX_DISKS; d++)
+		l->disks[d] = kc_ram_disk_path(sb->ram, d);
 	if (l->ram && l->state && i == g->nr_blocks)
 		return 0;
 	kc_free_launch(l);
@@ -118,9 +120,16 @@ int kc_take_over(struct standby *sb, const char *reason, pid_t *pid, struct kc_e
 		kc_log(KC_LOG_INFO, "the fence says that the primary is dead");
 	}
 	fenced = kc_now_us();
+	/* QEMU takes the images over */
+	kc_ram_close_disks(sb->ram);
 	rc = sb->exec ? start_guest(sb, pid, err) : taken_over(sb, err);
-	if (rc < 0)
+	if (rc < 0) {
+		struct kc_err why;
+
+		if (kc_ram_open_disks(sb->ram, &why))
+			kc_log(KC_LOG_ERROR, "%s", why.text);
 		return rc;
+	}
 	if (rc)
 		kc_log(KC_LOG_ERROR, "%s: see QEMU's other monitors what it needs", err->text);
 	kc_log(KC_LOG_WARN,
@@ -147,6 +156,9 @@ void kc_print_checkpoint(struct standby *sb)
 		       p ? p : "");
 		free(p);
 	}
+	for (i = 0; i < g->nr_disks; i++)
+		printf("disk %s %" PRIu64 " %s\n", g->disks[i].name,
+		       g->disks[i].npages * KC_PAGE_SIZE, kc_ram_disk_path(sb->ram, i));
 	p = kc_ram_state_path(sb->ram);
 	printf("state %s\n", p ? p : "");
 	free(p);

@@ -201,7 +201,7 @@ static int tcp_poll(struct kc_sink *s, struct kc_err *err)
 static int tcp_digests(struct kc_sink *s, uint32_t block, uint64_t first, uint32_t n, uint8_t *out,
 		       struct kc_err *err)
 {
-	uint64_t left = s->guest.blocks[block].npages - first - n;
+	uint64_t left = kc_guest_block_pages(&s->guest, block) - first - n;
 	uint32_t next_n = left < KC_DIGESTS_CHUNK ? left : KC_DIGESTS_CHUNK;
 	int rc;
 
@@ -339,6 +339,7 @@ int kc_tcp_open(struct kc_sink *s, const char *hostport, struct kc_err *err)
 	s->last_epoch = w.last_epoch;
 	s->has_ram = w.has_ram;
 	s->takeover_ms = w.timeout_ms;
+	s->fence_ms = w.fence_ms;
 	s->same_sender = w.same_sender;
 	memcpy(s->receiver, w.receiver, sizeof(s->receiver));
 	s->heartbeat_ms = w.timeout_ms ? (w.timeout_ms + 3) / 4 : 1000;

@@ -67,8 +67,8 @@ size_t kc_put_hello(uint8_t *out, const struct kc_guest *guest, const uint8_t in
 	uint32_t i;
 
 	/* KC_MAX_BLOCKS names of KC_NAME_SIZE fit. */
-	_Static_assert(KC_MAX_BLOCKS * (KC_NAME_SIZE + 10) + KC_HARDWARE_SIZE + 512 < KC_REC_MAX,
-		       "");
+	_Static_assert((KC_MAX_BLOCKS + KC_MAX_DISKS) * (KC_NAME_SIZE + 10) + KC_HARDWARE_SIZE +
+			       512 < KC_REC_MAX, "");
 	p = put_bytes(p, magic, sizeof(magic));
 	p = put16(p, KC_VERSION);
 	p = put16(p, KC_VERSION);
@@ -85,6 +85,11 @@ size_t kc_put_hello(uint8_t *out, const struct kc_guest *guest, const uint8_t in
 		p = put64(p, guest->blocks[i].npages);
 		p = put_string(p, guest->blocks[i].name);
 	}
+	p = put32(p, guest->nr_disks);
+	for (i = 0; i < guest->nr_disks; i++) {
+		p = put64(p, guest->disks[i].npages);
+		p = put_string(p, guest->disks[i].name);
+	}
 	return finish(out, KC_HELLO, p);
 }
 
@@ -94,7 +99,7 @@ size_t kc_put_welcome(uint8_t *out, const struct kc_welcome *w)
 
 	p = put16(p, w->version);
 	p = put16(p, w->has_ram | w->same_sender << 1);
-	p = put32(p, w->timeout_ms);
+	p = put32(put32(p, w->timeout_ms), w->fence_ms);
 	p = put64(p, w->last_epoch);
 	p = put_bytes(p, w->receiver, sizeof(w->receiver));
 	return finish(out, KC_WELCOME, p);
@@ -133,6 +138,14 @@ size_t kc_put_page(uint8_t *out, const struct kc_page *g)
 	*p++ = 0;
 	p = put32(p, 0);
 	return p - out;
+}
+
+size_t kc_put_part(uint8_t *out, const struct kc_part *g)
+{
+	uint8_t *p = out + kc_put_rec(out, KC_PART, 0, KC_PART_HDR + g->len);
+
+	p = put16(put16(put64(put64(p, g->page), g->xxh), g->block), g->offset);
+	return put32(p, 0) - out;
 }
 
 size_t kc_put_zero(uint8_t *out, const struct kc_zero *z)
@@ -348,6 +361,20 @@ int kc_get_hello(const struct kc_rec *rec, struct kc_hello *h, struct kc_err *er
 		g->blocks[i].npages = get64(&in);
 		get_string(&in, g->blocks[i].name, sizeof(g->blocks[i].name));
 	}
+	g->nr_disks = get32(&in);
+	if (g->nr_disks > KC_MAX_DISKS) {
+		in.bad = true;
+		g->nr_disks = 0;
+	}
+	g->disks = g->nr_disks ? calloc(g->nr_disks, sizeof(*g->disks)) : NULL;
+	if (g->nr_disks && !g->disks) {
+		kc_guest_free(g);
+		return kc_fail(err, ENOMEM, "out of memory");
+	}
+	for (i = 0; i < g->nr_disks; i++) {
+		g->disks[i].npages = get64(&in);
+		get_string(&in, g->disks[i].name, sizeof(g->disks[i].name));
+	}
 	rc = done(&in, "hello", err);
 	if (!rc)
 		rc = kc_guest_check(g, err);
@@ -366,6 +393,7 @@ int kc_get_welcome(const struct kc_rec *rec, struct kc_welcome *w, struct kc_err
 	w->has_ram = flags & 1;
 	w->same_sender = flags & 2;
 	w->timeout_ms = get32(&in);
+	w->fence_ms = get32(&in);
 	w->last_epoch = get64(&in);
 	get_copy(&in, w->receiver, sizeof(w->receiver));
 	if (flags & ~3)
@@ -433,6 +461,23 @@ int kc_get_page(const struct kc_rec *rec, struct kc_page *p, struct kc_err *err)
 			in.bad = true;
 	}
 	return done(&in, "page", err);
+}
+
+int kc_get_part(const struct kc_rec *rec, struct kc_part *p, struct kc_err *err)
+{
+	struct in in = in_rec(rec);
+
+	p->page = get64(&in);
+	p->xxh = get64(&in);
+	p->block = get16(&in);
+	p->offset = get16(&in);
+	get_reserved(&in, 4);
+	p->len = in.left;
+	p->data = get_bytes(&in, in.left);
+	if (p->block < KC_DISK_BLOCK || p->block == KC_STATE_BLOCK || !p->len ||
+	    p->offset >= KC_PAGE_SIZE || p->len > KC_PAGE_SIZE - p->offset)
+		in.bad = true;
+	return done(&in, "part", err);
 }
 
 int kc_get_zero(const struct kc_rec *rec, struct kc_zero *z, struct kc_err *err)

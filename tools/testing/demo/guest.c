@@ -27,7 +27,7 @@
  *		   what the first one has, is read by now: "broken begun", "broken ok", "broken bad"
  *
  * usage: kernel parameters demo.work= and demo.still= (MiB), demo.rate= (pages
- * written in a second by each thread)
+ * written in a second by each thread), demo.ledger=1 (a database on a third disk, see ledger.h)
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -50,6 +50,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "ledger.h"
 #include "pattern.h"
 
 #define WRITERS		3
@@ -405,6 +406,13 @@ int main(void)
 	}
 	if (holder.disk >= 0 && pthread_create(&thread, NULL, holder_thread, NULL))
 		die("pthread_create");
+
+	if (param("demo.ledger=", 0)) {
+		const char *failed = ledger_start();
+
+		if (failed)
+			die("%s", failed);
+	}
 
 	fprintf(ctl, "ready\n");
 	while (fgets(line, sizeof(line), in)) {

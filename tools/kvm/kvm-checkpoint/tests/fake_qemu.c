@@ -23,6 +23,7 @@ struct qemu qemu = {
 	},
 	.disks = "[]",
 	.devices = "[]",
+	.cards = "[]",
 	.uuid = "550e8400-e29b-41d4-a716-446655440000",
 	.name = "sham",
 };
@@ -61,6 +62,8 @@ void guest_writes(struct qemu *q, unsigned int n)
 		struct block *b = &q->blocks[below(8) ? 0 : 2];
 
 		write_page(b, below(b->npages));
+		if (!below(10))
+			disk_writes(q);
 	}
 }
 
@@ -166,7 +169,7 @@ void answer(struct qemu *q, const char *fmt, ...)
 	say(q, "}\r\n");
 }
 
-static void refuse(struct qemu *q, const char *why)
+void refuse(struct qemu *q, const char *why)
 {
 	say(q, "{\"error\": {\"class\": \"GenericError\", \"desc\": \"");
 	say(q, why);
@@ -179,6 +182,16 @@ void send_event(struct qemu *q, const char *name)
 
 	snprintf(text, sizeof(text),
 		 "{\"timestamp\": {\"seconds\": 1, \"microseconds\": 2}, \"event\": \"%s\"}\r\n",
+		 name);
+	say(q, text);
+}
+
+void send_job_event(struct qemu *q, const char *name)
+{
+	char text[200];
+
+	snprintf(text, sizeof(text),
+		 "{\"timestamp\": {\"seconds\": 1, \"microseconds\": 2}, \"event\": \"%s\", \"data\": {\"device\": \"kvm-checkpoint-0\"}}\r\n",
 		 name);
 	say(q, text);
 }
@@ -305,6 +318,10 @@ static struct snap *take_snap(struct qemu *q)
 			memcpy(s->ram[i], q->blocks[i].ram, size);
 		}
 	}
+	if (q->disk.data) {
+		s->disk = malloc(q->disk.npages * KC_PAGE_SIZE);
+		memcpy(s->disk, q->disk.data, q->disk.npages * KC_PAGE_SIZE);
+	}
 	s->state_len = 1000 + below(STATE_ROOM);
 	s->state = malloc(s->state_len);
 	for (i = 0; i < s->state_len; i++)
@@ -350,6 +367,7 @@ static void save(struct qemu *q, struct told *told)
 
 	write_buffer(q, s->state, s->state_len, 0);
 	told->state_size = s->state_len;
+	told->packets = q->holds ? ++q->packets : 0;
 }
 
 /* Where the runs of pages begin, and how many they are */
@@ -381,8 +399,8 @@ static void do_collect(struct qemu *q, bool state)
 		guest_writes(q, 20);
 	answer(q,
 	       "{\"generation\": %" PRIu64 ", \"state-size\": %" PRIu64 ", \"offset\": %" PRIu64
-	       ", \"runs\": %" PRIu64 ", \"collect-us\": 3}",
-	       told.generation, told.state_size, told.offset, told.runs);
+	       ", \"runs\": %" PRIu64 ", \"collect-us\": 3, \"packets\": %" PRIu64 "}",
+	       told.generation, told.state_size, told.offset, told.runs, told.packets);
 }
 
 static void resume(struct qemu *q)
@@ -493,6 +511,36 @@ static void do_take(struct qemu *q, unsigned int limit_ms)
 	       q->spoilt_by ? "false" : "true", more);
 }
 
+static void do_hold(struct qemu *q, unsigned int limit_ms)
+{
+	if (q->not_held) {
+		refuse(q, q->not_held);
+		return;
+	}
+	q->holds = strcmp(q->cards, "[]");
+	q->limit_ms = limit_ms;
+	q->holds_begun++;
+	answer(q, "{\"cards\": %s}", q->cards);
+}
+
+static void do_release(struct qemu *q, struct json_object *args)
+{
+	struct json_object *o;
+	bool drop = json_object_object_get_ex(args, "drop", &o) && json_object_get_boolean(o);
+
+	if (json_object_object_get_ex(args, "packets", &o)) {
+		CHECK(json_object_get_uint64(o) > q->released && !drop,
+		      "releases %" PRIu64 " after %" PRIu64, json_object_get_uint64(o), q->released);
+		q->released = json_object_get_uint64(o);
+		CHECK(q->released <= q->packets, "releases what is in no state");
+	} else {
+		q->holds = false;
+		q->released_all += !drop;
+		q->dropped_all += drop;
+	}
+	answer(q, "{\"held\": 0, \"bytes\": 0, \"dropped\": 0}");
+}
+
 static void do_lease(struct qemu *q, struct json_object *args, const char *name)
 {
 	struct json_object *o;
@@ -567,6 +615,11 @@ static void obey(struct qemu *q, const char *command, struct json_object *args)
 	else if (!strcmp(command, TAKE))
 		do_take(q, json_object_object_get_ex(args, "limit-ms", &o) ?
 			   json_object_get_int(o) : 0);
+	else if (!strcmp(command, HOLD))
+		do_hold(q, json_object_object_get_ex(args, "limit-ms", &o) ?
+			   json_object_get_int(o) : 0);
+	else if (!strcmp(command, RELEASE))
+		do_release(q, args);
 	else if (!strcmp(command, "getfd"))
 		do_getfd(q, json_object_object_get_ex(args, "fdname", &o) ?
 			    json_object_get_string(o) : "");
@@ -595,7 +648,7 @@ static void obey(struct qemu *q, const char *command, struct json_object *args)
 			       json_object_get_string(o) : "");
 	else if (!strcmp(command, "query-cpus-fast"))
 		answer(q, "[{\"cpu-index\": 0}, {\"cpu-index\": 1}]");
-	else
+	else if (!disk_obeys(q, command, args))
 		FAIL("QEMU is asked for %s", command);
 }
 
@@ -637,7 +690,7 @@ static void execute(struct qemu *q, struct json_object *o)
 		if (!strcmp(command, STOP) || (!strcmp(command, TAKE) && q->takes))
 			do_lease(q, args, "lease-us");
 		CHECK(strncmp(command, "x-", 2) || q->attached || !strcmp(command, ATTACH) ||
-		      !strcmp(command, LEASE),
+		      !strcmp(command, LEASE) || !strcmp(command, RELEASE),
 		      "%s before it is attached", command);
 		obey(q, command, args);
 	}
@@ -705,6 +758,7 @@ void step(struct qemu *q, int ms)
 	char byte;
 
 	look_at_the_clock(q);
+	disk_copies(q);
 	if (poll(p, 3, ms) <= 0) {
 		if (q->running)
 			guest_writes(q, 2);

@@ -23,6 +23,8 @@
 #define CONT	"x-checkpoint-cont"
 #define LEASE	"x-checkpoint-lease"
 #define TAKE	"x-checkpoint-take"
+#define HOLD	"x-checkpoint-hold"
+#define RELEASE	"x-checkpoint-release"
 
 struct block {
 	const char *name;
@@ -35,7 +37,7 @@ struct block {
 
 /* The guest when its state was saved; the state begins with the index */
 struct snap {
-	uint8_t *ram[NR_BLOCKS], *state;
+	uint8_t *ram[NR_BLOCKS], *state, *disk;
 	size_t state_len;
 	bool torn, stopped;
 };
@@ -50,10 +52,19 @@ enum tear { WHOLE, RESUMED, SCRIBBLED };
 
 /* As x-checkpoint-take tells its client */
 struct told {
-	uint64_t what, generation, state_size, offset, runs, collect_us;
+	uint64_t what, generation, state_size, offset, runs, collect_us, packets;
 };
 
 enum { TOLD_STOPPED = 1, TOLD_SAVED };
+
+/* A disk, and the job that mirrors it */
+struct fake_disk {
+	uint64_t npages, copied;
+	uint8_t *data;			/* NULL: there is none */
+	int fd;
+	bool node, job, ready, paused;
+	unsigned int begun, errors;
+};
 
 extern struct qemu {
 	struct block blocks[NR_BLOCKS];
@@ -95,6 +106,16 @@ extern struct qemu {
 	bool takes;
 	bool (*tells)(struct qemu *q, struct told *told);
 	unsigned int nr_taken;
+
+	struct fake_disk disk;
+
+	/* Network cards, a list; why one's packets cannot be held, or NULL */
+	const char *cards, *not_held;
+	bool holds;
+	unsigned int limit_ms, holds_begun;
+	/* Of the last state; up to which was released, if not all; how often all was, and dropped */
+	uint64_t packets, released;
+	unsigned int released_all, dropped_all;
 	pid_t client;
 } qemu;
 
@@ -102,6 +123,21 @@ extern struct qemu {
 extern const char silent[], dead[];
 
 void start_qemu(struct qemu *q);
+/* Before that: it has a disk */
+void start_disk(struct qemu *q, uint64_t npages);
+void disk_writes(struct qemu *q);
+void disk_copies(struct qemu *q);
+bool disk_obeys(struct qemu *q, const char *command, struct json_object *args);
+/* Somebody cancels it */
+void end_job(struct qemu *q);
+void send_job_event(struct qemu *q, const char *name);
+void refuse(struct qemu *q, const char *why);
+
+/* A client of NBD */
+int nbd_connect_to(const char *path);
+bool nbd_negotiate(int fd, const char *export);
+int nbd_request(int fd, unsigned int type, uint64_t offset, uint32_t len, const void *data);
+
 /* What comes within some milliseconds; a running guest writes meanwhile */
 void step(struct qemu *q, int ms);
 

@@ -45,6 +45,38 @@ void test_switchover_late(void);
 void test_switchover_unknown(void);
 void test_switchover_directory(void);
 
+/* protect_net.c */
+void test_net(void);
+void test_net_take(void);
+void test_net_blip(void);
+void test_net_limit(void);
+void test_net_lease(void);
+void test_net_no_epochs(void);
+void test_net_reopened(void);
+void test_net_detached(void);
+void test_net_shutdown_untold(void);
+void test_net_taken_over(void);
+void test_net_switchover(void);
+void test_net_pass(void);
+void test_net_directory(void);
+void test_net_refused(void);
+void test_net_usage(void);
+
+/* protect_disk.c */
+void test_disk(void);
+void test_disk_take(void);
+void test_disk_blip(void);
+void test_disk_killed(void);
+void test_disk_job_ends(void);
+void test_disk_fails(void);
+void test_disk_switchover(void);
+void test_disk_full(void);
+void test_disk_refused(void);
+void test_disk_images(void);
+void test_disk_locked(void);
+void test_disk_garbage(void);
+void test_disk_usage(void);
+
 /* protect_pairs.c */
 void test_pairs(void);
 

@@ -133,6 +133,21 @@ unsigned int which_snap(const char *where, const char *state, bool stopped)
 	return nr;
 }
 
+void check_image(const char *path, unsigned int snap)
+{
+	uint64_t page;
+	uint8_t *buf;
+	size_t len;
+
+	read_all(path, &buf, &len);
+	CHECK(len == qemu.disk.npages * KC_PAGE_SIZE, "%s has %zu bytes", path, len);
+	for (page = 0; page < qemu.disk.npages; page++)
+		CHECK(!memcmp(buf + page * KC_PAGE_SIZE,
+			      qemu.snaps[snap].disk + page * KC_PAGE_SIZE, KC_PAGE_SIZE),
+		      "page %" PRIu64 " of the disk is not that of epoch %u", page, snap);
+	free(buf);
+}
+
 unsigned int snap_of_standby(const char *ram_dir)
 {
 	char name[32];

@@ -37,6 +37,8 @@ const char *fence(void);
 /* The files hold a guest as it was when it was whole; which of these */
 unsigned int which_snap(const char *where, const char *state, bool stopped);
 unsigned int snap_of_standby(const char *ram_dir);
+/* The disk as it was at that epoch */
+void check_image(const char *path, unsigned int snap);
 /* All epochs in the directory; how many, and the last one's snap in @last */
 unsigned int check_store(unsigned int *last);
 

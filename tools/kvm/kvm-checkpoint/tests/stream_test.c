@@ -80,7 +80,7 @@ static void test_records(void)
 	static uint8_t buf[KC_REC_HDR + KC_REC_MAX + 1];
 	const struct kc_page page = { .page = 77, .block = 1, .len = 100, .enc = KC_ENC_LZ4 };
 	const struct kc_digest_req req = { .first = 5, .n = 3, .block = 1 };
-	const struct kc_welcome welcome = { 1, true, true, 5, 6, { 7 } };
+	const struct kc_welcome welcome = { 1, true, true, 5, 8, 6, { 7 } };
 	uint8_t id[16] = { 1 };
 	struct kc_rec rec;
 	size_t n[16], i, len;

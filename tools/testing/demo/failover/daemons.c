@@ -59,6 +59,13 @@ pid_t start_standby(struct pair *x)
 	arg(&a, "/tmp/standby-%u.ctl", x->gen);
 	a.v[a.n++] = "--ram-dir";
 	arg(&a, "/dev/shm/standby-%u", x->gen);
+	if (guest_has_ledger) {
+		char path[64];
+
+		ledger_image(x->gen, path);
+		a.v[a.n++] = "--disk";
+		arg(&a, "%s", path);
+	}
 	a.v[a.n++] = "--";
 	args_of_qemu(&a, x->gen, "{ram0}");
 	a.v[a.n] = NULL;
@@ -233,7 +240,11 @@ void start_protect(struct protect *p, struct vm *vm, struct pair *x, const char 
 	a.v[a.n++] = "--qemu-timeout";
 	a.v[a.n++] = "300s";
 	a.v[a.n++] = "--disk";
-	a.v[a.n++] = "external";
+	a.v[a.n++] = guest_has_ledger ? "node=virtio2" : "external";
+	if (net_option) {
+		a.v[a.n++] = "--net";
+		a.v[a.n++] = (char *)net_option;
+	}
 	if (x->leaves) {
 		a.v[a.n++] = "--control";
 		arg(&a, "/tmp/protect-%u.ctl", x->gen);
@@ -413,8 +424,12 @@ void end(struct pair *x)
 
 void moved(struct pair *x, struct vm *next)
 {
+	char image[64];
+
 	leave(&vm);
 	remove_ram(vm.ram);
+	ledger_image(vm.gen, image);
+	unlink(image);
 	kill_now(&standby, true);
 	standby = x->standby;
 	x->standby = 0;

@@ -35,6 +35,9 @@ extern bool tls;
 extern const char *guest_cpus;
 extern unsigned int guest_rate;
 extern bool guest_has_net;
+/* It has a database on a disk of its own, and clients; what is said of its network, NULL for nothing */
+extern bool guest_has_ledger;
+extern const char *net_option;
 extern const char *old_qemu, *old_checkpoint;
 extern const char *max_dirty;	/* argument of --max-dirty, or NULL */
 extern const char *chain;	/* directory for epochs, or NULL to send them to a standby */
@@ -229,6 +232,17 @@ void trace_know(struct vm *vm, pid_t protect, pid_t standby);
 /* Adds up, for the pauses of epochs @from to @to of the log, or all of them; microseconds */
 void trace_end(uint64_t from, uint64_t to, bool pauses, uint64_t us[NR_WHO]);
 
+/* --- ledger.c ------------------------------------------------------------- */
+
+/* For a QEMU of this generation: its network, and the image of its disk */
+void ledger_tap(unsigned int gen);
+void ledger_image(unsigned int gen, char path[64]);
+
+/* --- kills.c -------------------------------------------------------------- */
+
+/* One more kill of vm, with its daemon or alone; vm is the guest at the standby then */
+bool kill_guest(bool with_daemon);
+
 /* --- tests ---------------------------------------------------------------- */
 
 extern struct vm vm;
@@ -255,6 +269,7 @@ bool test_boot(unsigned int n);
 bool test_links(unsigned int n);
 bool test_early(unsigned int n);
 bool test_measure(unsigned int n);
+bool test_ledger(unsigned int n);
 bool test_switches(unsigned int n);
 bool test_copies(unsigned int n);
 bool test_faults(unsigned int n);

@@ -119,6 +119,11 @@ static bool kill_one(enum victim victim)
 	return true;
 }
 
+bool kill_guest(bool with_daemon)
+{
+	return kill_one(with_daemon ? HOST : QEMU);
+}
+
 bool test_paused(unsigned int times)
 {
 	while (times--) {

@@ -35,7 +35,8 @@ const char *accel = "kvm,dirty-slot-ring-size=512";
 bool tls;
 const char *guest_cpus = "2";
 unsigned int guest_rate = 400;
-bool guest_has_net;
+bool guest_has_net, guest_has_ledger;
+const char *net_option;
 const char *old_qemu, *old_checkpoint;
 const char *max_dirty, *chain;
 uint64_t started, seed;
@@ -90,6 +91,7 @@ static const struct test {
 	{ "switches", test_switches, false },
 	{ "copies", test_copies, false },
 	{ "faults", test_faults, false },
+	{ "ledger", test_ledger, true },
 };
 
 /* The -accel of the guest that is there, NULL if there is none */

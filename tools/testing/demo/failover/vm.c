@@ -150,8 +150,20 @@ void args_of_qemu(struct args *a, unsigned int gen, const char *ram)
 	for (i = 0; i < ARRAY_SIZE(fixed); i++)
 		a->v[a->n++] = (char *)fixed[i];
 	a->v[a->n++] = "-append";
-	arg(a, "console=ttyS0 quiet panic=-1 tsc=reliable no_timer_check rcupdate.rcu_expedited=1 demo.work=8 demo.still=8 demo.rate=%u",
-	    guest_rate);
+	arg(a, "console=ttyS0 quiet panic=-1 tsc=reliable no_timer_check rcupdate.rcu_expedited=1 demo.work=8 demo.still=8 demo.rate=%u demo.ledger=%d",
+	    guest_rate, guest_has_ledger);
+	if (guest_has_ledger) {
+		char path[64];
+
+		ledger_tap(gen);
+		ledger_image(gen, path);
+		a->v[a->n++] = "-drive";
+		arg(a, "if=virtio,format=raw,file=%s", *ram == '{' ? "{disk0}" : path);
+		a->v[a->n++] = "-netdev";
+		arg(a, "tap,id=net0,ifname=tap%u,script=no,downscript=no,vhost=off", gen);
+		a->v[a->n++] = "-device";
+		a->v[a->n++] = "virtio-net-pci,netdev=net0,romfile=,mac=52:54:00:99:00:02";
+	}
 	if (guest_has_net) {
 		a->v[a->n++] = "-netdev";
 		a->v[a->n++] = "hubport,id=net0,hubid=0";

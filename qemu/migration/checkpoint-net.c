@@ -1,0 +1,280 @@
+/*
+ * Checkpoints of a running guest: what it sends
+ *
+ * SPDX-License-Identifier: GPL-2.0-only
+ *
+ * Who has got a packet of the guest knows something of it.  A guest that goes on
+ * from a checkpoint must not know less.  So packets are held back until the client
+ * says that the checkpoint which has them sent is where it is safe.
+ *
+ * A packet has the number of the state that is saved next.  Between packets and
+ * states there is nothing else: both are the main loop's, and a guest that stands
+ * still sends nothing.
+ *
+ * The client may die, and a packet must not be held for ever.  But as long as
+ * somebody may go on with the guest who does not know of it, it must not leave:
+ * the client has said how long that is.  With a lease that is over the guest
+ * stands still, for the same reason, and its packets stay as well.
+ */
+
+#include "qemu/osdep.h"
+#include "qemu/error-report.h"
+#include "qemu/iov.h"
+#include "qemu/timer.h"
+#include "qemu/units.h"
+#include "qapi/error.h"
+#include "qapi/qapi-commands-migration.h"
+#include "migration/misc.h"
+#include "net/filter.h"
+#include "net/net.h"
+#include "checkpoint.h"
+
+/* Of all cards together: a guest that sends more loses some, as with any queue */
+#define MAX_BYTES   (256 * MiB)
+
+#define TYPE_CHECKPOINT_FILTER "checkpoint-filter"
+
+OBJECT_DECLARE_SIMPLE_TYPE(CheckpointFilter, CHECKPOINT_FILTER)
+
+typedef struct Packet {
+    QSIMPLEQ_ENTRY(Packet) next;
+    uint64_t nr;                /* of the first state that has it sent */
+    unsigned flags;
+    size_t size;
+    uint8_t data[];
+} Packet;
+
+struct CheckpointFilter {
+    NetFilterState parent_obj;
+
+    QLIST_ENTRY(CheckpointFilter) next;
+    QSIMPLEQ_HEAD(, Packet) packets;
+};
+
+static struct {
+    QLIST_HEAD(, CheckpointFilter) filters;
+    bool wanted;                /* From the next state on */
+    bool holds;
+    uint64_t nr;                /* Of the state that is saved next */
+    uint32_t limit_ms;          /* When the client is gone */
+    QEMUTimer *limit;
+    CheckpointPackets stats;
+} net = { .nr = 1 };
+
+static void forget(CheckpointFilter *f, Packet *p)
+{
+    QSIMPLEQ_REMOVE_HEAD(&f->packets, next);
+    net.stats.held--;
+    net.stats.bytes -= p->size;
+    g_free(p);
+}
+
+/* Those that are sent in the state with this number.  Or they are dropped. */
+static void release(CheckpointFilter *f, uint64_t nr, bool drop)
+{
+    NetFilterState *nf = NETFILTER(f);
+    Packet *p;
+
+    while ((p = QSIMPLEQ_FIRST(&f->packets)) && p->nr <= nr) {
+        struct iovec iov = { p->data, p->size };
+
+        /* Its card may be gone meanwhile */
+        if (!drop && nf->netdev->peer) {
+            qemu_netfilter_pass_to_next(nf->netdev->peer, p->flags, &iov, 1,
+                                        nf);
+        }
+        net.stats.dropped += drop;
+        forget(f, p);
+    }
+}
+
+static void release_all(uint64_t nr, bool drop)
+{
+    CheckpointFilter *f;
+
+    QLIST_FOREACH(f, &net.filters, next) {
+        release(f, nr, drop);
+    }
+}
+
+static void end_holding(bool drop)
+{
+    net.wanted = false;
+    net.holds = false;
+    if (net.limit) {
+        timer_del(net.limit);
+    }
+    release_all(UINT64_MAX, drop);
+}
+
+static ssize_t receive(NetFilterState *nf, NetClientState *sender,
+                       unsigned flags, const struct iovec *iov, int iovcnt,
+                       NetPacketSent *sent_cb)
+{
+    CheckpointFilter *f = CHECKPOINT_FILTER(nf);
+    size_t size = iov_size(iov, iovcnt);
+    Packet *p;
+
+    if (!net.holds) {
+        return 0;
+    }
+    if (size > MAX_BYTES - net.stats.bytes) {
+        net.stats.dropped++;
+        return size;
+    }
+    p = g_malloc(sizeof(*p) + size);
+    p->nr = net.nr;
+    p->flags = flags;
+    p->size = size;
+    iov_to_buf(iov, iovcnt, 0, p->data, size);
+    QSIMPLEQ_INSERT_TAIL(&f->packets, p, next);
+    net.stats.held++;
+    net.stats.bytes += size;
+    return size;
+}
+
+static void setup(NetFilterState *nf, Error **errp)
+{
+    CheckpointFilter *f = CHECKPOINT_FILTER(nf);
+
+    QSIMPLEQ_INIT(&f->packets);
+    QLIST_INSERT_HEAD(&net.filters, f, next);
+}
+
+/* The back end goes: there is nowhere to send to */
+static void cleanup(NetFilterState *nf)
+{
+    CheckpointFilter *f = CHECKPOINT_FILTER(nf);
+
+    release(f, UINT64_MAX, true);
+    QLIST_REMOVE(f, next);
+}
+
+static void filter_class_init(ObjectClass *oc, void *data)
+{
+    NetFilterClass *nfc = NETFILTER_CLASS(oc);
+
+    nfc->setup = setup;
+    nfc->cleanup = cleanup;
+    nfc->receive_iov = receive;
+}
+
+static const TypeInfo filter_info = {
+    .name = TYPE_CHECKPOINT_FILTER,
+    .parent = TYPE_NETFILTER,
+    .class_init = filter_class_init,
+    .instance_size = sizeof(CheckpointFilter),
+};
+
+static void register_types(void)
+{
+    type_register_static(&filter_info);
+}
+
+type_init(register_types);
+
+/*
+ * Cards
+ */
+
+typedef struct Cards {
+    strList **tail;
+    Error *err;
+} Cards;
+
+static void hold_card(NICState *nic, void *opaque)
+{
+    NetClientState *peer = nic->conf->peers.ncs[0];
+    const char *card = qemu_get_queue(nic)->name;
+    Cards *cards = opaque;
+    CheckpointFilter *f;
+    Error *err = NULL;
+    char id[64];
+    static unsigned int nr;
+
+    if (!peer || cards->err) {
+        return;
+    }
+    QAPI_LIST_APPEND(cards->tail, g_strdup(card));
+    QLIST_FOREACH(f, &net.filters, next) {
+        if (NETFILTER(f)->netdev == peer) {
+            return;
+        }
+    }
+    /* The last one before the back end: others see packets when they are sent */
+    snprintf(id, sizeof(id), "checkpoint-filter%u", nr++);
+    object_new_with_props(TYPE_CHECKPOINT_FILTER, object_get_objects_root(), id,
+                          &err, "netdev", peer->name, "queue", "rx",
+                          "position", "head", NULL);
+    if (err) {
+        error_setg(&cards->err, "packets of network card %s (back end %s) "
+                   "cannot be held back: %s", card, peer->name,
+                   error_get_pretty(err));
+        error_free(err);
+    }
+}
+
+CheckpointCards *qmp_x_checkpoint_hold(uint32_t limit_ms, Error **errp)
+{
+    CheckpointCards *held = g_new0(CheckpointCards, 1);
+    Cards cards = { .tail = &held->cards };
+
+    qemu_foreach_nic(hold_card, &cards);
+    if (cards.err) {
+        qapi_free_CheckpointCards(held);
+        error_propagate(errp, cards.err);
+        return NULL;
+    }
+    if (net.limit) {
+        timer_del(net.limit);
+    }
+    net.wanted = held->cards;
+    net.limit_ms = limit_ms;
+    return held;
+}
+
+CheckpointPackets *qmp_x_checkpoint_release(bool has_packets, uint64_t packets,
+                                            bool has_drop, bool drop,
+                                            Error **errp)
+{
+    if (has_packets) {
+        release_all(packets, has_drop && drop);
+    } else {
+        end_holding(has_drop && drop);
+    }
+    return g_memdup2(&net.stats, sizeof(net.stats));
+}
+
+uint64_t checkpoint_packets_mark(void)
+{
+    if (!net.wanted) {
+        return 0;
+    }
+    net.holds = true;
+    return net.nr++;
+}
+
+/* Nobody has come who would know that it is safe */
+static void nobody_comes(void *opaque)
+{
+    if (checkpoint_lease_is_over()) {
+        timer_mod(net.limit,
+                  qemu_clock_get_ms(QEMU_CLOCK_REALTIME) + net.limit_ms);
+        return;
+    }
+    warn_report("checkpoint: the client has been gone for %u ms, packets of "
+                "the guest are not held back any more", net.limit_ms);
+    end_holding(false);
+}
+
+void checkpoint_packets_orphaned(void)
+{
+    if (!net.wanted) {
+        return;
+    }
+    if (!net.limit) {
+        net.limit = timer_new_ms(QEMU_CLOCK_REALTIME, nobody_comes, NULL);
+    }
+    timer_mod(net.limit,
+              qemu_clock_get_ms(QEMU_CLOCK_REALTIME) + net.limit_ms);
+}

@@ -1,0 +1,361 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * kvm-checkpoint protect: the disks of the guest.
+ *
+ * QEMU mirrors each to a server in this process (nbd.c), in a way that a write of the guest is not
+ * done before it is here.  So when the guest stands still and its disks are at rest, what has come is
+ * what it has written: that belongs to the epoch which is taken just then.  The initial copy comes
+ * the same way, while the guest runs, and goes into the first epoch; of a standby that has an older
+ * copy only what differs does, found by digests.
+ *
+ * The guest does not depend on it: if anything is wrong here, writes fail towards the mirror job
+ * alone, and the guest runs on.  Then the job, which has lost track, is ended, and begun again with
+ * the next connection to the standby.
+ */
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "protect.h"
+
+/* Data that waits for its epoch; half of it, and there is one soon */
+#define MAX_BYTES	(256ull << 20)
+
+static struct guest *guest_of(struct protect *p)
+{
+	return &p->guest;
+}
+
+static bool has_disks(const struct protect *p)
+{
+	return p->guest.id.nr_disks;
+}
+
+static void free_writes(struct nbd_write *w)
+{
+	while (w) {
+		struct nbd_write *next = w->next;
+
+		free(w);
+		w = next;
+	}
+}
+
+static void drop_cut(struct protect *p)
+{
+	free_writes(p->disks.cut);
+	p->disks.cut = NULL;
+	p->disks.cut_end = &p->disks.cut;
+}
+
+/* --- QEMU's jobs ---------------------------------------------------------- */
+
+static struct json_object *named(const char *key, unsigned int disk)
+{
+	struct json_object *o = json_object_new_object();
+	char name[sizeof(JOB_NAME) + 12];
+
+	snprintf(name, sizeof(name), JOB_NAME "%u", disk);
+	json_object_object_add(o, key, json_object_new_string(name));
+	return o;
+}
+
+/* Whatever there may be of them, also of a process before this one */
+static int end_jobs(struct protect *p, struct kc_err *err)
+{
+	struct guest *g = guest_of(p);
+	uint64_t until = kc_now_us() + 5000000;
+	struct json_object *o;
+	unsigned int i;
+	int rc = 0;
+
+	for (i = 0; i < g->id.nr_disks; i++) {
+		o = named("device", i);
+		json_object_object_add(o, "force", json_object_new_boolean(true));
+		rc = qmp_call(&g->qmp, "block-job-cancel", o, NULL, err);
+		/* There is none, mostly */
+		if (rc && rc != -EREMOTEIO)
+			return rc;
+		do {
+			rc = qmp_call(&g->qmp, "blockdev-del", named("node-name", i), NULL, err);
+			if (rc != -EREMOTEIO || !strstr(err->text, "in use"))
+				break;
+			usleep(10000);
+		} while (kc_now_us() < until);
+		if (rc && (rc != -EREMOTEIO || strstr(err->text, "in use")))
+			return rc;
+	}
+	return 0;
+}
+
+static int begin_job(struct protect *p, unsigned int i, struct kc_err *err)
+{
+	struct guest *g = guest_of(p);
+	struct json_object *o = named("node-name", i), *server = json_object_new_object();
+	char export[12];
+	int rc;
+
+	snprintf(export, sizeof(export), "%u", i);
+	json_object_object_add(server, "type", json_object_new_string("unix"));
+	json_object_object_add(server, "path", json_object_new_string(nbd_path(p->disks.nbd)));
+	json_object_object_add(o, "driver", json_object_new_string("nbd"));
+	json_object_object_add(o, "server", server);
+	json_object_object_add(o, "export", json_object_new_string(export));
+	rc = qmp_call(&g->qmp, "blockdev-add", o, NULL, err);
+	if (rc)
+		return rc;
+	o = named("job-id", i);
+	json_object_object_add(o, "device", json_object_new_string(g->disk_nodes[i]));
+	snprintf(p->disks.target, sizeof(p->disks.target), JOB_NAME "%u", i);
+	json_object_object_add(o, "target", json_object_new_string(p->disks.target));
+	json_object_object_add(o, "sync", json_object_new_string("full"));
+	json_object_object_add(o, "copy-mode", json_object_new_string("write-blocking"));
+	json_object_object_add(o, "on-target-error", json_object_new_string("stop"));
+	json_object_object_add(o, "granularity", json_object_new_int(KC_PAGE_SIZE));
+	return qmp_call(&g->qmp, "blockdev-mirror", o, NULL, err);
+}
+
+/* With the guest stopped, or a write that is under way would be neither copied nor mirrored */
+static int begin_jobs(struct protect *p, struct kc_err *err)
+{
+	struct guest *g = guest_of(p);
+	struct kc_err why;
+	unsigned int i;
+	int rc, cont;
+
+	rc = guest_send_stop(g, "x-checkpoint-stop", err);
+	if (!rc)
+		rc = qmp_receive(&g->qmp, "x-checkpoint-stop", NULL, err);
+	if (rc)
+		return rc;
+	for (i = 0; i < g->id.nr_disks && !rc; i++)
+		rc = begin_job(p, i, err);
+	cont = qmp_call(&g->qmp, "x-checkpoint-cont", NULL, NULL, &why);
+	if (!rc && cont)
+		return kc_fail(err, -cont, "%s", why.text);
+	return rc;
+}
+
+int kc_disks_begin(struct protect *p, struct kc_err *err)
+{
+	struct guest *g = guest_of(p);
+	uint64_t sizes[KC_MAX_DISKS];
+	unsigned int i;
+	int rc;
+
+	if (!has_disks(p))
+		return 0;
+	if (!p->disks.nbd) {
+		for (i = 0; i < g->id.nr_disks; i++)
+			sizes[i] = g->disk_ids[i].npages * KC_PAGE_SIZE;
+		p->disks.nbd = nbd_start(sizes, g->id.nr_disks, MAX_BYTES, err);
+		if (!p->disks.nbd)
+			return -errno;
+	}
+	drop_cut(p);
+	nbd_accept(p->disks.nbd, false);
+	rc = end_jobs(p, err);
+	if (rc)
+		return rc;
+	nbd_accept(p->disks.nbd, true);
+	nbd_hurry(p->disks.nbd, false);
+	p->disks.jobs_ended = g->qmp.jobs_ended;
+	p->disks.known.n = 0;
+	rc = begin_jobs(p, err);
+	p->disks.mirrored = !rc;
+	/* Not of this guest: another one's job, a name that is not unique */
+	return rc == -EREMOTEIO ? -ESTALE : rc;
+}
+
+void kc_disks_lost(struct protect *p)
+{
+	struct kc_err err;
+
+	if (!p->disks.mirrored)
+		return;
+	p->disks.mirrored = false;
+	nbd_accept(p->disks.nbd, false);
+	drop_cut(p);
+	/* Whoever begins them again tries this again, too */
+	if (p->guest.qmp.fd >= 0 && !p->guest.qmp.asked_us)
+		end_jobs(p, &err);
+}
+
+void kc_disks_free(struct protect *p)
+{
+	if (p->disks.nbd)
+		nbd_accept(p->disks.nbd, false);
+	drop_cut(p);
+	nbd_stop(p->disks.nbd);
+	p->disks.nbd = NULL;
+}
+
+int kc_disks_check(struct protect *p, struct kc_err *err)
+{
+	if (!has_disks(p) || (p->disks.mirrored && !nbd_failed(p->disks.nbd) &&
+			      p->disks.jobs_ended == p->guest.qmp.jobs_ended))
+		return 0;
+	return kc_fail(err, ECONNRESET, "the mirror of a disk has ended, or failed");
+}
+
+int kc_disks_ready(struct protect *p, bool *ready, uint64_t *done, uint64_t *total,
+		   struct kc_err *err)
+{
+	struct json_object *jobs = NULL;
+	unsigned int nr = 0;
+	size_t i;
+	int rc;
+
+	*ready = true;
+	*done = *total = 0;
+	if (!has_disks(p))
+		return 0;
+	rc = guest_call_list(&p->guest, "query-block-jobs", &jobs, err);
+	if (rc)
+		return rc;
+	for (i = 0; i < json_object_array_length(jobs); i++) {
+		struct json_object *j = json_object_array_get_idx(jobs, i);
+
+		if (strncmp(qmp_str(j, "device"), JOB_NAME, strlen(JOB_NAME)))
+			continue;
+		nr++;
+		*ready = *ready && qmp_bool(j, "ready");
+		*done += qmp_u64(j, "offset");
+		*total += qmp_u64(j, "len");
+	}
+	json_object_put(jobs);
+	*ready = *ready && nr == p->guest.id.nr_disks;
+	return 0;
+}
+
+/* --- Writes --------------------------------------------------------------- */
+
+/*
+ * The standby has an older copy: which of these pages it has already.  What was sent since it was
+ * asked is not known any more.
+ */
+static int differs(struct protect *p, unsigned int disk, uint64_t page, const uint8_t *data,
+		   bool *sent, struct kc_err *err)
+{
+	struct known *k = &p->disks.known;
+	uint8_t ours[KC_DIGEST_SIZE];
+	uint64_t npages = p->guest.disk_ids[disk].npages;
+	int rc;
+
+	if (disk != k->disk || page - k->first >= k->n) {
+		k->disk = disk;
+		k->first = page - page % KC_DIGESTS_CHUNK;
+		k->n = npages - k->first < KC_DIGESTS_CHUNK ? npages - k->first : KC_DIGESTS_CHUNK;
+		memset(k->stale, 0, sizeof(k->stale));
+		rc = kc_sink_digests(p->sink, KC_DISK_BLOCK + disk, k->first, k->n, k->digests, err);
+		if (rc) {
+			k->n = 0;
+			return rc;
+		}
+	}
+	*sent = k->stale[page - k->first];
+	if (*sent)
+		return 0;
+	kc_page_digest(data, ours);
+	*sent = memcmp(ours, k->digests + (page - k->first) * KC_DIGEST_SIZE, KC_DIGEST_SIZE);
+	k->stale[page - k->first] |= *sent;
+	return 0;
+}
+
+/* A write that is not to be asked about makes what is known of its pages stale */
+static void forget_known(struct protect *p, const struct nbd_write *w)
+{
+	struct known *k = &p->disks.known;
+	uint64_t first = w->offset / KC_PAGE_SIZE, i;
+	uint64_t last = (w->offset + w->len - 1) / KC_PAGE_SIZE;
+
+	for (i = first; w->len && w->disk == k->disk && i <= last; i++) {
+		if (i - k->first < k->n)
+			k->stale[i - k->first] = true;
+	}
+}
+
+static int send_write(struct protect *p, const struct nbd_write *w, bool compare,
+		      struct kc_err *err)
+{
+	static const uint8_t zeros[KC_PAGE_SIZE];
+	uint64_t at = 0;
+	bool sent;
+	int rc = 0;
+
+	if (!compare || w->offset % KC_PAGE_SIZE || w->len % KC_PAGE_SIZE) {
+		forget_known(p, w);
+		return kc_epoch_disk(p->sink, w->disk, w->offset, w->zeros ? NULL : w->data, w->len,
+				     err);
+	}
+	for (; at < w->len && !rc; at += KC_PAGE_SIZE) {
+		const uint8_t *data = w->zeros ? zeros : w->data + at;
+
+		rc = differs(p, w->disk, (w->offset + at) / KC_PAGE_SIZE, data, &sent, err);
+		if (!rc && sent)
+			rc = kc_epoch_disk(p->sink, w->disk, w->offset + at, data, KC_PAGE_SIZE,
+					   err);
+	}
+	return rc;
+}
+
+static int send_writes(struct protect *p, struct nbd_write *w, bool compare, struct kc_err *err)
+{
+	unsigned int n = 0;
+	int rc = 0;
+
+	while (w && !rc) {
+		struct nbd_write *next = w->next;
+
+		rc = send_write(p, w, compare, err);
+		if (!rc && !(++n % 64))
+			rc = kc_link_poll(p, err);
+		free(w);
+		w = next;
+	}
+	free_writes(w);
+	return rc;
+}
+
+int kc_disks_pump(struct protect *p, bool compare, struct kc_err *err)
+{
+	return p->disks.mirrored ? send_writes(p, nbd_take(p->disks.nbd), compare, err) : 0;
+}
+
+void kc_disks_stopping(void *ctx)
+{
+	struct protect *p = ctx;
+
+	/* QEMU waits for our answers before it says that the guest stands still */
+	if (p->disks.mirrored)
+		nbd_hurry(p->disks.nbd, true);
+}
+
+void kc_disks_cut(void *ctx)
+{
+	struct protect *p = ctx;
+	struct nbd_write **end = p->disks.cut_end;
+
+	if (!p->disks.mirrored)
+		return;
+	*end = nbd_take(p->disks.nbd);
+	while (*end)
+		end = &(*end)->next;
+	p->disks.cut_end = end;
+	nbd_hurry(p->disks.nbd, false);
+}
+
+int kc_disks_send(struct protect *p, struct kc_err *err)
+{
+	struct nbd_write *w = p->disks.cut;
+
+	p->disks.cut = NULL;
+	p->disks.cut_end = &p->disks.cut;
+	return send_writes(p, w, p->disks.compare, err);
+}
+
+bool kc_disks_full(struct protect *p)
+{
+	return p->disks.mirrored && nbd_bytes(p->disks.nbd) >= MAX_BYTES / 2;
+}

@@ -1,0 +1,334 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * A guest with a disk: what it has written to it is in the epoch, all of it and no more.
+ */
+#include <fcntl.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include "protecting.h"
+#include "protect_tests.h"
+
+#define DISK_PAGES 300
+
+static void with_standby(void)
+{
+	start_standby(path_of("ram"), "--no-fence", "--timeout", "0", "--insecure", "--disk",
+		      path_of("image"));
+}
+
+static void begin(void)
+{
+	start_disk(&qemu, DISK_PAGES);
+	start_qemu(&qemu);
+	with_standby();
+	start_protect(CHECKED, spec(), "--interval", "5ms", NULL);
+	serve_until_log("protected since");
+	CHECK(!link(path_of("log"), path_of("protect.log")), "cannot link the log");
+}
+
+/* RAM, state and disk are of one epoch */
+static unsigned int of_one_epoch(void)
+{
+	unsigned int snap;
+
+	/* Finishes what was complete */
+	ram_epoch(path_of("ram"));
+	snap = snap_of_standby(path_of("ram"));
+	check_image(path_of("image"), snap);
+	return snap;
+}
+
+static void finish(void)
+{
+	kill(qemu.client, SIGTERM);
+	CHECK(serve() == 0, "it does not end as it was told to");
+	stop_standby(SIGTERM);
+	CHECK(of_one_epoch() == qemu.nr_snaps - 1, "the last epoch is missing");
+	CHECK(!qemu.disk.job && !qemu.disk.node, "it leaves QEMU mirroring");
+}
+
+void test_disk(void)
+{
+	begin();
+	be_qemu_for(1000);
+	CHECK(!qemu.disk.errors && qemu.disk.begun == 1, "%u errors", qemu.disk.errors);
+	finish();
+}
+
+void test_disk_take(void)
+{
+	qemu.takes = true;
+	begin();
+	be_qemu_for(1000);
+	CHECK(qemu.nr_taken > 5, "%u epochs by one command", qemu.nr_taken);
+	finish();
+}
+
+static unsigned int kill_in;
+
+static const char *kills_standby(struct qemu *q, const char *command)
+{
+	if (kill_in && !--kill_in)
+		stop_standby(SIGKILL);
+	(void)q;
+	(void)command;
+	return NULL;
+}
+
+/* The standby is killed at any moment: what it has is always of one epoch. */
+void test_disk_blip(void)
+{
+	uint64_t end = kc_now_us() + 2 * LIMIT_US;
+	unsigned int i, last = 0, now;
+
+	begin();
+	qemu.hook = kills_standby;
+	for (i = 1; i <= 12; i++) {
+		kill_in = 1 + below(9);
+		while (kill_in) {
+			CHECK(kc_now_us() < end, "there are no more epochs");
+			step(&qemu, 1);
+		}
+		now = of_one_epoch();
+		CHECK(now >= last, "epoch %u after %u", now, last);
+		last = now;
+		guest_writes(&qemu, i % 3 == 1 ? 3000 : 20);
+		with_standby();
+		while (times_in(path_of("protect.log"), "protected since") <= i) {
+			CHECK(kc_now_us() < end && !waitpid(qemu.client, NULL, WNOHANG),
+			      "it is not protected again");
+			step(&qemu, 1);
+		}
+	}
+	finish();
+}
+
+/* The daemon is killed; the next one finds its job. */
+void test_disk_killed(void)
+{
+	unsigned int i;
+
+	begin();
+	for (i = 0; i < 4; i++) {
+		be_qemu_for(10 + below(100));
+		kill(qemu.client, SIGKILL);
+		CHECK(waitpid(qemu.client, NULL, 0) == qemu.client, "it does not die");
+		be_qemu_for(50);
+		unlink(path_of("log"));
+		write_text(path_of("log"), 0600, "");
+		start_protect(CHECKED, spec(), "--interval", "5ms", NULL);
+		serve_until_log("protected since");
+	}
+	CHECK(qemu.disk.begun == 5, "%u mirrors", qemu.disk.begun);
+	finish();
+}
+
+/* Somebody ends the job: the guest writes what is in no epoch. */
+void test_disk_job_ends(void)
+{
+	uint64_t end = kc_now_us() + LIMIT_US;
+	unsigned int i;
+
+	begin();
+	for (i = 1; i <= 3; i++) {
+		be_qemu_for(60);
+		end_job(&qemu);
+		while (times_in(path_of("protect.log"), "protected since") <= i) {
+			CHECK(kc_now_us() < end, "it does not begin again");
+			step(&qemu, 1);
+		}
+	}
+	CHECK(log_has("the mirror of a disk has ended"), "it does not say why");
+	finish();
+}
+
+/* The connection to the mirror is lost */
+void test_disk_fails(void)
+{
+	uint64_t end = kc_now_us() + LIMIT_US;
+
+	begin();
+	be_qemu_for(60);
+	close(qemu.disk.fd);
+	qemu.disk.fd = -1;
+	while (times_in(path_of("protect.log"), "protected since") < 2) {
+		CHECK(kc_now_us() < end, "it does not begin again");
+		step(&qemu, 1);
+	}
+	finish();
+}
+
+void test_disk_switchover(void)
+{
+	start_disk(&qemu, DISK_PAGES);
+	start_qemu(&qemu);
+	with_standby();
+	start_protect(CHECKED, spec(), "--interval", "5ms", "--control", path_of("pctl"), NULL);
+	serve_until_log("protected since");
+	be_qemu_for(200);
+	CHECK(!run("status", path_of("pctl"), "switchover", NULL), "switchover failed");
+	CHECK(serve() == 0, "it fails");
+	/* Without a command the standby says where all of it is, and ends */
+	CHECK(reap(&standby) == 0 && log_has("disk virtio0 1228800 "), "where is the disk?");
+	check_image(path_of("image"), snap_of_standby(path_of("ram")));
+}
+
+/* No file of the standby can become large enough, for a while: the epoch is not lost, nor is it torn. */
+void test_disk_full(void)
+{
+	uint64_t end = kc_now_us() + LIMIT_US;
+	unsigned int last;
+
+	begin();
+	be_qemu_for(100);
+	stop_standby(SIGKILL);
+	last = of_one_epoch();
+	/* Of RAM it can write all, and of the disk half */
+	start_standby_fsize(path_of("ram"), DISK_PAGES / 2 * KC_PAGE_SIZE, "--no-fence", "--timeout",
+			    "0", "--insecure", "--disk", path_of("image"), NULL);
+	while (!times_in(path_of("protect.log"), "trying again")) {
+		CHECK(kc_now_us() < end, "it does not fail");
+		step(&qemu, 1);
+	}
+	be_qemu_for(300);
+	stop_standby(SIGKILL);
+	CHECK(of_one_epoch() >= last, "an older epoch");
+	with_standby();
+	end = kc_now_us() + LIMIT_US;
+	while (times_in(path_of("protect.log"), "protected since") < 2) {
+		CHECK(kc_now_us() < end && !waitpid(qemu.client, NULL, WNOHANG),
+		      "it is not protected again");
+		step(&qemu, 1);
+	}
+	finish();
+}
+
+void test_disk_refused(void)
+{
+	start_disk(&qemu, DISK_PAGES);
+	start_qemu(&qemu);
+	start_standby(path_of("ram"), "--no-fence", "--timeout", "0", "--insecure");
+	must_fail(protect(CHECKED, spec()), "the standby was given 0 images by --disk PATH");
+	stop_standby(SIGTERM);
+	must_fail(protect(CHECKED, path_of("store")), "not replicated to a directory");
+	CHECK(protect(CHECKED, path_of("store"), "--epochs", "1", "--disk", "external") == 0,
+	      "--disk external does not help");
+	must_fail(protect(CHECKED, spec(), "--disk", "node=vdb"), "has only 0 of the 1 disks");
+	qemu.disks = "[{\"device\": \"vda\", \"inserted\": {\"ro\": false, \"image\": {\"virtual-size\": 4097}}}]";
+	must_fail(protect(CHECKED, spec()), "multiple of 4096");
+	CHECK(!qemu.disk.begun, "it mirrors");
+}
+
+/* What a standby must not take for the disk */
+void test_disk_images(void)
+{
+	start_disk(&qemu, DISK_PAGES);
+	start_qemu(&qemu);
+	write_text(path_of("image"), 0600, "QFI\xfb and more");
+	with_standby();
+	must_fail(protect(CHECKED, spec()), "is not raw");
+	stop_standby(SIGTERM);
+	write_text(path_of("image"), 0600, "small");
+	with_standby();
+	must_fail(protect(CHECKED, spec()), "has 5 bytes, and the guest's disk virtio0 1228800");
+	stop_standby(SIGTERM);
+	unlink(path_of("image"));
+	/* QEMU's command has to use it */
+	start_standby(path_of("ram"), "--no-fence", "--timeout", "0", "--insecure", "--disk",
+		      path_of("image"), "--no-trial", "--exec", "/bin/false {ram0} {ram1}");
+	must_fail(protect(CHECKED, spec()), "does not use disk virtio0 of the guest, by {disk0}");
+	stop_standby(SIGTERM);
+	CHECK(run("standby", "--listen", "127.0.0.1:1", "--insecure", "--no-fence", "--ram-dir",
+		  path_of("ram2"), "--disk", "/nowhere/image", NULL) == 1, "there is no such file");
+	/* Another one than before */
+	with_standby();
+	start_protect(CHECKED, spec(), "--interval", "5ms", NULL);
+	serve_until_log("protected since");
+	kill(qemu.client, SIGTERM);
+	CHECK(serve() == 0, "it fails");
+	stop_standby(SIGTERM);
+	CHECK(run("standby", "--listen", "127.0.0.1:1", "--insecure", "--no-fence", "--ram-dir",
+		  path_of("ram"), "--disk", path_of("other"), NULL) == 1, "it takes another disk");
+	CHECK(run("standby", "--listen", "127.0.0.1:1", "--insecure", "--no-fence", "--ram-dir",
+		  path_of("ram"), NULL) == 1, "it does without the disk");
+}
+
+/* As QEMU would find it, and as it finds QEMU's */
+void test_disk_locked(void)
+{
+	struct flock writes = { .l_type = F_WRLCK, .l_whence = SEEK_SET, .l_start = 201, .l_len = 1 };
+	struct flock lock = { .l_type = F_RDLCK, .l_whence = SEEK_SET, .l_start = 201, .l_len = 1 };
+	int fd;
+
+	begin();
+	fd = open(path_of("image"), O_RDWR | O_CLOEXEC);
+	CHECK(fd >= 0 && !fcntl(fd, F_OFD_GETLK, &writes) && writes.l_type == F_RDLCK,
+	      "anybody may write to the image");
+	finish();
+	CHECK(!fcntl(fd, F_OFD_SETLK, &lock), "it is locked still");
+	CHECK(run("standby", "--listen", "127.0.0.1:1", "--insecure", "--no-fence", "--ram-dir",
+		  path_of("ram"), "--disk", path_of("image"), NULL) == 1 &&
+	      log_has("is in use by another program"), "it takes an image that is in use");
+	close(fd);
+}
+
+/* Whoever comes to the NBD server */
+void test_disk_garbage(void)
+{
+	static uint8_t junk[5000];
+	char path[200] = "", command[PATH_MAX];
+	unsigned int i, k;
+	FILE *f;
+	int fd;
+
+	begin();
+	snprintf(command, sizeof(command), "ls -t /proc/%d/fd >/dev/null; grep -o '/.*kvm-checkpoint\\.[^/]*/nbd$' /proc/net/unix | tail -n 1",
+		 qemu.client);
+	f = popen(command, "r");
+	CHECK(f && fgets(path, sizeof(path), f), "where is its socket?");
+	pclose(f);
+	path[strcspn(path, "\n")] = '\0';
+	for (i = 0; i < 60; i++) {
+		fd = nbd_connect_to(path);
+		CHECK(fd >= 0, "it does not listen");
+		for (k = 0; k < sizeof(junk); k++)
+			junk[k] = rnd(&rng_state);
+		if (i % 3 == 0) {
+			send(fd, junk, below(sizeof(junk)), MSG_NOSIGNAL);
+		} else if (i % 3 == 1) {
+			CHECK(!nbd_negotiate(fd, i % 2 ? "7" : "x"), "it has a disk like that");
+		} else {
+			/* Beyond the end of the disk, and what is no request */
+			CHECK(nbd_negotiate(fd, "0"), "it does not know its disk");
+			CHECK(nbd_request(fd, 1, DISK_PAGES * 4096ull - 512, 1024, junk) == 22 &&
+			      nbd_request(fd, 6, -1ull, 1024, NULL) == 22 &&
+			      nbd_request(fd, 6, 0, -1u, NULL) == 22 &&
+			      nbd_request(fd, 0, 0, 512, NULL) == 22 &&
+			      nbd_request(fd, 99, 0, 0, NULL) == 22 &&
+			      nbd_request(fd, 3, 0, 0, NULL) == 0, "it takes it");
+			send(fd, junk, below(sizeof(junk)), MSG_NOSIGNAL);
+		}
+		close(fd);
+		step(&qemu, 1);
+	}
+	/* The mirror may be taken for lost, as a connection was */
+	be_qemu_for(300);
+	finish();
+}
+
+void test_disk_usage(void)
+{
+	CHECK(run("protect", "--qmp", "x", "--to", "tcp:a:1", "--disk", "some", NULL) == 2 &&
+	      run("protect", "--qmp", "x", "--to", "tcp:a:1", "--disk", "node=", NULL) == 2 &&
+	      run("protect", "--qmp", "x", "--to", "dir", "--disk", "replicate", NULL) == 2 &&
+	      run("protect", "--qmp", "x", "--to", "tcp:a:1", "--disk", "replicate", "--disk",
+		  "external", NULL) == 2, "it takes what makes no sense");
+	CHECK(run("standby", "--listen", "127.0.0.1:1", "--insecure", "--no-fence", "--disk", "",
+		  NULL) == 2, "a disk without a name");
+}

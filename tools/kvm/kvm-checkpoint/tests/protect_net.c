@@ -1,0 +1,275 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * What the guest sends leaves QEMU when the epoch that knows of it is acknowledged, and not before.
+ */
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include "protecting.h"
+#include "protect_tests.h"
+
+#define ONE_CARD "[\"net0\"]"
+
+static void begin(const char *option, const char *value)
+{
+	qemu.cards = ONE_CARD;
+	start_qemu(&qemu);
+	start_standby(path_of("ram"), "--no-fence", "--timeout", "0", "--insecure", "--control",
+		      path_of("ctl"));
+	start_protect(CHECKED, spec(), "--interval", "5ms", option, value, NULL);
+	serve_until_log("protected since");
+}
+
+static void until_released(uint64_t packets)
+{
+	uint64_t end = kc_now_us() + LIMIT_US;
+
+	while (qemu.released < packets) {
+		CHECK(kc_now_us() < end, "nothing is released after %" PRIu64, qemu.released);
+		step(&qemu, 1);
+	}
+}
+
+static void finish(int status)
+{
+	int rc;
+
+	kill(qemu.client, SIGTERM);
+	rc = serve();
+	CHECK(rc == status, "it ends with %d", rc);
+	stop_standby(SIGTERM);
+}
+
+/* While the standby is silent, no more than what it has acknowledged before */
+static void held_while_silent(void)
+{
+	uint64_t packets;
+
+	until_released(5);
+	freeze(standby);
+	/* An acknowledgement may be under way */
+	be_qemu_for(100);
+	packets = qemu.released;
+	be_qemu_for(400);
+	CHECK(qemu.released == packets && !qemu.released_all,
+	      "%" PRIu64 " is released, and the standby is silent", qemu.released);
+	CHECK(qemu.packets > packets, "there is nothing to hold");
+	kill(standby, SIGCONT);
+	until_released(packets + 3);
+	CHECK(qemu.holds_begun == 1, "it begins to hold packets %u times", qemu.holds_begun);
+}
+
+void test_net(void)
+{
+	begin(NULL, NULL);
+	held_while_silent();
+	finish(0);
+	CHECK(qemu.released_all == 1 && !qemu.dropped_all, "it leaves packets behind");
+}
+
+void test_net_take(void)
+{
+	qemu.takes = true;
+	begin(NULL, NULL);
+	held_while_silent();
+	CHECK(qemu.nr_taken > 5, "%u epochs by one command", qemu.nr_taken);
+	finish(0);
+}
+
+static void lose_standby(void)
+{
+	until_released(5);
+	stop_standby(SIGKILL);
+}
+
+/* It comes back in time. */
+void test_net_blip(void)
+{
+	uint64_t packets;
+
+	begin("--net-limit", "60s");
+	lose_standby();
+	be_qemu_for(300);
+	packets = qemu.released;
+	CHECK(!qemu.released_all, "packets are released, and nobody has acknowledged them");
+	start_standby(path_of("ram"), "--no-fence", "--timeout", "0", "--insecure");
+	until_released(packets + 3);
+	CHECK(!qemu.released_all && qemu.holds_begun == 1, "packets have left in between");
+	finish(0);
+}
+
+static void until_all_released(void)
+{
+	uint64_t end = kc_now_us() + LIMIT_US;
+
+	while (!qemu.released_all) {
+		CHECK(kc_now_us() < end, "packets are held for ever");
+		step(&qemu, 1);
+	}
+}
+
+/* It does not: but later. */
+void test_net_limit(void)
+{
+	uint64_t t, packets;
+
+	begin("--net-limit", "700ms");
+	CHECK(qemu.limit_ms == 700, "QEMU is told %u ms", qemu.limit_ms);
+	lose_standby();
+	t = kc_now_us();
+	until_all_released();
+	/* What was confirmed last may have been sent some epochs earlier. */
+	CHECK(kc_now_us() - t > 300000, "they are released after %" PRIu64 " us", kc_now_us() - t);
+	CHECK(log_has("is not held back any more"), "it does not say so");
+	packets = qemu.released;
+	start_standby(path_of("ram"), "--no-fence", "--timeout", "0", "--insecure");
+	until_released(packets + 3);
+	CHECK(qemu.holds_begun == 2 && qemu.released_all == 1, "%u times held, %u times released",
+	      qemu.holds_begun, qemu.released_all);
+	finish(0);
+}
+
+/* With a lease the guest stands still when that is over, and the standby may run it. */
+void test_net_lease(void)
+{
+	qemu.cards = ONE_CARD;
+	start_qemu(&qemu);
+	start_standby(path_of("ram"), "--no-fence", "--timeout", "2s", "--insecure");
+	start_protect(CHECKED, spec(), "--interval", "5ms", "--net-limit", "100ms", "--lease",
+		      "1s", NULL);
+	serve_until_log("protected since");
+	lose_standby();
+	be_qemu_for(1000);
+	CHECK(!qemu.released_all, "packets are released, and the standby may run the guest");
+	kill(qemu.client, SIGTERM);
+	CHECK(serve() == 1 && !qemu.released_all && !qemu.dropped_all,
+	      "it does not know who runs the guest, and decides about its packets");
+}
+
+/* The guest runs, and there can be no epochs of it. */
+void test_net_no_epochs(void)
+{
+	begin("--net-limit", "300ms");
+	until_released(5);
+	qemu.blocked = "a share is mounted";
+	until_all_released();
+	CHECK(log_has("no epochs for now"), "it does not say why");
+	qemu.blocked = NULL;
+	until_released(qemu.released + 3);
+	CHECK(qemu.holds_begun == 2, "it does not begin to hold packets again");
+	finish(0);
+}
+
+/* QEMU has forgotten its client: it holds what it has, and is told to go on. */
+static const char *fails_once(struct qemu *q, const char *command)
+{
+	static bool failed;
+
+	if (strcmp(command, STOP) || q->stops != 6 || failed)
+		return NULL;
+	failed = true;
+	return "{\"error\": {\"desc\": \"not now\"}}\n";
+}
+
+void test_net_reopened(void)
+{
+	qemu.hook = fails_once;
+	begin(NULL, NULL);
+	until_released(12);
+	CHECK(qemu.attaches == 2 && qemu.holds_begun == 2 && !qemu.released_all,
+	      "%u times attached, %u times begun", qemu.attaches, qemu.holds_begun);
+	finish(0);
+}
+
+void test_net_detached(void)
+{
+	begin(NULL, NULL);
+	until_released(2);
+	finish(0);
+	CHECK(qemu.released_all == 1 && !qemu.dropped_all && !qemu.holds,
+	      "it leaves QEMU holding packets");
+}
+
+/* The standby has not heard of the end, and may take over: QEMU's limit decides. */
+void test_net_shutdown_untold(void)
+{
+	begin("--net-limit", "60s");
+	lose_standby();
+	kill(qemu.client, SIGTERM);
+	CHECK(serve() == 1, "it does not fail");
+	CHECK(!qemu.released_all && !qemu.dropped_all && qemu.holds,
+	      "it decides about packets, and nobody knows who runs the guest");
+}
+
+void test_net_taken_over(void)
+{
+	begin(NULL, NULL);
+	until_released(2);
+	CHECK(!run("status", path_of("ctl"), "promote", NULL), "promote failed");
+	CHECK(serve() == 1 && !qemu.running, "the guest runs here and there");
+	CHECK(qemu.dropped_all == 1 && !qemu.released_all,
+	      "packets of a guest that goes on elsewhere are sent");
+	stop_standby(SIGTERM);
+}
+
+void test_net_switchover(void)
+{
+	qemu.cards = ONE_CARD;
+	start_qemu(&qemu);
+	start_standby(path_of("ram"), "--no-fence", "--timeout", "0", "--insecure");
+	start_protect(CHECKED, spec(), "--interval", "5ms", "--control", path_of("pctl"), NULL);
+	serve_until_log("protected since");
+	until_released(2);
+	CHECK(!run("status", path_of("pctl"), "switchover", NULL), "switchover failed");
+	CHECK(serve() == 0, "it fails");
+	CHECK(qemu.released == qemu.packets && !qemu.dropped_all,
+	      "%" PRIu64 " of %" PRIu64 " is released", qemu.released, qemu.packets);
+}
+
+void test_net_pass(void)
+{
+	qemu.not_held = "Vhost is not supported";
+	begin("--net", "pass");
+	be_qemu_for(200);
+	CHECK(!qemu.holds_begun, "it holds packets");
+	finish(0);
+	CHECK(!qemu.released_all, "it releases what it does not hold");
+}
+
+void test_net_directory(void)
+{
+	qemu.cards = ONE_CARD;
+	start_qemu(&qemu);
+	protect_epochs(path_of("store"), "5");
+	CHECK(!qemu.holds_begun, "it holds packets");
+	CHECK(protect(CHECKED, path_of("store"), "--epochs", "8", "--interval", "1ms", "--net",
+		      "commit") == 0, "protect fails");
+	CHECK(qemu.holds_begun == 1 && qemu.released >= 6 && qemu.released_all == 1,
+	      "%u times held, %" PRIu64 " released", qemu.holds_begun, qemu.released);
+}
+
+void test_net_refused(void)
+{
+	qemu.not_held = "packets of network card net0 (back end tap0) cannot be held back: Vhost is not supported";
+	start_qemu(&qemu);
+	start_standby(path_of("ram"), "--no-fence", "--timeout", "0", "--insecure");
+	must_fail(protect(CHECKED, spec()), "Vhost is not supported.  Say --net pass");
+	stop_standby(SIGTERM);
+}
+
+void test_net_usage(void)
+{
+	static const char * const wrong[][2] = {
+		{ "--net", "hold" }, { "--net", "" }, { "--net-limit", "-1" },
+		{ "--net-limit", "soon" },
+	};
+	size_t i;
+
+	for (i = 0; i < sizeof(wrong) / sizeof(wrong[0]); i++)
+		CHECK(run("protect", "--qmp", "x", "--to", "y", wrong[i][0], wrong[i][1], NULL) == 2,
+		      "%s %s is taken", wrong[i][0], wrong[i][1]);
+}

@@ -1,0 +1,361 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * A database in the guest, and clients of it outside who remember what they were told.
+ *
+ * The guest's disk and what it sends belong to epochs: whoever was told that an entry is committed
+ * finds it after each failover, nothing is there twice, and connections go on as if nothing had
+ * happened.
+ */
+#define _GNU_SOURCE
+#include <arpa/inet.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/if_tun.h>
+#include <linux/sockios.h>
+#include <net/if.h>
+#include <netinet/tcp.h>
+#include <stdarg.h>
+#include <stdlib.h>
+#include <sys/ioctl.h>
+#include <sys/socket.h>
+#include <sys/wait.h>
+
+#include "../ledger.h"
+#include "failover.h"
+
+#define IMAGE_MB	16
+#define CLIENTS		3
+#define BRIDGE		"ledger"
+
+/* --- The network between guests and us ------------------------------------ */
+
+static int any_socket(void)
+{
+	static int s = -1;
+
+	if (s < 0)
+		s = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+	return s;
+}
+
+static bool bring_up(const char *name, const char *address)
+{
+	struct sockaddr_in *sin;
+	struct ifreq r = { 0 };
+
+	snprintf(r.ifr_name, sizeof(r.ifr_name), "%s", name);
+	sin = (struct sockaddr_in *)&r.ifr_addr;
+	sin->sin_family = AF_INET;
+	if (address) {
+		inet_pton(AF_INET, address, &sin->sin_addr);
+		if (ioctl(any_socket(), SIOCSIFADDR, &r))
+			return false;
+		inet_pton(AF_INET, "255.255.255.0", &sin->sin_addr);
+		if (ioctl(any_socket(), SIOCSIFNETMASK, &r))
+			return false;
+	}
+	r.ifr_flags = IFF_UP | IFF_RUNNING;
+	return !ioctl(any_socket(), SIOCSIFFLAGS, &r);
+}
+
+void ledger_tap(unsigned int gen)
+{
+	struct ifreq r = { .ifr_flags = IFF_TAP | IFF_NO_PI | IFF_VNET_HDR }, b = { 0 };
+	int fd = open("/dev/net/tun", O_RDWR | O_CLOEXEC);
+
+	snprintf(r.ifr_name, sizeof(r.ifr_name), "tap%u", gen);
+	if (if_nametoindex(r.ifr_name)) {
+		close(fd);
+		return;
+	}
+	snprintf(b.ifr_name, sizeof(b.ifr_name), BRIDGE);
+	if (fd < 0 || ioctl(fd, TUNSETIFF, &r) || ioctl(fd, TUNSETPERSIST, 1))
+		fatal(r.ifr_name);
+	b.ifr_ifindex = if_nametoindex(r.ifr_name);
+	if (ioctl(any_socket(), SIOCBRADDIF, &b) || !bring_up(r.ifr_name, NULL))
+		fatal(r.ifr_name);
+	close(fd);
+}
+
+/* --- Its disk ------------------------------------------------------------- */
+
+void ledger_image(unsigned int gen, char path[64])
+{
+	snprintf(path, 64, "/dev/shm/ledger-%u.img", gen);
+}
+
+static int run_tool(char **argv)
+{
+	int status;
+	pid_t pid = start(argv, -1, "/tmp/ledger-tools.log");
+
+	if (pid < 0 || waitpid(pid, &status, 0) != pid)
+		return -1;
+	return WIFEXITED(status) ? WEXITSTATUS(status) : 128;
+}
+
+static bool make_image(unsigned int gen)
+{
+	char path[64], *argv[] = { "/bin/mke2fs", "-q", "-F", "-t", "ext4", path, NULL };
+	int fd;
+
+	ledger_image(gen, path);
+	fd = open(path, O_RDWR | O_CREAT | O_TRUNC | O_CLOEXEC, 0600);
+	if (fd < 0 || ftruncate(fd, IMAGE_MB << 20) || close(fd))
+		fatal(path);
+	if (run_tool(argv)) {
+		show_file("/tmp/ledger-tools.log");
+		return fail("cannot make a file system");
+	}
+	return true;
+}
+
+/* As it is now, with the guest stopped: after its journal was replayed nothing is wrong with it */
+static bool check_image(unsigned int gen)
+{
+	char path[64], copy[] = "/dev/shm/ledger-copy.img";
+	char *cp[] = { "/bin/cp", path, copy, NULL };
+	char *replay[] = { "/bin/e2fsck", "-p", copy, NULL };
+	char *check[] = { "/bin/e2fsck", "-f", "-n", copy, NULL };
+	int rc;
+
+	ledger_image(gen, path);
+	rc = run_tool(cp);
+	if (!rc) {
+		/* 1: as there was something to replay */
+		rc = run_tool(replay);
+		rc = rc == 1 ? 0 : rc;
+	}
+	if (!rc)
+		rc = run_tool(check);
+	unlink(copy);
+	if (!rc)
+		return true;
+	show_file("/tmp/ledger-tools.log");
+	return fail("the file system is damaged");
+}
+
+/* --- Clients -------------------------------------------------------------- */
+
+struct client {
+	int nr, fd;
+	FILE *f;
+	pthread_t thread;
+	atomic_long told;		/* that it is committed, by the guest */
+	atomic_bool broken;
+	uint64_t sum_us, longest_us;
+};
+
+static struct client clients[CLIENTS];
+static atomic_bool clients_end;
+
+static FILE *connect_guest(void)
+{
+	struct sockaddr_in sin = { .sin_family = AF_INET, .sin_port = htons(LEDGER_PORT) };
+	int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0), one = 1;
+
+	inet_pton(AF_INET, LEDGER_GUEST, &sin.sin_addr);
+	setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof(one));
+	if (connect(fd, (struct sockaddr *)&sin, sizeof(sin))) {
+		close(fd);
+		return NULL;
+	}
+	return fdopen(fd, "r");
+}
+
+__attribute__((format(printf, 4, 5)))
+static bool say(FILE *f, char *line, size_t size, const char *fmt, ...)
+{
+	va_list ap;
+	int n;
+
+	va_start(ap, fmt);
+	n = vdprintf(fileno(f), fmt, ap);
+	va_end(ap);
+	return n > 0 && fgets(line, size, f);
+}
+
+static void *client_thread(void *arg)
+{
+	struct client *c = arg;
+	char line[200], want[64];
+	uint64_t t;
+	long nr;
+
+	while (!clients_end) {
+		nr = c->told + 1;
+		snprintf(want, sizeof(want), "ok %d %ld\n", c->nr, nr);
+		t = now_us();
+		if (!say(c->f, line, sizeof(line), "put %d %ld\n", c->nr, nr) || strcmp(line, want)) {
+			if (!clients_end)
+				note("client %d: %s", c->nr, errno ? strerror(errno) : line);
+			c->broken = true;
+			break;
+		}
+		t = now_us() - t;
+		c->sum_us += t;
+		if (t > c->longest_us)
+			c->longest_us = t;
+		c->told = nr;
+	}
+	return NULL;
+}
+
+static bool start_clients(void)
+{
+	int i;
+
+	clients_end = false;
+	for (i = 0; i < CLIENTS; i++) {
+		struct client *c = &clients[i];
+
+		*c = (struct client){ .nr = i + 1 };
+		c->f = connect_guest();
+		if (!c->f)
+			return fail("cannot connect to the guest: %s", strerror(errno));
+		if (pthread_create(&c->thread, NULL, client_thread, c))
+			fatal("pthread_create");
+	}
+	return true;
+}
+
+static void end_clients(void)
+{
+	int i;
+
+	clients_end = true;
+	for (i = 0; i < CLIENTS; i++) {
+		if (!clients[i].f)
+			continue;
+		shutdown(fileno(clients[i].f), SHUT_RDWR);
+		pthread_join(clients[i].thread, NULL);
+		fclose(clients[i].f);
+		clients[i].f = NULL;
+	}
+}
+
+/* Their connections go on */
+static bool clients_go_on(const long told[CLIENTS])
+{
+	uint64_t until = now_us() + ANSWER_TIMEOUT * 1000000ull;
+	int i;
+
+	for (i = 0; i < CLIENTS; i++) {
+		while (clients[i].told < told[i] + 3) {
+			if (clients[i].broken)
+				return fail("the connection of client %d is broken", i + 1);
+			if (now_us() > until)
+				return fail("client %d does not get an answer", i + 1);
+			usleep(10000);
+		}
+	}
+	return true;
+}
+
+/* All that they were told of is there, once; *@lost: or how many entries are not */
+static bool check_ledger(const long told[CLIENTS], long *lost)
+{
+	char line[200] = "";
+	FILE *f = connect_guest();
+	int i, nr;
+	long count, different, last;
+	bool ok = f;
+
+	*lost = 0;
+	for (i = 0; ok && i < CLIENTS; i++) {
+		ok = say(f, line, sizeof(line), "have %d\n", i + 1) &&
+		     sscanf(line, "have %d %ld %ld %ld", &nr, &count, &different, &last) == 4;
+		if (!ok)
+			break;
+		if (count != different || different != last)
+			ok = fail("client %d has %ld entries, %ld different ones, and %ld is the last",
+				  nr, count, different, last);
+		else if (last < told[i])
+			*lost += told[i] - last;
+	}
+	if (ok && *lost)
+		ok = fail("%ld entries that were committed are not there", *lost);
+	if (ok) {
+		ok = say(f, line, sizeof(line), "check\n") && !strcmp(line, "check ok\n");
+		if (!ok)
+			fail("the database says: %s", line);
+	} else if (!*lost) {
+		fail("the database does not answer: %s", line);
+	}
+	if (f)
+		fclose(f);
+	return ok;
+}
+
+static void what_they_know(long told[CLIENTS])
+{
+	int i;
+
+	for (i = 0; i < CLIENTS; i++)
+		told[i] = clients[i].told;
+}
+
+static bool check_disk(void)
+{
+	bool ok = qmp(&vm, "stop");
+
+	ok = ok && check_image(vm.gen);
+	return qmp(&vm, "cont") && ok;
+}
+
+static bool one_kill(unsigned int n)
+{
+	long told[CLIENTS], lost;
+
+	if (!kill_guest(n & 1))
+		return false;
+	/* What came in since then came from the guest at the standby, and is there as well */
+	what_they_know(told);
+	return clients_go_on(told) && check_ledger(told, &lost) && check_disk();
+}
+
+static bool boot_ledger(void)
+{
+	struct ifreq b = { 0 };
+
+	snprintf(b.ifr_name, sizeof(b.ifr_name), BRIDGE);
+	if (!if_nametoindex(BRIDGE) &&
+	    (ioctl(any_socket(), SIOCBRADDBR, BRIDGE) || !bring_up(BRIDGE, LEDGER_HOST) ||
+	     !bring_up("lo", "127.0.0.1")))
+		fatal("a bridge");
+	guest_has_ledger = true;
+	leave(&vm);
+	remove_ram(vm.ram);
+	kill_now(&standby, true);
+	return make_image(last_gen + 1) && boot(&vm);
+}
+
+bool test_ledger(unsigned int times)
+{
+	uint64_t began, sum = 0, longest = 0;
+	long entries = 0;
+	unsigned int n;
+	bool ok;
+	int i;
+
+	ok = boot_ledger() && start_clients();
+	began = now_us();
+	for (n = 0; ok && n < times; n++)
+		ok = one_kill(n);
+	for (i = 0; i < CLIENTS; i++) {
+		entries += clients[i].told;
+		sum += clients[i].sum_us;
+		if (clients[i].longest_us > longest)
+			longest = clients[i].longest_us;
+	}
+	if (ok)
+		note("%u kills: %ld entries by %d clients, %.1f s each, no one lost, none twice; an answer after %.1f ms on average, %.1f s at most",
+		     n, entries, CLIENTS, (now_us() - began) / 1e6 / n, sum / 1e3 / (entries ? entries : 1),
+		     longest / 1e6);
+	end_clients();
+	leave(&vm);
+	remove_ram(vm.ram);
+	kill_now(&standby, true);
+	guest_has_ledger = false;
+	return ok;
+}
