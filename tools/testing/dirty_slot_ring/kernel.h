@@ -75,10 +75,16 @@ extern __thread int shim_spinlocks, shim_mutexes;	/* held */
 
 /* Allocations not freed yet. */
 extern long shim_allocated;
+/* Where they are made, if there is one, and from where to where it is free: zeroes. */
+extern struct shim_pool {
+	char *start, *end, *next, *last;
+} shim_pool;
 void *shim_alloc(size_t size);
 void shim_free(const void *p);
 
+/* A failure; or counted, by the thread that expects it. */
 void shim_warn(const char *what);
+extern __thread unsigned int *shim_warnings;
 
 /*
  * Types, compiler.
@@ -887,7 +893,10 @@ static inline void get_page(struct page *page)
  */
 
 #define CONFIG_HAVE_KVM_DIRTY_SLOT_RING
+/* What the code is to do does not depend on this one. */
+#ifdef SHIM_UPSTREAM_RING
 #define CONFIG_HAVE_KVM_DIRTY_RING
+#endif
 #define KVM_HAVE_MMU_RWLOCK
 
 #define KVM_REQ_DIRTY_RING_SOFT_FULL	3

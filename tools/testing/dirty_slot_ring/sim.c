@@ -22,6 +22,8 @@ __thread unsigned int shim_inject;
 __thread bool shim_in_task = true;
 __thread void (*shim_preempted)(void);
 long shim_allocated;
+struct shim_pool shim_pool;
+__thread unsigned int *shim_warnings;
 
 __thread void (*shim_before_copy)(void);
 __thread bool shim_calm, shim_step_locks, shim_step_spins;
@@ -40,6 +42,10 @@ static pthread_mutex_t sim_files_lock = PTHREAD_MUTEX_INITIALIZER;
 
 void shim_warn(const char *what)
 {
+	if (shim_warnings) {
+		++*shim_warnings;
+		return;
+	}
 	fprintf(stderr, "FAIL: the kernel's code warns: %s\n", what);
 	_exit(1);
 }
@@ -99,10 +105,34 @@ bool shim_fails(void)
 	return shim_inject && shim_random() % 256 < shim_inject;
 }
 
+/* Whole pages from its end, which need not be touched; the rest side by side. */
+static void *pool_alloc(size_t size)
+{
+	bool pages = size >= PAGE_SIZE;
+	char *p;
+
+	size = round_up(size, pages ? PAGE_SIZE : 64);
+	if (size > (size_t)(shim_pool.last - shim_pool.next)) {
+		fprintf(stderr, "no room for %zu bytes in the pool\n", size);
+		exit(1);
+	}
+	if (pages) {
+		shim_pool.last -= size;
+		p = shim_pool.last;
+	} else {
+		p = shim_pool.next;
+		shim_pool.next += size;
+	}
+	__atomic_add_fetch(&shim_allocated, 1, __ATOMIC_RELAXED);
+	return p;
+}
+
 void *shim_alloc(size_t size)
 {
 	void *p;
 
+	if (shim_pool.start)
+		return pool_alloc(size);
 	/* Touched, as the kernel's would be: no page of zeroes behind it. */
 	if (posix_memalign(&p, size < PAGE_SIZE ? 64 : PAGE_SIZE, size ?: 1)) {
 		fprintf(stderr, "no memory for %zu MiB\n", size >> 20);
@@ -118,7 +148,8 @@ void shim_free(const void *p)
 	if (!p)
 		return;
 	__atomic_sub_fetch(&shim_allocated, 1, __ATOMIC_RELAXED);
-	free((void *)p);
+	if ((char *)p < shim_pool.start || (char *)p >= shim_pool.end)
+		free((void *)p);
 }
 
 /*
@@ -249,7 +280,7 @@ int sim_poll(int fd, unsigned int ms)
 
 	/* The first look also tells where it would wait. */
 	events = file->f_op->poll(file, &table);
-	if (events)
+	if (events || !ms)
 		return events;
 	seen = woken(file->wait);
 	events = file->f_op->poll(file, &table);

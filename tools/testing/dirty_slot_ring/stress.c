@@ -838,7 +838,23 @@ static void run_test_case(const struct test_case *which, unsigned int ms)
 	run_case(ms);
 }
 
-/* All cases, one after the other; *@n of them so far. */
+/* Those of other files, one after the other; the last one has no name. */
+static const struct stress_case *other_case(unsigned int n)
+{
+	static const struct stress_case *const files[] = {
+		vm_cases, fixed_cases, idle_cases, strange_cases,
+	};
+	const struct stress_case *c = NULL;
+	unsigned int i;
+
+	for (i = 0; i < ARRAY_SIZE(files); i++) {
+		for (c = files[i]; c->name; c++)
+			if (!n--)
+				return c;
+	}
+	return c;
+}
+
 static const char *nth_case(unsigned int n, const char **what)
 {
 	const struct stress_case *c;
@@ -847,29 +863,17 @@ static const char *nth_case(unsigned int n, const char **what)
 		*what = cases[n].what;
 		return cases[n].name;
 	}
-	n -= ARRAY_SIZE(cases);
-	for (c = vm_cases; c->name && n; c++)
-		n--;
-	for (c = c->name ? c : fixed_cases; c->name && n; c++)
-		n--;
+	c = other_case(n - ARRAY_SIZE(cases));
 	*what = c->what;
 	return c->name;
 }
 
 static void run_nth_case(unsigned int n, unsigned int ms)
 {
-	const struct stress_case *c;
-
-	if (n < ARRAY_SIZE(cases)) {
+	if (n < ARRAY_SIZE(cases))
 		run_test_case(&cases[n], ms);
-		return;
-	}
-	n -= ARRAY_SIZE(cases);
-	for (c = vm_cases; c->name && n; c++)
-		n--;
-	for (c = c->name ? c : fixed_cases; n; c++)
-		n--;
-	c->run(ms);
+	else
+		other_case(n - ARRAY_SIZE(cases))->run(ms);
 }
 
 static void usage(FILE *f)

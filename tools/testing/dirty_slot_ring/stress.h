@@ -16,6 +16,8 @@ struct stress_case {
 
 extern const struct stress_case vm_cases[];	/* vmlog.c */
 extern const struct stress_case fixed_cases[];	/* fixed.c */
+extern const struct stress_case idle_cases[];	/* idle.c */
+extern const struct stress_case strange_cases[];	/* strange.c */
 
 /* The name of the case that runs. */
 extern const char *case_name;
