@@ -11,8 +11,10 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/mount.h>
 #include <sys/prctl.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
 #include <asm/kvm_para.h>
@@ -363,6 +365,13 @@ TEST(nested_two_dimensional)
 	check_nested(true);
 }
 
+static bool tdp_mmu(void)
+{
+	return get_kvm_param_bool("tdp_mmu") &&
+	       (host_cpu_is_intel ? get_kvm_intel_param_bool("ept") :
+				    get_kvm_amd_param_bool("npt"));
+}
+
 /* within the gigabyte that make_npt() maps */
 #define NEAR_GPA	0x20000000ul
 
@@ -432,6 +441,68 @@ TEST(nested_huge_pages_initially_set)
 	}
 	free(want);
 	dsr_free(v);
+}
+
+/*
+ * KVM_CLEAR_DIRTY_LOG holds slots_lock, and so splits the huge pages of the shadow MMU,
+ * too, with slot rings or without.  A harvest does not; it protects them.
+ */
+static void check_nested_split(bool rings, bool clear)
+{
+	const uint32_t huge = 512, nr = 4;
+	struct dsr *v = dsr_new(.entries = 64, .nr_vcpus = 1, .no_cap = !rings, .no_log = true,
+				.npages = nr * huge, .src = VM_MEM_SRC_ANONYMOUS_THP,
+				.manual = KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE |
+					  KVM_DIRTY_LOG_INITIALLY_SET);
+	uint64_t *bitmap = malloc(v->npages / 8), before;
+	int fd = vm_get_stats_fd(v->vm);
+	uint8_t *all = set_new(v);
+
+	/* By the first level, then by the second: each page is mapped huge twice. */
+	guest_write_step(v, 0, 0, nr, huge);
+	run_nested(v, true, 0);
+	guest_write_step(v, 0, 0, nr, huge);
+	dsr_log(v, true);
+	if (rings)
+		dsr_reopen(v);
+	before = stat_of(fd, "pages_2m");
+	CHECK(before >= 2 * nr, "%lu huge pages", before);
+	if (clear) {
+		memset(bitmap, 0xff, v->npages / 8);
+		kvm_vm_clear_dirty_log(v->vm, TEST_SLOT, bitmap, 0, v->npages);
+		CHECK_EQ(stat_of(fd, "pages_2m"), before - 2 * nr);
+	} else {
+		set_add(all, 0, v->npages, 1);
+		expect_set(v, all);
+		CHECK_EQ(stat_of(fd, "pages_2m"), before);
+	}
+	/* Protected all the same. */
+	guest_write_step(v, 0, 5, nr, huge);
+	CHECK_EQ(bitmap_take(v, NULL), nr);
+	if (rings) {
+		expect_step(v, 5, nr, huge);
+		expect_armed(v, huge - 3, 6);
+	}
+	free(all);
+	free(bitmap);
+	close(fd);
+	dsr_free(v);
+}
+
+TEST(nested_huge_pages_are_split_by_clear)
+{
+	if (!nested_paging_supported())
+		SKIP(return, "no nested paging");
+	/* L1's own tables have to be huge; those of the VMX library are not. */
+	if (!kvm_cpu_has(X86_FEATURE_SVM))
+		SKIP(return, "no nested SVM");
+	if (!thp_configured())
+		SKIP(return, "no transparent huge pages");
+	if (!tdp_mmu() || !get_kvm_param_bool("eager_page_split"))
+		SKIP(return, "nobody splits huge pages of the shadow MMU here");
+	check_nested_split(false, true);
+	check_nested_split(true, true);
+	check_nested_split(true, false);
 }
 
 static bool nested_vmx_supported(void)
@@ -598,13 +669,6 @@ TEST(sync_while_vcpu_waits_for_vapic_page)
 
 /* -- huge pages ------------------------------------------------------------ */
 
-static bool tdp_mmu(void)
-{
-	return get_kvm_param_bool("tdp_mmu") &&
-	       (host_cpu_is_intel ? get_kvm_intel_param_bool("ept") :
-				    get_kvm_amd_param_bool("npt"));
-}
-
 /*
  * A harvest, which anybody may make who holds the log, splits no huge pages: that
  * takes memory.  The next write to one does.  KVM_CLEAR_DIRTY_LOG, which the VMM makes
@@ -684,6 +748,176 @@ TEST(harvest_does_not_split_huge_pages)
 	free(bitmap);
 	close(fd);
 	dsr_free(v);
+}
+
+/* -- who pays -------------------------------------------------------------- */
+
+static struct {
+	char root[32];		/* where all groups are */
+	char vm[64], holder[64];
+} groups = { .root = "/tmp/dsr-cgroup.XXXXXX" };
+
+static void group_write(const char *dir, const char *file, const char *value)
+{
+	char name[128];
+	int fd;
+
+	snprintf(name, sizeof(name), "%s/%s", dir, file);
+	fd = open(name, O_WRONLY);
+	CHECK(fd >= 0, "cannot open %s", name);
+	CHECK(write(fd, value, strlen(value)) == (int)strlen(value), "%s to %s", value, name);
+	close(fd);
+}
+
+static void group_read(const char *dir, const char *file, char *buf, size_t size)
+{
+	char name[128];
+	size_t len = 0;
+	int fd, n;
+
+	snprintf(name, sizeof(name), "%s/%s", dir, file);
+	fd = open(name, O_RDONLY);
+	CHECK(fd >= 0, "cannot open %s", name);
+	while ((n = read(fd, buf + len, size - 1 - len)) > 0)
+		len += n;
+	CHECK(!n, "cannot read %s", name);
+	buf[len] = 0;
+	close(fd);
+}
+
+/* False if there are none. */
+static bool groups_make(void)
+{
+	char buf[512];
+
+	CHECK(mkdtemp(groups.root), "no directory");
+	if (mount("none", groups.root, "cgroup2", 0, NULL)) {
+		CHECK(errno == ENODEV, "mount");
+		CHECK_OK(rmdir(groups.root));
+		return false;
+	}
+	group_read(groups.root, "cgroup.controllers", buf, sizeof(buf));
+	if (!strstr(buf, "memory")) {
+		CHECK_OK(umount(groups.root));
+		CHECK_OK(rmdir(groups.root));
+		return false;
+	}
+	group_write(groups.root, "cgroup.subtree_control", "+memory");
+	snprintf(groups.vm, sizeof(groups.vm), "%s/dsr-vm.%d", groups.root, getpid());
+	snprintf(groups.holder, sizeof(groups.holder), "%s/dsr-holder.%d", groups.root, getpid());
+	CHECK_OK(mkdir(groups.vm, 0755));
+	CHECK_OK(mkdir(groups.holder, 0755));
+	return true;
+}
+
+static void groups_remove(void)
+{
+	group_write(groups.root, "cgroup.procs", "0");
+	CHECK_OK(rmdir(groups.vm));
+	CHECK_OK(rmdir(groups.holder));
+	CHECK_OK(umount(groups.root));
+	CHECK_OK(rmdir(groups.root));
+}
+
+/* All of this process, and what it allocates from now on. */
+static void group_enter(const char *dir)
+{
+	group_write(dir, "cgroup.procs", "0");
+}
+
+/*
+ * Pages of page tables of guests that are charged to the group, which this process is
+ * in.  The kernel counts on each CPU, and adds up if there is much to add up.
+ */
+static uint64_t group_page_tables(const char *dir)
+{
+	const size_t size = 4096 * PG;
+	char buf[8192], *p;
+	size_t i;
+
+	p = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	CHECK(p != MAP_FAILED, "no memory");
+	for (i = 0; i < size; i += PG)
+		p[i] = 1;
+	CHECK_OK(munmap(p, size));
+	group_read(dir, "memory.stat", buf, sizeof(buf));
+	p = strstr(buf, "\nsec_pagetables ");
+	CHECK(p, "no sec_pagetables in memory.stat");
+	return strtoull(strchr(p, ' '), NULL, 10) / PG;
+}
+
+/*
+ * Who holds the log is another process, in another group.  Its harvest costs it no page
+ * tables: it splits no huge page.  The next write does, and who runs the vCPU pays.
+ */
+TEST(harvest_charges_nobody_else)
+{
+	const uint32_t huge = 512, nr = 8;
+	uint64_t *bitmap, before;
+	int log, i, sk[2];
+	struct dsr *v;
+	uint8_t *got;
+	pid_t pid;
+	char c;
+
+	if (!thp_configured())
+		SKIP(return, "no transparent huge pages");
+	if (!groups_make())
+		SKIP(return, "no memory cgroups");
+
+	CHECK_OK(socketpair(AF_UNIX, SOCK_STREAM, 0, sk));
+	fflush(NULL);
+	pid = fork();
+	if (!pid) {
+		prctl(PR_SET_PDEATHSIG, SIGKILL);
+		group_enter(groups.holder);
+		got = calloc(1, nr * huge);
+		for (i = 0; i < 3; i++) {
+			log = recv_fd(sk[1], NULL, 0);
+			CHECK_EQ(harvest_cap(log, got, nr * huge, 0, 64), nr * huge);
+			close(log);
+			CHECK_EQ(group_page_tables(groups.holder), 0);
+			CHECK_EQ(write(sk[1], "", 1), 1);
+		}
+		_exit(0);
+	}
+	/* Its end is to be seen. */
+	close(sk[1]);
+	group_enter(groups.vm);
+	v = dsr_new(.entries = 64, .nr_vcpus = 1, .no_log = true, .npages = nr * huge,
+		    .src = VM_MEM_SRC_ANONYMOUS_THP,
+		    .manual = KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE | KVM_DIRTY_LOG_INITIALLY_SET);
+	for (i = 0; i < 3; i++) {
+		guest_write_step(v, 0, 0, nr, huge);
+		dsr_log(v, true);
+		dsr_reopen(v);
+		before = group_page_tables(groups.vm);
+		CHECK(before, "no page tables of a guest that ran");
+		send_fd(sk[0], 0, v->fd);
+		CHECK_EQ(read(sk[0], &c, 1), 1);
+		CHECK_EQ(group_page_tables(groups.vm), before);
+		guest_write_step(v, 0, 5, nr, huge);
+		CHECK(!tdp_mmu() || group_page_tables(groups.vm) >= before + nr,
+		      "%lu pages of page tables, and then %lu", before,
+		      group_page_tables(groups.vm));
+		expect_step(v, 5, nr, huge);
+		dsr_log(v, false);
+	}
+	child_check(pid);
+
+	/* Would it be seen?  Whoever clears the bitmap splits, and pays. */
+	if (tdp_mmu() && get_kvm_param_bool("eager_page_split")) {
+		bitmap = malloc(v->npages / 8);
+		memset(bitmap, 0xff, v->npages / 8);
+		guest_write_step(v, 0, 0, nr, huge);
+		dsr_log(v, true);
+		group_enter(groups.holder);
+		kvm_vm_clear_dirty_log(v->vm, TEST_SLOT, bitmap, 0, v->npages);
+		CHECK_EQ(group_page_tables(groups.holder), nr);
+		free(bitmap);
+	}
+	dsr_free(v);
+	groups_remove();
 }
 
 int main(int argc, char *argv[])
