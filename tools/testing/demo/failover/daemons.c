@@ -397,6 +397,11 @@ void new_pair(struct pair *x)
 
 bool begin(struct pair *x)
 {
+	return begin_with(x, "50ms");
+}
+
+bool begin_with(struct pair *x, const char *interval)
+{
 	char dir[64];
 
 	new_pair(x);
@@ -404,7 +409,7 @@ bool begin(struct pair *x)
 	if (x->disk_mb && !mount_small(dir, x->disk_mb))
 		return false;
 	x->standby = start_standby(x);
-	start_protect(&x->protect, &vm, x, "50ms", 0);
+	start_protect(&x->protect, &vm, x, interval, 0);
 	return wait_synced(&x->protect, &vm, 1);
 }
 

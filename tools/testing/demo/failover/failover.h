@@ -198,6 +198,7 @@ uint64_t epoch_taken(const struct pair *x);
 bool tell_standby(const struct pair *x, const char *command);
 bool tell_protect(const struct pair *x, const char *command);
 bool begin(struct pair *x);
+bool begin_with(struct pair *x, const char *interval);
 void end(struct pair *x);
 /* The guest is at the standby now, and @next is it: forget who had it before */
 void moved(struct pair *x, struct vm *next);
@@ -270,6 +271,8 @@ bool test_links(unsigned int n);
 bool test_early(unsigned int n);
 bool test_measure(unsigned int n);
 bool test_ledger(unsigned int n);
+bool test_ledger_control(unsigned int n);
+bool test_latency(unsigned int n);
 bool test_switches(unsigned int n);
 bool test_copies(unsigned int n);
 bool test_faults(unsigned int n);

@@ -92,6 +92,8 @@ static const struct test {
 	{ "copies", test_copies, false },
 	{ "faults", test_faults, false },
 	{ "ledger", test_ledger, true },
+	{ "lies", test_ledger_control, true },
+	{ "latency", test_latency, true },
 };
 
 /* The -accel of the guest that is there, NULL if there is none */
