@@ -52,6 +52,8 @@ int kc_net_hold(struct protect *p, struct kc_err *err)
 	if (rc)
 		return kc_fail(err, -rc, "%s", why.text);
 	p->no_cards = !p->guest.holds;
+	if (!p->no_cards)
+		kc_status_output(p->status, KC_OUTPUT_HELD);
 	p->net_stuck_us = 0;
 	return 0;
 }
@@ -103,6 +105,7 @@ int kc_net_look(struct protect *p, struct kc_err *err)
 		kc_log(KC_LOG_WARN,
 		       "nothing was acknowledged for %u ms: what the guest sends is not held back any more, until there is a new epoch",
 		       p->net_ms);
+		kc_status_output(p->status, KC_OUTPUT_PASSES);
 		rc = guest_release(&p->guest, 0, false, err);
 	}
 	return rc;

@@ -362,6 +362,7 @@ int kc_epoch_disk(struct kc_sink *s, uint32_t disk, uint64_t offset, const void 
 	if (offset > size || len > size - offset)
 		return kc_fail(err, EINVAL, "the guest has no %zu bytes at %llu of disk %u", len,
 			       (unsigned long long)offset, disk);
+	s->stats.disk_bytes += len;
 	while (len && !rc) {
 		struct kc_part p = { .page = offset / KC_PAGE_SIZE,
 				     .offset = offset % KC_PAGE_SIZE,

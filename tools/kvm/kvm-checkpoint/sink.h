@@ -443,6 +443,7 @@ int kc_sink_fd(const struct kc_sink *sink);
  * @zero_pages: of these, zero.
  * @delta_pages: of these, sent as difference.
  * @state_bytes: device state handed over.
+ * @disk_bytes: writes to disks handed over.
  * @wire_bytes: bytes sent or written, before TLS.
  * @pack_us: time spent in comparing and compressing.
  * @io_us: time spent in sending or writing, TLS included.
@@ -450,7 +451,7 @@ int kc_sink_fd(const struct kc_sink *sink);
  */
 struct kc_sink_stats {
 	uint64_t epoch_sent, epoch_acked, epochs;
-	uint64_t pages, zero_pages, delta_pages, state_bytes;
+	uint64_t pages, zero_pages, delta_pages, state_bytes, disk_bytes;
 	uint64_t wire_bytes, pack_us, io_us, ack_us;
 };
 

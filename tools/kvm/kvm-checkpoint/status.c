@@ -82,6 +82,7 @@ struct kc_status {
 	char peer[300];
 	char trouble[sizeof(((struct kc_err *)0)->text)];
 	uint64_t started_us, done, total, resyncs;
+	enum kc_output output;
 	struct hist pause[KC_PAUSE_PARTS + 1];
 	/* Of sinks that were closed, and of the one that is open. */
 	struct kc_sink_stats closed, sink;
@@ -188,6 +189,7 @@ static void add_stats(struct kc_sink_stats *to, const struct kc_sink_stats *s)
 	to->zero_pages += s->zero_pages;
 	to->delta_pages += s->delta_pages;
 	to->state_bytes += s->state_bytes;
+	to->disk_bytes += s->disk_bytes;
 	to->wire_bytes += s->wire_bytes;
 	to->pack_us += s->pack_us;
 	to->io_us += s->io_us;
@@ -204,6 +206,13 @@ void kc_status_sink(struct kc_status *st, const struct kc_sink_stats *stats)
 		add_stats(&st->closed, &st->sink);
 		memset(&st->sink, 0, sizeof(st->sink));
 	}
+	pthread_mutex_unlock(&st->lock);
+}
+
+void kc_status_output(struct kc_status *st, enum kc_output output)
+{
+	pthread_mutex_lock(&st->lock);
+	st->output = output;
 	pthread_mutex_unlock(&st->lock);
 }
 
@@ -228,7 +237,7 @@ static void make_report(const struct kc_status *st, struct report *r)
 	r->s = st->closed;
 	add_stats(&r->s, &st->sink);
 	r->uptime = (now - st->started_us) / 1e6;
-	r->raw_bytes = r->s.pages * KC_PAGE_SIZE + r->s.state_bytes;
+	r->raw_bytes = r->s.pages * KC_PAGE_SIZE + r->s.state_bytes + r->s.disk_bytes;
 	r->ratio = r->s.wire_bytes ? (double)r->raw_bytes / r->s.wire_bytes : 0;
 	nr = r->s.epoch_acked;
 	r->lag = -1;
@@ -251,6 +260,9 @@ static void print_text(FILE *f, const struct kc_status *st, const struct report 
 	if (st->total)
 		fprintf(f, "progress  %" PRIu64 " of %" PRIu64 " pages, %.1f %%\n", st->done,
 			st->total, 100.0 * st->done / st->total);
+	if (st->output != KC_OUTPUT_UNKNOWN)
+		fprintf(f, "network   %s\n", st->output == KC_OUTPUT_HELD ?
+			"held back until its epoch is acknowledged" : "not held back");
 	fprintf(f, "epoch     %" PRIu64 ", acknowledged %" PRIu64, st->epoch, r->s.epoch_acked);
 	if (r->lag >= 0)
 		fprintf(f, ", %.3f s behind the guest", r->lag);
@@ -259,6 +271,8 @@ static void print_text(FILE *f, const struct kc_status *st, const struct report 
 	if (!strcmp(st->role, "protect"))
 		fprintf(f, " (%" PRIu64 " zero, %" PRIu64 " as differences)", r->s.zero_pages,
 			r->s.delta_pages);
+	if (r->s.disk_bytes)
+		fprintf(f, "\ndisks     %" PRIu64 " bytes", r->s.disk_bytes);
 	fprintf(f, "\nbytes     %" PRIu64 " as %" PRIu64 ", ratio %.2f\n", r->raw_bytes,
 		r->s.wire_bytes, r->ratio);
 	if (!strcmp(st->role, "protect"))
@@ -305,6 +319,10 @@ static void print_json(FILE *f, const struct kc_status *st, const struct report 
 	add_u64(o, "zero_pages", r->s.zero_pages);
 	add_u64(o, "delta_pages", r->s.delta_pages);
 	add_u64(o, "state_bytes", r->s.state_bytes);
+	add_u64(o, "disk_bytes", r->s.disk_bytes);
+	if (st->output != KC_OUTPUT_UNKNOWN)
+		json_object_object_add(o, "network_held",
+				       json_object_new_boolean(st->output == KC_OUTPUT_HELD));
 	add_u64(o, "raw_bytes", r->raw_bytes);
 	add_u64(o, "wire_bytes", r->s.wire_bytes);
 	json_object_object_add(o, "ratio", json_object_new_double(r->ratio));
@@ -374,7 +392,12 @@ static void print_prometheus(FILE *f, const struct kc_status *st, const struct r
 		{ "pages_total", "counter", "Pages handed over.", r->s.pages },
 		{ "zero_pages_total", "counter", "Pages that were zero.", r->s.zero_pages },
 		{ "delta_pages_total", "counter", "Pages sent as differences.", r->s.delta_pages },
-		{ "raw_bytes_total", "counter", "Bytes of pages and device state.", r->raw_bytes },
+		{ "disk_bytes_total", "counter", "Bytes written to disks.", r->s.disk_bytes },
+		{ "network_held", "gauge",
+		  "1 while what the guest sends is held back until it is acknowledged.",
+		  st->output == KC_OUTPUT_HELD },
+		{ "raw_bytes_total", "counter", "Bytes of pages, disks and device state.",
+		  r->raw_bytes },
 		{ "wire_bytes_total", "counter", "Bytes sent or written.", r->s.wire_bytes },
 		{ "pack_seconds_total", "counter", "Time spent compressing.", r->s.pack_us / 1e6 },
 		{ "io_seconds_total", "counter", "Time spent sending or writing.",

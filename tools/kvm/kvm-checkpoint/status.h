@@ -63,6 +63,12 @@ void kc_status_epoch(struct kc_status *st, uint64_t nr, uint64_t taken_us);
  */
 void kc_status_sink(struct kc_status *st, const struct kc_sink_stats *stats);
 
+/* What becomes of what the guest sends, if it has a network */
+enum kc_output { KC_OUTPUT_UNKNOWN, KC_OUTPUT_PASSES, KC_OUTPUT_HELD };
+
+/** kc_status_output() - what does */
+void kc_status_output(struct kc_status *st, enum kc_output output);
+
 /** kc_status_resync() - count one resynchronization. */
 void kc_status_resync(struct kc_status *st);
 

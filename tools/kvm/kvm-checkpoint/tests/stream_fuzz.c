@@ -167,6 +167,21 @@ static void records(struct kc_io *io, struct kc_rx *rx, struct kc_ram *ram)
 	}
 }
 
+/* Images beside the RAM */
+static int give_disks(struct kc_ram *ram, const struct kc_guest *guest)
+{
+	const char *paths[KC_MAX_DISKS];
+	static char names[KC_MAX_DISKS][128];
+	struct kc_err err;
+	uint32_t i;
+
+	for (i = 0; i < guest->nr_disks; i++) {
+		snprintf(names[i], sizeof(names[i]), "%s/image%u", sub, i);
+		paths[i] = names[i];
+	}
+	return kc_ram_set_disks(ram, paths, guest->nr_disks, &err);
+}
+
 static void receive(const uint8_t *data, size_t size, bool with_files)
 {
 	struct kc_io *io = kc_io_file(-1, data, size);
@@ -176,17 +191,21 @@ static void receive(const uint8_t *data, size_t size, bool with_files)
 	struct kc_rec rec;
 	struct kc_err err;
 	struct kc_rx *rx;
+	uint64_t pages;
 	uint32_t i;
 
 	if (kc_io_record(io, 0, &rec, &err) || kc_get_hello(&rec, &hello, &err)) {
 		kc_io_close(io);
 		return;
 	}
-	if (kc_guest_pages(&hello.guest) > MAX_PAGES)
+	pages = kc_guest_pages(&hello.guest);
+	for (i = 0; i < hello.guest.nr_disks; i++)
+		pages += hello.guest.disks[i].npages;
+	if (pages > MAX_PAGES)
 		goto out;
 	if (with_files) {
 		snprintf(sub, sizeof(sub), "%s/ram", dir);
-		if (kc_ram_open(sub, false, &ram, &err) ||
+		if (kc_ram_open(sub, false, &ram, &err) || give_disks(ram, &hello.guest) ||
 		    kc_ram_create(ram, &hello.guest, NULL, NULL, &err))
 			abort();
 		rx = kc_rx_new(kc_ram_guest(ram), &kc_ram_ops, ram);

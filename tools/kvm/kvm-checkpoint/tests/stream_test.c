@@ -35,6 +35,7 @@ static int get_any(const struct kc_rec *rec)
 	struct kc_welcome w;
 	struct kc_begin b;
 	struct kc_page p;
+	struct kc_part d;
 	struct kc_zero z;
 	struct kc_state s;
 	struct kc_commit c;
@@ -57,6 +58,10 @@ static int get_any(const struct kc_rec *rec)
 	case KC_PAGE:
 		rc = kc_get_page(rec, &p, &err);
 		return rc ? rc : p.page == 77 && p.block == 1 && p.len == 100 ? 0 : -1;
+	case KC_PART:
+		rc = kc_get_part(rec, &d, &err);
+		return rc ? rc : d.page == 78 && d.block == KC_DISK_BLOCK + 1 && d.offset == 4000 &&
+		       d.len == 96 ? 0 : -1;
 	case KC_ZERO:
 		return kc_get_zero(rec, &z, &err);
 	case KC_STATE:
@@ -79,6 +84,8 @@ static void test_records(void)
 {
 	static uint8_t buf[KC_REC_HDR + KC_REC_MAX + 1];
 	const struct kc_page page = { .page = 77, .block = 1, .len = 100, .enc = KC_ENC_LZ4 };
+	const struct kc_part part = { .page = 78, .block = KC_DISK_BLOCK + 1, .offset = 4000,
+				      .len = 96 };
 	const struct kc_digest_req req = { .first = 5, .n = 3, .block = 1 };
 	const struct kc_welcome welcome = { 1, true, true, 5, 8, 6, { 7 } };
 	uint8_t id[16] = { 1 };
@@ -87,7 +94,7 @@ static void test_records(void)
 	ssize_t got;
 	int k;
 
-	for (k = 0; k < 12; k++) {
+	for (k = 0; k < 13; k++) {
 		memset(buf, 0xee, sizeof(buf));
 		switch (k) {
 		case 0:
@@ -122,6 +129,9 @@ static void test_records(void)
 			break;
 		case 10:
 			n[k] = kc_put_digest_req(buf, KC_DIGEST_REQ, &req);
+			break;
+		case 11:
+			n[k] = kc_put_part(buf, &part) + part.len;
 			break;
 		default:
 			n[k] = kc_put_digest_req(buf, KC_DIGESTS, &req) + 3 * KC_DIGEST_SIZE;

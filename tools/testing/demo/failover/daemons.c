@@ -397,10 +397,10 @@ void new_pair(struct pair *x)
 
 bool begin(struct pair *x)
 {
-	return begin_with(x, "50ms");
+	return begin_with(x, interval);
 }
 
-bool begin_with(struct pair *x, const char *interval)
+bool begin_with(struct pair *x, const char *every)
 {
 	char dir[64];
 
@@ -409,7 +409,7 @@ bool begin_with(struct pair *x, const char *interval)
 	if (x->disk_mb && !mount_small(dir, x->disk_mb))
 		return false;
 	x->standby = start_standby(x);
-	start_protect(&x->protect, &vm, x, interval, 0);
+	start_protect(&x->protect, &vm, x, every, 0);
 	return wait_synced(&x->protect, &vm, 1);
 }
 

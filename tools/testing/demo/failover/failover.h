@@ -38,6 +38,7 @@ extern bool guest_has_net;
 /* It has a database on a disk of its own, and clients; what is said of its network, NULL for nothing */
 extern bool guest_has_ledger;
 extern const char *net_option;
+extern const char *interval;	/* of epochs, but for tests that say so */
 extern const char *old_qemu, *old_checkpoint;
 extern const char *max_dirty;	/* argument of --max-dirty, or NULL */
 extern const char *chain;	/* directory for epochs, or NULL to send them to a standby */
@@ -198,7 +199,7 @@ uint64_t epoch_taken(const struct pair *x);
 bool tell_standby(const struct pair *x, const char *command);
 bool tell_protect(const struct pair *x, const char *command);
 bool begin(struct pair *x);
-bool begin_with(struct pair *x, const char *interval);
+bool begin_with(struct pair *x, const char *every);
 void end(struct pair *x);
 /* The guest is at the standby now, and @next is it: forget who had it before */
 void moved(struct pair *x, struct vm *next);

@@ -350,6 +350,8 @@ bool test_ledger_control(unsigned int times)
 	bool ok = boot_ledger();
 
 	net_option = "pass";
+	/* So that there is something to lose */
+	interval = "500ms";
 	for (n = 0; ok && !lost && n < times; n++) {
 		ok = start_clients() && kill_guest(n & 1);
 		if (!ok)
@@ -359,6 +361,7 @@ bool test_ledger_control(unsigned int times)
 		end_clients();
 	}
 	net_option = NULL;
+	interval = "50ms";
 	end_guest();
 	if (ok && !lost)
 		return fail("with --net pass nothing was lost in %u kills: this test would not notice", n);

@@ -37,6 +37,7 @@ const char *guest_cpus = "2";
 unsigned int guest_rate = 400;
 bool guest_has_net, guest_has_ledger;
 const char *net_option;
+const char *interval = "50ms";
 const char *old_qemu, *old_checkpoint;
 const char *max_dirty, *chain;
 uint64_t started, seed;
