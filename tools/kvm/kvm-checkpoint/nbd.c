@@ -48,7 +48,7 @@ struct conn {
 };
 
 struct nbd {
-	char dir[64], path[80];
+	char dir[92], path[100];	/* of what a socket's address has room for */
 	int listener;
 	pthread_t acceptor;
 	uint64_t sizes[NBD_MAX_DISKS];
@@ -363,18 +363,37 @@ static void forget(struct nbd *n)
 	n->bytes = 0;
 }
 
+/* Of a systemd unit, then of a user; the first of several */
+static void choose_dir(struct nbd *n)
+{
+	static const char * const names[] = { "RUNTIME_DIRECTORY", "XDG_RUNTIME_DIR" };
+	const char *base = NULL;
+	size_t i, len = 0;
+
+	for (i = 0; !len && i < sizeof(names) / sizeof(names[0]); i++) {
+		base = getenv(names[i]);
+		len = base && *base == '/' ? strcspn(base, ":") : 0;
+		if (len > sizeof(n->dir) - 30)
+			len = 0;
+	}
+	if (!len) {
+		base = "/tmp";
+		len = strlen(base);
+	}
+	snprintf(n->dir, sizeof(n->dir), "%.*s/kvm-checkpoint.XXXXXX", (int)len, base);
+}
+
 static int listen_on(struct nbd *n, struct kc_err *err)
 {
 	struct sockaddr_un sun = { .sun_family = AF_UNIX };
-	const char *base = getenv("XDG_RUNTIME_DIR");
 
-	if (!base || strlen(base) > sizeof(n->dir) - 30)
-		base = "/tmp";
-	snprintf(n->dir, sizeof(n->dir), "%s/kvm-checkpoint.XXXXXX", base);
+	choose_dir(n);
 	if (!mkdtemp(n->dir)) {
+		int rc = kc_fail(err, errno, "cannot make a directory %s for a socket: %s", n->dir,
+				 strerror(errno));
+
 		n->dir[0] = '\0';
-		return kc_fail(err, errno, "cannot make a directory in %s for a socket: %s", base,
-			       strerror(errno));
+		return rc;
 	}
 	snprintf(n->path, sizeof(n->path), "%s/nbd", n->dir);
 	snprintf(sun.sun_path, sizeof(sun.sun_path), "%s", n->path);
