@@ -360,27 +360,30 @@ static struct kvm_dirty_slot_log *full_log(struct kvm_vcpu *vcpu)
  * userspace runs again with a full one leaves again.  One exit of the guest can
  * fill several, hence no note of the one that made the request.
  *
- * Context: the vCPU's thread, under kvm->srcu.
+ * Context: the vCPU's thread; may be under kvm->srcu.
  * Return: true if it must, with kvm_run filled in.
  */
 bool kvm_dirty_slot_ring_check_request(struct kvm_vcpu *vcpu)
 {
 	struct kvm_dirty_slot_log *log;
+	int idx;
 
 	if (!kvm_check_request(KVM_REQ_DIRTY_SLOT_RING_FULL, vcpu))
 		return false;
 
+	/* Not every architecture holds it where it looks at requests. */
+	idx = srcu_read_lock(&vcpu->kvm->srcu);
 	log = full_log(vcpu);
-	if (!log)
-		return false;
-
-	kvm_make_request(KVM_REQ_DIRTY_SLOT_RING_FULL, vcpu);
-	vcpu->run->exit_reason = KVM_EXIT_DIRTY_SLOT_RING_FULL;
-	vcpu->run->dirty_slot_ring.slot = log->slot;
-	vcpu->run->dirty_slot_ring.pad = 0;
-	vcpu->stat.generic.dirty_slot_ring_full_exits++;
-	trace_kvm_dirty_slot_ring_exit(log->pid, vcpu->vcpu_id, log->slot);
-	return true;
+	if (log) {
+		kvm_make_request(KVM_REQ_DIRTY_SLOT_RING_FULL, vcpu);
+		vcpu->run->exit_reason = KVM_EXIT_DIRTY_SLOT_RING_FULL;
+		vcpu->run->dirty_slot_ring.slot = log->slot;
+		vcpu->run->dirty_slot_ring.pad = 0;
+		vcpu->stat.generic.dirty_slot_ring_full_exits++;
+		trace_kvm_dirty_slot_ring_exit(log->pid, vcpu->vcpu_id, log->slot);
+	}
+	srcu_read_unlock(&vcpu->kvm->srcu, idx);
+	return !!log;
 }
 
 /**
