@@ -90,8 +90,7 @@ static void run_round(void)
 	for (i = 0; i < NR_ALL; i++)
 		all_open(&m.all[i]);
 	for (s = 0; s < NR_SLOTS * 2; s++)
-		virt_map_level(m.vm, SLOT_GVA(s / 2, s % 2), SLOT_GPA(s / 2, s % 2), WINDOW,
-			       PG_LEVEL_2M);
+		guest_map(m.vm, SLOT_GVA(s / 2, s % 2), SLOT_GPA(s / 2, s % 2), WINDOW);
 	for (v = 0; v < nr_vcpus; v++) {
 		add_vcpu();
 		/*

@@ -14,6 +14,8 @@
 #include <time.h>
 #include <unistd.h>
 
+#include <linux/sizes.h>
+
 #include "dirty_slot_ring_perf.h"
 
 void fail(const char *fmt, ...)
@@ -350,12 +352,11 @@ static void make_vm(struct run *r)
 {
 	const struct params *p = r->p;
 	uint64_t list_pages = DIV_ROUND_UP((p->nr_dirty + p->nr_probes) * sizeof(uint32_t), PG);
-	int level = kvm_cpu_has(X86_FEATURE_GBPAGES) ? PG_LEVEL_1G : PG_LEVEL_2M;
 	int i;
 
 	/* Room for the page tables of the slot and the list. */
 	r->vm = __vm_create(VM_SHAPE_DEFAULT, p->nr_vcpus,
-			    2048 + p->size / PG_SIZE_1G + list_pages);
+			    2048 + p->size / SZ_1G + list_pages);
 	r->mode->create(r);
 
 	r->npages = p->size / PG;
@@ -367,7 +368,7 @@ static void make_vm(struct run *r)
 	}
 	r->data = data_memory;
 	set_logging(r, false);
-	virt_map_level(r->vm, DATA_GVA, DATA_GPA, align_up(p->size, PG_LEVEL_SIZE(level)), level);
+	guest_map(r->vm, DATA_GVA, DATA_GPA, align_up(p->size, SZ_1G));
 
 	vm_userspace_mem_region_add(r->vm, VM_MEM_SRC_ANONYMOUS, LIST_GPA, LIST_SLOT,
 				    list_pages, 0);
@@ -379,7 +380,7 @@ static void make_vm(struct run *r)
 		vcpu_args_set(r->vcpu[i], 1, i);
 		r->mb[i] = (struct mailbox *)addr_gva2hva(r->vm, (vm_vaddr_t)mailboxes) + i;
 	}
-	r->tsc_khz = __vcpu_ioctl(r->vcpu[0], KVM_GET_TSC_KHZ, NULL);
+	r->tsc_khz = guest_cycles_khz(r->vcpu[0]);
 
 	r->expected = big_alloc(DIV_ROUND_UP(r->npages, WORD_PAGES) * sizeof(long));
 	r->probes = big_alloc(DIV_ROUND_UP(r->npages, WORD_PAGES) * sizeof(long));
@@ -640,7 +641,7 @@ static struct memory memory_now(void)
 /* A VM that never runs. */
 static struct memory memory_of_vm(struct run *r, bool log)
 {
-	uint64_t gap = align_up(r->p->size, PG_SIZE_1G);
+	uint64_t gap = align_up(r->p->size, SZ_1G);
 	struct memory before, after;
 	int i;
 

@@ -52,9 +52,9 @@ enum guest_op {
 	OP_NONE,
 	OP_WRITE,	/* write @npages pages from @first, @step apart, exit */
 	OP_BATCHES,	/* the same each time @go moves on, never exiting */
-	OP_TPR,		/* and write the task priority register with each batch */
+	OP_TPR,		/* x86: and write the task priority register with each batch */
 	OP_RANDOM,	/* write random ones of the first @npages, until @stop */
-	OP_INS,		/* have KVM's emulator store one byte in page @first */
+	OP_INS,		/* x86: have KVM's emulator store one byte in page @first */
 };
 
 /* The guest's copy is the one that both sides use, see dsr_add_vcpu(). */

@@ -98,18 +98,20 @@ void guest_do(struct mailbox *mb)
 	case OP_BATCHES:
 		guest_batches(mb, NULL);
 		break;
+#ifdef __x86_64__
 	case OP_TPR:
 		guest_batches(mb, guest_write_tpr);
 		break;
+	case OP_INS:
+		guest_ins((void *)(mb->gva + mb->first * PG));
+		break;
+#endif
 	case OP_RANDOM:
 		for (i = 1, x = mb->value | 1; !READ_ONCE(mb->stop); i++) {
 			x = xorshift(x);
 			guest_store(mb, x % mb->npages, mb->value + i);
 			WRITE_ONCE(mb->done, i);
 		}
-		break;
-	case OP_INS:
-		guest_ins((void *)(mb->gva + mb->first * PG));
 		break;
 	}
 }
@@ -167,8 +169,10 @@ bool run_vcpu(struct kvm_vcpu *vcpu)
 			return false;
 		if (guest_is_done(run))
 			return true;
+#ifdef __x86_64__
 		if (guest_supply_ins(run, 0x5a))
 			continue;
+#endif
 		CHECK(get_ucall(vcpu, &uc), "exit %s", exit_reason_str(run->exit_reason));
 		CHECK(false, "guest failed: %s", uc.buffer);
 	}

@@ -40,6 +40,11 @@ static inline uint64_t guest_cycles(void)
 	return rdtsc();
 }
 
+static inline uint64_t guest_cycles_khz(struct kvm_vcpu *vcpu)
+{
+	return __vcpu_ioctl(vcpu, KVM_GET_TSC_KHZ, NULL);
+}
+
 /* Tell the host that what it asked for is done. */
 static inline void guest_exit(void)
 {
@@ -70,6 +75,15 @@ static inline bool guest_set_steal_time(struct kvm_vcpu *vcpu, uint64_t gpa)
 static inline bool guest_writes_are_buffered(void)
 {
 	return host_cpu_is_intel && get_kvm_intel_param_bool("pml");
+}
+
+/* All of it, by few page tables; @size is rounded up. */
+static inline void guest_map(struct kvm_vm *vm, uint64_t gva, uint64_t gpa, uint64_t size)
+{
+	bool big = !(size % PG_SIZE_1G) && kvm_cpu_has(X86_FEATURE_GBPAGES);
+	int level = big ? PG_LEVEL_1G : PG_LEVEL_2M;
+
+	virt_map_level(vm, gva, gpa, align_up(size, PG_LEVEL_SIZE(level)), level);
 }
 
 /* x86 only: what OP_TPR and OP_INS are made of. */
