@@ -6,7 +6,7 @@
 MINUTES ?= 30
 
 .PHONY: help deps kernel qemu test test-debug test-vmx test-checkpoint test-failover demo bench plots patch check clean
-.PHONY: tools tools-install model soak test-all test-mutants
+.PHONY: tools tools-install model soak test-all test-mutants test-arm64
 
 help:
 	@echo 'make demo     live-migrate a Linux guest with the bitmap, the dirty ring and slot rings'
@@ -14,6 +14,7 @@ help:
 	@echo 'make soak     all tests of ours at random for MINUTES=30; nothing may grow'
 	@echo 'make test-debug   the kernel tests with KASAN, lockdep, kmemleak, UBSAN, faults; then with KCSAN'
 	@echo 'make test-vmx     the kernel tests in Bochs with PML, without PML, without EPT; and other ways to run'
+	@echo 'make test-arm64   the kernel tests on arm64, at full length, with VHE, without, and with protected KVM'
 	@echo 'make test-checkpoint   kvm-checkpoint, when others do something to its guest, its QEMU and its processes'
 	@echo 'make test-failover     300 times its QEMU is killed, and on 300 bad days its links, daemons, disks and clocks fail'
 	@echo 'make test-mutants   all deliberate errors that the code in userspace has to notice; make test runs most'
@@ -58,7 +59,7 @@ test:
 
 # One after the other, whatever fails; the last word is whether anything did.
 test-all:
-	@failed=; for t in test test-debug test-vmx test-checkpoint test-failover test-mutants model soak bench; do \
+	@failed=; for t in test test-debug test-vmx test-arm64 test-checkpoint test-failover test-mutants model soak bench; do \
 		echo "==> make $$t"; TEST_LONG=1 $(MAKE) --no-print-directory $$t || failed="$$failed $$t"; \
 	done; [ -z "$$failed" ] || { echo "failed:$$failed" >&2; exit 1; }
 
@@ -75,6 +76,9 @@ test-debug:
 
 test-vmx:
 	@scripts/test vmx ways
+
+test-arm64:
+	@scripts/test arm64-long
 
 test-mutants:
 	@scripts/test mutants

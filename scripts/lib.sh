@@ -97,9 +97,10 @@ dirty_slot_ring_life_test dirty_slot_ring_mark_test dirty_slot_ring_mem_test \
 dirty_slot_ring_race_test dirty_slot_ring_x86_test"
 
 # selftest NAME: where the binary of that name is, if it is anywhere.
+SELFTESTS=$CACHE/out/selftests
 selftest() {
 	local f
-	for f in "$CACHE/out/selftests/$1" "$CACHE/out/selftests/x86_64/$1" "$CACHE/out/selftests/x86/$1"; do
+	for f in "$SELFTESTS/$1" "$SELFTESTS"/{x86_64,x86,aarch64,arm64}/"$1"; do
 		[ ! -x "$f" ] || { echo "$f"; break; }
 	done
 }

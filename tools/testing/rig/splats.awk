@@ -3,7 +3,7 @@
 # Reads a kernel's console and prints what should not be there, one line each:
 # the test it appeared in ("-" if none), a tab, the line number, a tab, the text.
 #
-# emulator=qemu|bochs chooses the allowlist: splats at boot that belong to the
+# emulator=qemu|bochs|arm64 chooses the allowlist: splats at boot that belong to the
 # emulator and not to the kernel.  Each names the one line that it allows.
 
 BEGIN {
@@ -12,7 +12,8 @@ BEGIN {
 		"possible circular|possible recursive|possible irq lock|inconsistent lock state|" \
 		"suspicious RCU|bad unlock balance|held lock|nested lock|sleeping function|" \
 		"INFO: rcu|INFO: task|INFO: lockdep|rcu:.*(stall|self-detected)|" \
-		"Call Trace:|hung task|blocked for more than|unable to handle|refcount_t|" \
+		"Call [Tt]race:|hung task|blocked for more than|[Uu]nable to handle|refcount_t|" \
+		"Internal error|HYP panic|" \
 		"leaked|kmemleak: [1-9]|Kernel panic|invalid opcode|stack-protector|" \
 		"soft lockup|hard LOCKUP|double fault|list_(add|del) corruption|Bad page|" \
 		"Out of memory|oom-kill|VFS: Busy"
@@ -103,6 +104,6 @@ race && /Reported by Kernel Concurrency Sanitizer/ {
 
 # Who makes allocations fail is told so.
 test ~ /fault/ && /vmalloc error: |page allocation failure: / { failed = NR; next }
-failed && NR - failed < 8 && /Call Trace:/ { failed = 0; next }
+failed && NR - failed < 8 && /Call [Tt]race:/ { failed = 0; next }
 
 $0 ~ splat && !allowed($0) { report(NR, $0) }
