@@ -6,7 +6,7 @@
 MINUTES ?= 30
 
 .PHONY: help deps kernel qemu test test-debug test-vmx test-checkpoint test-failover demo bench plots patch check clean
-.PHONY: tools tools-install model soak test-all test-mutants test-arm64
+.PHONY: tools tools-install model soak test-all test-mutants test-arm64 deb test-deb
 
 help:
 	@echo 'make demo     live-migrate a Linux guest with the bitmap, the dirty ring and slot rings'
@@ -18,6 +18,7 @@ help:
 	@echo 'make test-checkpoint   kvm-checkpoint, when others do something to its guest, its QEMU and its processes'
 	@echo 'make test-failover     300 times its QEMU is killed, and on 300 bad days its links, daemons, disks and clocks fail'
 	@echo 'make test-mutants   all deliberate errors that the code in userspace has to notice; make test runs most'
+	@echo 'make test-deb     the packages: installed in a Debian of their own, which is booted with its own kernel'
 	@echo 'make test-all     all of these, some hours'
 	@echo 'make bench    what it costs beside the bitmap and the upstream ring: tables and plots'
 	@echo
@@ -27,6 +28,7 @@ help:
 	@echo 'make plots    pictures of dirty rate, ring fill and pauses, drawn by kvmdirtyplot'
 	@echo 'make tools    build the library and the tools under tools/kvm/ into out/tools/'
 	@echo 'make tools-install   install them: DESTDIR, PREFIX (/usr/local), LIBDIR'
+	@echo 'make deb      Debian packages of the modules, the tools and QEMU, into out/deb/'
 	@echo 'make model    check the models of the design exhaustively, the long form'
 	@echo 'make patch    write the kernel series, for git am, to out/series/'
 	@echo 'make check    checkpatch, sparse, and that each commit of the series builds'
@@ -52,6 +54,13 @@ tools:
 
 tools-install: tools
 	@$(MAKE) --no-print-directory -C tools/kvm install
+
+deb:
+	@scripts/deps deb
+	@scripts/deb
+
+test-deb:
+	@scripts/test deb-long
 
 test:
 	@scripts/deps
