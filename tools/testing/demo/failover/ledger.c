@@ -398,16 +398,35 @@ static bool ask_questions(unsigned int n, uint64_t *us)
 	return ok || fail("the database does not answer");
 }
 
+/* Of the last epochs: how long the guest stood still, and from one to the next */
+static void median_epoch(uint64_t *pause, uint64_t *every)
+{
+	uint64_t a[200], b[200], i, n = 0;
+
+	pthread_mutex_lock(&log_.lock);
+	for (i = log_.newest; i > 2 && n < ARRAY_SIZE(a); i--, n++) {
+		a[n] = log_.epochs[i % MAX_EPOCHS].us[PAUSE];
+		b[n] = log_.epochs[i % MAX_EPOCHS].taken_us -
+		       log_.epochs[(i - 1) % MAX_EPOCHS].taken_us;
+	}
+	pthread_mutex_unlock(&log_.lock);
+	qsort(a, n, sizeof(*a), compare_times);
+	qsort(b, n, sizeof(*b), compare_times);
+	*pause = n ? a[n / 2] : 0;
+	*every = n ? b[n / 2] : 0;
+}
+
 bool test_latency(unsigned int n)
 {
 	static const char * const intervals[] = { "10ms", "25ms", "50ms", "100ms" };
-	uint64_t *us = calloc(n, sizeof(*us));
+	uint64_t *us = calloc(n, sizeof(*us)), pause, every;
 	unsigned int i, pass;
 	bool ok;
 
 	ok = us && boot_ledger() && ask_questions(n, us);
 	if (ok) {
-		printf("TABLE\n%-24s %10s %10s\n", "us, a question's answer", "p50", "p99");
+		printf("TABLE\n%-24s %10s %10s %12s %12s\n", "us, a question's answer", "p50",
+		       "p99", "pause p50", "epochs every");
 		printf("%-24s %10lu %10lu\n", "not protected", us[n / 2], us[n * 99 / 100]);
 	}
 	for (i = 0; ok && i < 2 * ARRAY_SIZE(intervals); i++) {
@@ -419,8 +438,10 @@ bool test_latency(unsigned int n)
 		ok = begin_with(&x, intervals[i / 2]) && ask_questions(n, us);
 		snprintf(name, sizeof(name), "%s, --net %s", intervals[i / 2],
 			 pass ? "pass" : "commit");
+		median_epoch(&pause, &every);
 		if (ok)
-			printf("%-24s %10lu %10lu\n", name, us[n / 2], us[n * 99 / 100]);
+			printf("%-24s %10lu %10lu %12lu %12lu\n", name, us[n / 2],
+			       us[n * 99 / 100], pause, every);
 		end(&x);
 	}
 	net_option = NULL;
