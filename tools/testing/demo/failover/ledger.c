@@ -412,8 +412,9 @@ static void median_epoch(uint64_t *pause, uint64_t *every)
 	pthread_mutex_unlock(&log_.lock);
 	qsort(a, n, sizeof(*a), compare_times);
 	qsort(b, n, sizeof(*b), compare_times);
-	*pause = n ? a[n / 2] : 0;
-	*every = n ? b[n / 2] : 0;
+	/* Few tell nothing */
+	*pause = n > 10 ? a[n / 2] : 0;
+	*every = n > 10 ? b[n / 2] : 0;
 }
 
 bool test_latency(unsigned int n)
