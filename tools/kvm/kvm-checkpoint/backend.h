@@ -87,6 +87,13 @@ int kc_store_open(struct kc_sink *s, const char *path, struct kc_err *err);
 /* An acknowledgement came. */
 void kc_sink_acked(struct kc_sink *s, uint64_t nr);
 
+/* Of sink.c: 0 or -EINVAL; what failed leaves a broken sink; pages, and runs of zeros before them. */
+int kc_sink_usable(struct kc_sink *s, bool open, struct kc_err *err);
+int kc_sink_broken(struct kc_sink *s, int rc);
+int kc_sink_put_page(struct kc_sink *s, uint16_t block, uint64_t page, const void *data,
+		     struct kc_err *err);
+int kc_sink_flush_zeros(struct kc_sink *s, struct kc_err *err);
+
 /* A record, counted and summed up if an epoch is open. */
 int kc_sink_emit(struct kc_sink *s, const uint8_t *rec, size_t len, const void *more,
 		 size_t more_len, struct kc_err *err);

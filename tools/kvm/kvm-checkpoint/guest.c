@@ -231,7 +231,10 @@ int guest_take_runs(struct guest *g, uint64_t offset, uint64_t nr, struct kc_err
 	return 0;
 }
 
-/* The answer to send_collect(): QEMU's pages become dirty, and new slots known.  @e: for the state, or NULL */
+/*
+ * The answer to send_collect(): QEMU's pages become dirty, and new slots known.  @e: for what is said
+ * of the state, or NULL
+ */
 static int finish_collect(struct guest *g, struct guest_epoch *e, uint64_t *collect_us,
 			  struct kc_err *err)
 {

@@ -24,7 +24,8 @@ void kc_free_argv(char **argv);
 /**
  * struct kc_launch - QEMU on top of a checkpoint
  * @argv: its command, in which placeholders are replaced: {ramN} or {ram:NAME} path of a block,
- *	{sizeN} its size in bytes, {diskN} path of a disk's image, {state} path of the device state, {epoch} its number.
+ *	{sizeN} its size in bytes, {diskN} path of a disk's image, {state} path of the device state,
+ *	{epoch} its number.
  * @bare: do not add "-S -incoming defer" and a QMP monitor of our own and do not load the state:
  *	the command does all of it.
  * @capabilities: of migration, to be set before the state is loaded; NULL terminated or NULL.

@@ -175,14 +175,14 @@ uint64_t kc_sink_confirmed_us(const struct kc_sink *s)
 }
 
 /* Whoever fails but for wrong use leaves a broken sink. */
-static int broken(struct kc_sink *s, int rc)
+int kc_sink_broken(struct kc_sink *s, int rc)
 {
 	if (rc < 0)
 		s->broken = true;
 	return rc;
 }
 
-static int usable(struct kc_sink *s, bool open, struct kc_err *err)
+int kc_sink_usable(struct kc_sink *s, bool open, struct kc_err *err)
 {
 	if (s->broken)
 		return kc_fail(err, EINVAL, "the sink is broken and has to be closed");
@@ -238,7 +238,7 @@ int kc_sink_emit(struct kc_sink *s, const uint8_t *rec, size_t len, const void *
 	return rc ? rc : pace(s, len + more_len, err);
 }
 
-static int flush_zeros(struct kc_sink *s, struct kc_err *err)
+int kc_sink_flush_zeros(struct kc_sink *s, struct kc_err *err)
 {
 	uint8_t rec[KC_REC_HDR + 24];
 
@@ -250,8 +250,8 @@ static int flush_zeros(struct kc_sink *s, struct kc_err *err)
 }
 
 /* A page of RAM or of the device state. */
-static int put_page(struct kc_sink *s, uint16_t block, uint64_t page, const void *data,
-		    struct kc_err *err)
+int kc_sink_put_page(struct kc_sink *s, uint16_t block, uint64_t page, const void *data,
+		     struct kc_err *err)
 {
 	struct kc_page p = { .block = block, .page = page };
 	uint8_t rec[KC_REC_HDR + KC_PAGE_HDR];
@@ -276,7 +276,7 @@ static int put_page(struct kc_sink *s, uint16_t block, uint64_t page, const void
 		s->zeros.npages++;
 		return 0;
 	}
-	rc = flush_zeros(s, err);
+	rc = kc_sink_flush_zeros(s, err);
 	if (rc)
 		return rc;
 	if (zero) {
@@ -293,7 +293,7 @@ int kc_epoch_begin(struct kc_sink *s, uint64_t nr, unsigned int flags, struct kc
 	uint8_t rec[KC_REC_HDR + 24];
 	int rc;
 
-	rc = usable(s, false, err);
+	rc = kc_sink_usable(s, false, err);
 	if (rc)
 		return rc;
 	if (s->open || (flags & ~(KC_EPOCH_FULL | KC_EPOCH_RESYNC)) ||
@@ -308,14 +308,14 @@ int kc_epoch_begin(struct kc_sink *s, uint64_t nr, unsigned int flags, struct kc
 		kc_packer_forget(s->packer, 0);
 	rc = s->ops->begin(s, err);
 	if (rc)
-		return broken(s, rc);
+		return kc_sink_broken(s, rc);
 	s->open = true;
 	s->records = 0;
 	s->epoch_pages = 0;
 	s->has_state = false;
 	XXH3_128bits_reset(s->sum);
 	kc_put_begin(rec, &s->begin);
-	return broken(s, kc_sink_emit(s, rec, sizeof(rec), NULL, 0, err));
+	return kc_sink_broken(s, kc_sink_emit(s, rec, sizeof(rec), NULL, 0, err));
 }
 
 int kc_epoch_page(struct kc_sink *s, uint32_t block, uint64_t page, const void *data,
@@ -323,7 +323,7 @@ int kc_epoch_page(struct kc_sink *s, uint32_t block, uint64_t page, const void *
 {
 	int rc;
 
-	rc = usable(s, true, err);
+	rc = kc_sink_usable(s, true, err);
 	if (rc)
 		return rc;
 	if (block >= s->guest.nr_blocks || page >= s->guest.blocks[block].npages)
@@ -332,57 +332,7 @@ int kc_epoch_page(struct kc_sink *s, uint32_t block, uint64_t page, const void *
 	s->stats.pages++;
 	if (block == s->ahead.block && page - s->ahead.first < s->ahead.n)
 		s->ahead_stale = true;
-	return broken(s, put_page(s, block, page, data, err));
-}
-
-static int put_part(struct kc_sink *s, const struct kc_part *p, struct kc_err *err)
-{
-	uint8_t rec[KC_REC_HDR + KC_PART_HDR];
-	int rc = flush_zeros(s, err);
-
-	if (rc)
-		return rc;
-	kc_pack_zero(s->packer, p->block, p->page);
-	kc_put_part(rec, p);
-	return kc_sink_emit(s, rec, sizeof(rec), p->data, p->len, err);
-}
-
-int kc_epoch_disk(struct kc_sink *s, uint32_t disk, uint64_t offset, const void *data, size_t len,
-		  struct kc_err *err)
-{
-	static const uint8_t zeros[KC_PAGE_SIZE];
-	const uint8_t *from = data;
-	uint64_t size;
-	int rc;
-
-	rc = usable(s, true, err);
-	if (rc)
-		return rc;
-	size = kc_guest_block_pages(&s->guest, KC_DISK_BLOCK + disk) * KC_PAGE_SIZE;
-	if (offset > size || len > size - offset)
-		return kc_fail(err, EINVAL, "the guest has no %zu bytes at %llu of disk %u", len,
-			       (unsigned long long)offset, disk);
-	s->stats.disk_bytes += len;
-	while (len && !rc) {
-		struct kc_part p = { .page = offset / KC_PAGE_SIZE,
-				     .offset = offset % KC_PAGE_SIZE,
-				     .block = KC_DISK_BLOCK + disk };
-
-		p.len = len < KC_PAGE_SIZE - p.offset ? len : KC_PAGE_SIZE - p.offset;
-		p.data = from ? from : zeros;
-		if (p.block == s->ahead.block && p.page - s->ahead.first < s->ahead.n)
-			s->ahead_stale = true;
-		if (p.len == KC_PAGE_SIZE) {
-			rc = put_page(s, p.block, p.page, p.data, err);
-		} else {
-			p.xxh = XXH3_64bits(p.data, p.len);
-			rc = put_part(s, &p, err);
-		}
-		offset += p.len;
-		len -= p.len;
-		from = from ? from + p.len : NULL;
-	}
-	return broken(s, rc);
+	return kc_sink_broken(s, kc_sink_put_page(s, block, page, data, err));
 }
 
 int kc_epoch_state(struct kc_sink *s, const void *buf, size_t len, bool stopped,
@@ -393,7 +343,7 @@ int kc_epoch_state(struct kc_sink *s, const void *buf, size_t len, bool stopped,
 	struct kc_state state;
 	int rc;
 
-	rc = usable(s, true, err);
+	rc = kc_sink_usable(s, true, err);
 	if (rc)
 		return rc;
 	if (s->has_state || len > KC_STATE_MAX)
@@ -401,7 +351,7 @@ int kc_epoch_state(struct kc_sink *s, const void *buf, size_t len, bool stopped,
 			       "the device state is too large");
 	copy = calloc(n + 1, KC_PAGE_SIZE);
 	if (!copy)
-		return broken(s, kc_fail(err, ENOMEM, "out of memory"));
+		return kc_sink_broken(s, kc_fail(err, ENOMEM, "out of memory"));
 	memcpy(copy, buf, len);
 	free(s->state[1]);
 	s->state[1] = copy;
@@ -420,18 +370,18 @@ int kc_epoch_state(struct kc_sink *s, const void *buf, size_t len, bool stopped,
 				   .flags = stopped ? KC_STATE_STOPPED : 0,
 				   .xxh = XXH3_64bits(copy, len) };
 	kc_put_state(rec, &state);
-	rc = flush_zeros(s, err);
+	rc = kc_sink_flush_zeros(s, err);
 	if (!rc)
 		rc = kc_sink_emit(s, rec, sizeof(rec), NULL, 0, err);
 	for (i = 0; i < n && !rc; i++) {
 		const uint8_t *p = copy + i * KC_PAGE_SIZE;
 
 		if (i >= old || memcmp(p, s->state[0] + i * KC_PAGE_SIZE, KC_PAGE_SIZE))
-			rc = put_page(s, KC_STATE_BLOCK, i, p, err);
+			rc = kc_sink_put_page(s, KC_STATE_BLOCK, i, p, err);
 	}
 	if (!rc)
-		rc = flush_zeros(s, err);
-	return broken(s, rc);
+		rc = kc_sink_flush_zeros(s, err);
+	return kc_sink_broken(s, rc);
 }
 
 int kc_epoch_commit(struct kc_sink *s, struct kc_err *err)
@@ -442,14 +392,14 @@ int kc_epoch_commit(struct kc_sink *s, struct kc_err *err)
 	XXH128_canonical_t sum;
 	int rc;
 
-	rc = usable(s, true, err);
+	rc = kc_sink_usable(s, true, err);
 	if (rc)
 		return rc;
 	if (!s->has_state)
 		return kc_fail(err, EINVAL, "an epoch needs a device state");
-	rc = flush_zeros(s, err);
+	rc = kc_sink_flush_zeros(s, err);
 	if (rc)
-		return broken(s, rc);
+		return kc_sink_broken(s, rc);
 	XXH128_canonicalFromHash(&sum, XXH3_128bits_digest(s->sum));
 	memcpy(c.sum, sum.digest, sizeof(c.sum));
 	c.records = s->records;
@@ -460,7 +410,7 @@ int kc_epoch_commit(struct kc_sink *s, struct kc_err *err)
 	s->commit_boot_us[c.nr % 64] = kc_boot_us();
 	rc = kc_sink_emit(s, rec, sizeof(rec), NULL, 0, err);
 	if (rc)
-		return broken(s, rc);
+		return kc_sink_broken(s, rc);
 	/* Not later than it was sent. */
 	s->commit_us[c.nr % 64] = begun;
 	t = kc_now_us();
@@ -475,7 +425,7 @@ int kc_epoch_commit(struct kc_sink *s, struct kc_err *err)
 	rc = s->ops->commit(s, err);
 	s->stats.io_us += kc_now_us() - t;
 	publish(s);
-	return broken(s, rc);
+	return kc_sink_broken(s, rc);
 }
 
 int kc_epoch_abort(struct kc_sink *s, struct kc_err *err)
@@ -483,7 +433,7 @@ int kc_epoch_abort(struct kc_sink *s, struct kc_err *err)
 	uint8_t rec[KC_REC_HDR + 16];
 	int rc;
 
-	rc = usable(s, true, err);
+	rc = kc_sink_usable(s, true, err);
 	if (rc)
 		return rc;
 	s->zeros.npages = 0;
@@ -495,7 +445,7 @@ int kc_epoch_abort(struct kc_sink *s, struct kc_err *err)
 	}
 	if (!rc)
 		rc = s->ops->abort(s, err);
-	return broken(s, rc);
+	return kc_sink_broken(s, rc);
 }
 
 int kc_sink_digests(struct kc_sink *s, uint32_t block, uint64_t first, uint32_t n, uint8_t *out,
@@ -505,7 +455,7 @@ int kc_sink_digests(struct kc_sink *s, uint32_t block, uint64_t first, uint32_t 
 	uint32_t chunk;
 	int rc;
 
-	rc = usable(s, false, err);
+	rc = kc_sink_usable(s, false, err);
 	if (rc)
 		return rc;
 	if (!s->has_ram && !s->base)
@@ -514,12 +464,12 @@ int kc_sink_digests(struct kc_sink *s, uint32_t block, uint64_t first, uint32_t 
 	if (first > npages || n > npages - first)
 		return kc_fail(err, EINVAL, "the guest has no such pages");
 	if (s->open)
-		rc = flush_zeros(s, err);
+		rc = kc_sink_flush_zeros(s, err);
 	for (; n && !rc; n -= chunk, first += chunk, out += chunk * KC_DIGEST_SIZE) {
 		chunk = n < KC_DIGESTS_CHUNK ? n : KC_DIGESTS_CHUNK;
 		rc = s->ops->digests(s, block, first, chunk, out, err);
 	}
-	return broken(s, rc);
+	return kc_sink_broken(s, rc);
 }
 
 int kc_sink_poll(struct kc_sink *s, uint64_t *acked, struct kc_err *err)
@@ -529,7 +479,7 @@ int kc_sink_poll(struct kc_sink *s, uint64_t *acked, struct kc_err *err)
 	size_t n;
 	int rc;
 
-	rc = usable(s, false, err);
+	rc = kc_sink_usable(s, false, err);
 	if (rc)
 		return rc;
 	/* Within a long epoch as well, as nothing else in it is answered. */
@@ -543,7 +493,7 @@ int kc_sink_poll(struct kc_sink *s, uint64_t *acked, struct kc_err *err)
 	if (acked)
 		*acked = s->last_epoch;
 	publish(s);
-	return broken(s, rc);
+	return kc_sink_broken(s, rc);
 }
 
 uint64_t kc_sink_heard_us(const struct kc_sink *s)
@@ -566,10 +516,10 @@ int kc_sink_note(struct kc_sink *s, const char *text, struct kc_err *err)
 	uint8_t rec[KC_REC_HDR + KC_NOTE_MAX];
 	int rc;
 
-	rc = usable(s, false, err);
+	rc = kc_sink_usable(s, false, err);
 	if (rc || !s->heartbeat_ms)
 		return rc;
-	return broken(s, kc_sink_emit(s, rec, kc_put_note(rec, text), NULL, 0, err));
+	return kc_sink_broken(s, kc_sink_emit(s, rec, kc_put_note(rec, text), NULL, 0, err));
 }
 
 uint64_t kc_sink_due_us(const struct kc_sink *s)
