@@ -112,6 +112,9 @@ bool run_vcpu(int v)
 		while (ret == -1 && errno == EINTR);
 		CHECK(!ret, "KVM_RUN gave %d", ret);
 
+		/* First, as that may be by MMIO, too. */
+		if (guest_is_done(run))
+			return true;
 		switch (run->exit_reason) {
 		case KVM_EXIT_DIRTY_SLOT_RING_FULL:
 			CHECK(m.exit_on_full, "a full ring, but nobody wants to know");
@@ -120,8 +123,6 @@ bool run_vcpu(int v)
 			CHECK(in_storm, "MMIO at %#llx", run->mmio.phys_addr);
 			continue;
 		}
-		if (guest_is_done(run))
-			return true;
 		get_ucall(m.vcpu[v], &uc);
 		/* Did KVM inject anything (pf_guest)?  Else the CPU did. */
 		print_stats(0);

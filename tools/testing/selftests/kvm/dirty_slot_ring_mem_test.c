@@ -67,7 +67,7 @@ TEST(readonly_slot)
 	guest_set(v, 0, mb);
 	for (;;) {
 		vcpu_run(v->vcpu[0]);
-		if (run->exit_reason != KVM_EXIT_MMIO)
+		if (run->exit_reason != KVM_EXIT_MMIO || guest_is_done(run))
 			break;
 		CHECK(run->mmio.is_write, "a read");
 		CHECK_EQ(run->mmio.phys_addr, OTHER_GPA + exits * PG);

@@ -590,7 +590,8 @@ TEST(vm_slot_creation_fails)
 	log_check(a, 0, 0, v->npages, 1);
 	for (i = 0; i < 3; i++) {
 		CHECK_ERR(__vm_set_user_memory_region(v->vm, OTHER_SLOT, KVM_MEM_LOG_DIRTY_PAGES,
-						      1ull << 52, 16 * PG, mem), EINVAL);
+						      1ull << 52, 16 * PG, mem),
+			  SLOT_TOO_HIGH_ERRNO);
 		CHECK_ERR(__dsr_open(v->vm, OTHER_SLOT), ENOENT);
 		CHECK_EQ(poll_log(a->fd, 0), 0);
 		all_nothing(a);

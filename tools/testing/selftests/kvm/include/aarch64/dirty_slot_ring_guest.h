@@ -5,6 +5,7 @@
 #ifndef SELFTEST_KVM_DIRTY_SLOT_RING_GUEST_H
 #define SELFTEST_KVM_DIRTY_SLOT_RING_GUEST_H
 
+#include <errno.h>
 #include <stdio.h>
 #include <string.h>
 
@@ -12,6 +13,9 @@
 #include "kvm_util.h"
 #include "processor.h"
 #include "ucall.h"
+
+/* For a memslot beyond what guests can address */
+#define SLOT_TOO_HIGH_ERRNO	EFAULT
 
 /* Nothing else that a guest writes where there is no memory. */
 #define GUEST_DONE_VALUE	0x6b766d2d646f6e65ul

@@ -8,6 +8,7 @@
 #ifndef SELFTEST_KVM_DIRTY_SLOT_RING_GUEST_H
 #define SELFTEST_KVM_DIRTY_SLOT_RING_GUEST_H
 
+#include <errno.h>
 #include <stdio.h>
 #include <string.h>
 
@@ -15,6 +16,9 @@
 
 #include "kvm_util.h"
 #include "processor.h"
+
+/* For a memslot beyond what guests can address */
+#define SLOT_TOO_HIGH_ERRNO	EINVAL
 
 #define GUEST_DONE_PORT		0x1001
 #define GUEST_INS_PORT		0x1002
