@@ -318,8 +318,9 @@ static void step_open(int s)
 		want = EINVAL;
 		break;
 	case 2:
+		/* There is not, or not everywhere, a second address space. */
 		arg.slot = 1 << 16 | (FIRST_SLOT + below(20));
-		want = ENOENT;
+		want = kvm_check_cap(KVM_CAP_MULTI_ADDRESS_SPACE) > 1 ? ENOENT : EINVAL;
 		break;
 	case 3:
 		arg.slot = 0xffff;
