@@ -45,6 +45,7 @@ struct conn {
 	pthread_t thread;
 	int fd;
 	int disk;		/* -1: none yet */
+	unsigned int round;	/* of nbd_accept(), when it came */
 };
 
 struct nbd {
@@ -58,6 +59,7 @@ struct nbd {
 	pthread_mutex_t lock;
 	pthread_cond_t room;
 	bool accepts, hurry, stopping, failed;
+	unsigned int round;
 	struct nbd_write *first, **last;
 	uint64_t bytes;
 	struct conn *conns;
@@ -208,16 +210,18 @@ static bool negotiate(struct conn *c)
 
 /* --- Requests ------------------------------------------------------------- */
 
-/* Takes the write over: 0, or NBD_EIO, and it is gone */
-static uint32_t take_in(struct nbd *n, struct nbd_write *w)
+/* Takes the write over: 0, or NBD_EIO, and it is gone.  What is left of an earlier round is no loss. */
+static uint32_t take_in(struct conn *c, struct nbd_write *w)
 {
+	struct nbd *n = c->n;
 	bool wake;
 
 	pthread_mutex_lock(&n->lock);
-	while (n->accepts && !n->hurry && !n->stopping && n->bytes >= n->limit)
+	while (n->accepts && c->round == n->round && !n->hurry && !n->stopping &&
+	       n->bytes >= n->limit)
 		pthread_cond_wait(&n->room, &n->lock);
-	if (!n->accepts || n->stopping) {
-		n->failed = true;
+	if (!n->accepts || n->stopping || c->round != n->round) {
+		n->failed |= c->round == n->round;
 		pthread_mutex_unlock(&n->lock);
 		free(w);
 		return NBD_EIO;
@@ -265,7 +269,7 @@ static bool request(struct conn *c)
 			return false;
 		}
 		if (inside) {
-			error = take_in(n, w);
+			error = take_in(c, w);
 		} else {
 			free(w);
 			error = NBD_EINVAL;
@@ -295,7 +299,7 @@ static void *serve(void *arg)
 	}
 	pthread_mutex_lock(&n->lock);
 	/* A mirror that is gone lets the guest write without us */
-	if (c->disk >= 0 && n->accepts)
+	if (c->disk >= 0 && n->accepts && c->round == n->round)
 		n->failed = true;
 	for (p = &n->conns; *p != c; p = &(*p)->next)
 		;
@@ -340,6 +344,7 @@ static void *accept_all(void *arg)
 			free(c);
 		} else {
 			pthread_detach(c->thread);
+			c->round = n->round;
 			c->next = n->conns;
 			n->conns = c;
 			n->nr_conns++;
@@ -475,6 +480,7 @@ void nbd_accept(struct nbd *n, bool accept)
 {
 	pthread_mutex_lock(&n->lock);
 	forget(n);
+	n->round++;
 	n->accepts = accept;
 	n->failed = false;
 	pthread_cond_broadcast(&n->room);

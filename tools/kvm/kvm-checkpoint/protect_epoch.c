@@ -368,12 +368,12 @@ enum where kc_epoch_first(struct protect *p, int *rc, struct kc_err *err)
 	}
 	if (where != OK)
 		return where;
-	*rc = kc_disks_check(p, err);
-	if (*rc)
-		return SINK;
 	sent += p->epoch.copy.nr;
+	/* What was taken is in no log any more, whatever comes of it */
 	kc_sent_note(p, p->nr);
-	*rc = send_epoch(p, err);
+	*rc = kc_disks_check(p, err);
+	if (!*rc)
+		*rc = send_epoch(p, err);
 	if (*rc)
 		return SINK;
 	p->disks.compare = false;

@@ -38,10 +38,11 @@ static bool is_wanted(const struct protect *p)
 
 int kc_net_hold(struct protect *p, struct kc_err *err)
 {
+	bool held = p->guest.holds;
 	struct kc_err why;
 	int rc;
 
-	if (p->guest.holds || p->no_cards || !is_wanted(p))
+	if (p->no_cards || !is_wanted(p) || (held && p->net_ms == limit_ms(p)))
 		return 0;
 	p->net_ms = limit_ms(p);
 	rc = guest_hold(&p->guest, p->net_ms, &why);
@@ -54,7 +55,8 @@ int kc_net_hold(struct protect *p, struct kc_err *err)
 	p->no_cards = !p->guest.holds;
 	if (!p->no_cards)
 		kc_status_output(p->status, KC_OUTPUT_HELD);
-	p->net_stuck_us = 0;
+	if (!held)
+		p->net_stuck_us = 0;
 	return 0;
 }
 

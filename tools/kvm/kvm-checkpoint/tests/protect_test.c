@@ -797,6 +797,7 @@ static const struct test tests[] = {
 	{ "protect_disk_blip", test_disk_blip },
 	{ "protect_disk_killed", test_disk_killed },
 	{ "protect_disk_job_ends", test_disk_job_ends },
+	{ "protect_disk_job_ends_again", test_disk_job_ends_again },
 	{ "protect_disk_fails", test_disk_fails },
 	{ "protect_disk_switchover", test_disk_switchover },
 	{ "protect_disk_full", test_disk_full },

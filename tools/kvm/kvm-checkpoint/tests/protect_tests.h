@@ -68,6 +68,7 @@ void test_disk_take(void);
 void test_disk_blip(void);
 void test_disk_killed(void);
 void test_disk_job_ends(void);
+void test_disk_job_ends_again(void);
 void test_disk_fails(void);
 void test_disk_switchover(void);
 void test_disk_full(void);
