@@ -118,7 +118,7 @@ void kc_net_end(struct protect *p, bool drop)
 	struct kc_err err;
 
 	/* Also what was held for a daemon before us */
-	if (p->net != NET_PASS && !p->no_cards && p->guest.qmp.fd >= 0 &&
+	if (is_wanted(p) && !p->no_cards && p->guest.qmp.fd >= 0 &&
 	    guest_release(&p->guest, 0, drop, &err) && p->net_ms)
 		kc_log(KC_LOG_WARN, "%s: what the guest has sent is held back for %u ms", err.text,
 		       p->net_ms);

@@ -207,7 +207,13 @@ void test_net_shutdown_untold(void)
 
 void test_net_taken_over(void)
 {
-	begin(NULL, NULL);
+	qemu.cards = ONE_CARD;
+	start_qemu(&qemu);
+	/* One that goes on, and so tells who comes */
+	start_standby(path_of("ram"), "--no-fence", "--timeout", "0", "--insecure", "--bare-exec",
+		      "--", "/bin/sleep", "100");
+	start_protect(CHECKED, spec(), "--interval", "5ms", NULL);
+	serve_until_log("protected since");
 	until_released(2);
 	CHECK(!run("status", path_of("ctl"), "promote", NULL), "promote failed");
 	CHECK(serve() == 1 && !qemu.running, "the guest runs here and there");
