@@ -43,25 +43,13 @@ static void finish(void)
 	CHECK(snap_of_standby(path_of("ram")) == qemu.nr_snaps - 1, "the last epoch is missing");
 }
 
-/* The standby is killed at any moment of an epoch. */
-static unsigned int kill_in;
-
-static const char *kills_standby(struct qemu *q, const char *command)
-{
-	if (kill_in && !--kill_in)
-		stop_standby(SIGKILL);
-	(void)q;
-	(void)command;
-	return NULL;
-}
-
 void test_blip(void)
 {
 	uint64_t end = kc_now_us() + LIMIT_US;
 	unsigned int i;
 
 	begin();
-	qemu.hook = kills_standby;
+	qemu.hook = kills_standby_later;
 	for (i = 1; i <= 12; i++) {
 		kill_in = 1 + below(7);
 		while (kill_in) {

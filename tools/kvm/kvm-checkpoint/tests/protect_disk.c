@@ -74,17 +74,6 @@ void test_disk_take(void)
 	finish();
 }
 
-static unsigned int kill_in;
-
-static const char *kills_standby(struct qemu *q, const char *command)
-{
-	if (kill_in && !--kill_in)
-		stop_standby(SIGKILL);
-	(void)q;
-	(void)command;
-	return NULL;
-}
-
 /* The standby is killed at any moment: what it has is always of one epoch. */
 void test_disk_blip(void)
 {
@@ -92,7 +81,7 @@ void test_disk_blip(void)
 	unsigned int i, last = 0, now;
 
 	begin();
-	qemu.hook = kills_standby;
+	qemu.hook = kills_standby_later;
 	for (i = 1; i <= 12; i++) {
 		kill_in = 1 + below(9);
 		while (kill_in) {

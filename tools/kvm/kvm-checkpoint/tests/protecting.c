@@ -217,3 +217,14 @@ const char *stops_standby(struct qemu *q, const char *command)
 		freeze(standby);
 	return NULL;
 }
+
+unsigned int kill_in;
+
+const char *kills_standby_later(struct qemu *q, const char *command)
+{
+	if (kill_in && !--kill_in)
+		stop_standby(SIGKILL);
+	(void)q;
+	(void)command;
+	return NULL;
+}

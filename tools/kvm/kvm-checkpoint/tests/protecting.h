@@ -49,5 +49,8 @@ unsigned int times_in_log(const char *text);
 /* Hooks: somebody resumes or changes the guest in an epoch; the standby stops. */
 const char *meddles(struct qemu *q, const char *command);
 const char *stops_standby(struct qemu *q, const char *command);
+/* The standby is killed at any moment of an epoch: after so many commands */
+extern unsigned int kill_in;
+const char *kills_standby_later(struct qemu *q, const char *command);
 
 #endif
