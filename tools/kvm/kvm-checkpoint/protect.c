@@ -84,7 +84,7 @@ static char *on_command(void *ctx, const char *line, bool *ok)
 		kc_stop_requested = true;
 		return strdup("the guest runs on, without protection");
 	}
-	if (!strcmp(line, "switchover") && !strncmp(p->to, "tcp:", 4)) {
+	if (!strcmp(line, "switchover") && to_standby(p)) {
 		kc_switch_requested = true;
 		return strdup("the guest goes on at the standby as soon as that has all of it");
 	}
@@ -251,6 +251,8 @@ static int protect(struct protect *p)
 			may_be_dead = rc == -ECONNREFUSED || rc == -ENOENT || rc == -EPIPE ||
 				      rc == -ETIMEDOUT;
 		}
+		/* While QEMU can be told */
+		kc_disks_lost(p);
 		guest_close(&p->guest);
 		kc_log(KC_LOG_ERROR, "%s; the guest is without protection", err.text);
 		/* Where nobody listens or answers any more: that is for the standby. */
@@ -414,20 +416,20 @@ int cmd_protect(int argc, char **argv)
 		return usage_error("there is an argument too many");
 	if (!p.guest_opts.qmp)
 		return usage_error("--qmp is missing: where is QEMU's monitor?");
-	if (p.lease_ms && p.to && strncmp(p.to, "tcp:", 4))
+	if (p.lease_ms && p.to && !to_standby(&p))
 		return usage_error("--lease is of use with a standby: --to tcp:HOST:PORT");
 	if (p.lease_ms && p.lease_ms < 4 * p.interval_ms)
 		return usage_error("--lease has to be four times --interval at least");
 	if (replicate && p.guest_opts.external_disks)
 		return usage_error("--disk external and other disks exclude each other");
-	if (replicate && p.to && strncmp(p.to, "tcp:", 4))
+	if (replicate && p.to && !to_standby(&p))
 		return usage_error("disks are replicated to a standby only: --to tcp:HOST:PORT");
 	if (!p.to)
 		return usage_error("--to is missing: tcp:HOST:PORT of a standby, or a directory");
 	if (kc_sink_check(p.to, &p.opts, &err))
 		return usage_error(err.text);
 
-	p.guest_opts.replicate_disks = !strncmp(p.to, "tcp:", 4);
+	p.guest_opts.replicate_disks = to_standby(&p);
 	p.guest_opts.stopping = kc_disks_stopping;
 	p.guest_opts.stopped = kc_disks_cut;
 	p.disks.cut_end = &p.disks.cut;

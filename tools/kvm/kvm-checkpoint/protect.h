@@ -9,6 +9,7 @@
 
 #include <signal.h>
 #include <stdatomic.h>
+#include <string.h>
 
 #include "guest.h"
 #include "nbd.h"
@@ -62,10 +63,9 @@ struct known {
 
 struct disks {
 	struct nbd *nbd;
-	bool mirrored;		/* QEMU's jobs were begun, and all that they write counts */
+	bool mirrored;		/* QEMU's jobs were begun, or some of them */
 	bool compare;		/* only what differs is sent */
 	unsigned int jobs_ended;	/* of the QMP connection, when they were begun */
-	char target[32];
 	struct nbd_write *cut, **cut_end;	/* of the epoch that was taken last */
 	struct known known;
 };
@@ -110,6 +110,12 @@ struct protect {
 	unsigned int unread;	/* lines that were not shown, as nobody reads them */
 	uint64_t started_us, shown_us;
 };
+
+/* Not a directory */
+static inline bool to_standby(const struct protect *p)
+{
+	return p->to && !strncmp(p->to, "tcp:", 4);
+}
 
 /* Who failed, with what errno */
 enum where { OK, GUEST, SINK, STOPPED, SWITCH, NOT_NOW };
@@ -205,8 +211,8 @@ void kc_net_end(struct protect *p, bool drop);
 
 /* --- protect_disks.c: its disks -------------------------------------------- */
 
-/* An epoch of a new sink is open: QEMU begins to mirror */
-int kc_disks_begin(struct protect *p, struct kc_err *err);
+/* An epoch of a new sink is open: QEMU begins to mirror; @compare: only what differs is sent of that */
+int kc_disks_begin(struct protect *p, bool compare, struct kc_err *err);
 /* The sink is gone */
 void kc_disks_lost(struct protect *p);
 void kc_disks_free(struct protect *p);
@@ -216,7 +222,7 @@ int kc_disks_check(struct protect *p, struct kc_err *err);
 int kc_disks_ready(struct protect *p, bool *ready, uint64_t *done, uint64_t *total,
 		   struct kc_err *err);
 /* What has come goes to the open epoch, which is the first */
-int kc_disks_pump(struct protect *p, bool compare, struct kc_err *err);
+int kc_disks_pump(struct protect *p, struct kc_err *err);
 /* For guest_opts: the guest is about to stop, has stopped; what has come is of this epoch */
 void kc_disks_stopping(void *ctx);
 void kc_disks_cut(void *ctx);

@@ -22,11 +22,6 @@
 /* Data that waits for its epoch; half of it, and there is one soon */
 #define MAX_BYTES	(256ull << 20)
 
-static struct guest *guest_of(struct protect *p)
-{
-	return &p->guest;
-}
-
 static bool has_disks(const struct protect *p)
 {
 	return p->guest.id.nr_disks;
@@ -51,20 +46,27 @@ static void drop_cut(struct protect *p)
 
 /* --- QEMU's jobs ---------------------------------------------------------- */
 
-static struct json_object *named(const char *key, unsigned int disk)
+/* A job and its target have the same name */
+static void add_name(struct json_object *o, const char *key, unsigned int disk)
 {
-	struct json_object *o = json_object_new_object();
 	char name[sizeof(JOB_NAME) + 12];
 
 	snprintf(name, sizeof(name), JOB_NAME "%u", disk);
 	json_object_object_add(o, key, json_object_new_string(name));
+}
+
+static struct json_object *named(const char *key, unsigned int disk)
+{
+	struct json_object *o = json_object_new_object();
+
+	add_name(o, key, disk);
 	return o;
 }
 
 /* Whatever there may be of them, also of a process before this one */
 static int end_jobs(struct protect *p, struct kc_err *err)
 {
-	struct guest *g = guest_of(p);
+	struct guest *g = &p->guest;
 	uint64_t until = kc_now_us() + 5000000;
 	struct json_object *o;
 	unsigned int i;
@@ -91,7 +93,7 @@ static int end_jobs(struct protect *p, struct kc_err *err)
 
 static int begin_job(struct protect *p, unsigned int i, struct kc_err *err)
 {
-	struct guest *g = guest_of(p);
+	struct guest *g = &p->guest;
 	struct json_object *o = named("node-name", i), *server = json_object_new_object();
 	char export[12];
 	int rc;
@@ -107,8 +109,7 @@ static int begin_job(struct protect *p, unsigned int i, struct kc_err *err)
 		return rc;
 	o = named("job-id", i);
 	json_object_object_add(o, "device", json_object_new_string(g->disk_nodes[i]));
-	snprintf(p->disks.target, sizeof(p->disks.target), JOB_NAME "%u", i);
-	json_object_object_add(o, "target", json_object_new_string(p->disks.target));
+	add_name(o, "target", i);
 	json_object_object_add(o, "sync", json_object_new_string("full"));
 	json_object_object_add(o, "copy-mode", json_object_new_string("write-blocking"));
 	json_object_object_add(o, "on-target-error", json_object_new_string("stop"));
@@ -119,7 +120,7 @@ static int begin_job(struct protect *p, unsigned int i, struct kc_err *err)
 /* With the guest stopped, or a write that is under way would be neither copied nor mirrored */
 static int begin_jobs(struct protect *p, struct kc_err *err)
 {
-	struct guest *g = guest_of(p);
+	struct guest *g = &p->guest;
 	struct kc_err why;
 	unsigned int i;
 	int rc, cont;
@@ -137,9 +138,9 @@ static int begin_jobs(struct protect *p, struct kc_err *err)
 	return rc;
 }
 
-int kc_disks_begin(struct protect *p, struct kc_err *err)
+int kc_disks_begin(struct protect *p, bool compare, struct kc_err *err)
 {
-	struct guest *g = guest_of(p);
+	struct guest *g = &p->guest;
 	uint64_t sizes[KC_MAX_DISKS];
 	unsigned int i;
 	int rc;
@@ -162,8 +163,10 @@ int kc_disks_begin(struct protect *p, struct kc_err *err)
 	nbd_hurry(p->disks.nbd, false);
 	p->disks.jobs_ended = g->qmp.jobs_ended;
 	p->disks.known.n = 0;
+	p->disks.compare = compare;
+	/* Also if not all are: those that are end with the sink */
+	p->disks.mirrored = true;
 	rc = begin_jobs(p, err);
-	p->disks.mirrored = !rc;
 	/* Not of this guest: another one's job, a name that is not unique */
 	return rc == -EREMOTEIO ? -ESTALE : rc;
 }
@@ -209,8 +212,6 @@ int kc_disks_ready(struct protect *p, bool *ready, uint64_t *done, uint64_t *tot
 
 	*ready = true;
 	*done = *total = 0;
-	if (!has_disks(p))
-		return 0;
 	rc = guest_call_list(&p->guest, "query-block-jobs", &jobs, err);
 	if (rc)
 		return rc;
@@ -276,15 +277,14 @@ static void forget_known(struct protect *p, const struct nbd_write *w)
 	}
 }
 
-static int send_write(struct protect *p, const struct nbd_write *w, bool compare,
-		      struct kc_err *err)
+static int send_write(struct protect *p, const struct nbd_write *w, struct kc_err *err)
 {
 	static const uint8_t zeros[KC_PAGE_SIZE];
 	uint64_t at = 0;
 	bool sent;
 	int rc = 0;
 
-	if (!compare || w->offset % KC_PAGE_SIZE || w->len % KC_PAGE_SIZE) {
+	if (!p->disks.compare || w->offset % KC_PAGE_SIZE || w->len % KC_PAGE_SIZE) {
 		forget_known(p, w);
 		return kc_epoch_disk(p->sink, w->disk, w->offset, w->zeros ? NULL : w->data, w->len,
 				     err);
@@ -300,7 +300,7 @@ static int send_write(struct protect *p, const struct nbd_write *w, bool compare
 	return rc;
 }
 
-static int send_writes(struct protect *p, struct nbd_write *w, bool compare, struct kc_err *err)
+static int send_writes(struct protect *p, struct nbd_write *w, struct kc_err *err)
 {
 	unsigned int n = 0;
 	int rc = 0;
@@ -308,7 +308,7 @@ static int send_writes(struct protect *p, struct nbd_write *w, bool compare, str
 	while (w && !rc) {
 		struct nbd_write *next = w->next;
 
-		rc = send_write(p, w, compare, err);
+		rc = send_write(p, w, err);
 		if (!rc && !(++n % 64))
 			rc = kc_link_poll(p, err);
 		free(w);
@@ -318,9 +318,9 @@ static int send_writes(struct protect *p, struct nbd_write *w, bool compare, str
 	return rc;
 }
 
-int kc_disks_pump(struct protect *p, bool compare, struct kc_err *err)
+int kc_disks_pump(struct protect *p, struct kc_err *err)
 {
-	return p->disks.mirrored ? send_writes(p, nbd_take(p->disks.nbd), compare, err) : 0;
+	return p->disks.mirrored ? send_writes(p, nbd_take(p->disks.nbd), err) : 0;
 }
 
 void kc_disks_stopping(void *ctx)
@@ -352,7 +352,7 @@ int kc_disks_send(struct protect *p, struct kc_err *err)
 
 	p->disks.cut = NULL;
 	p->disks.cut_end = &p->disks.cut;
-	return send_writes(p, w, p->disks.compare, err);
+	return send_writes(p, w, err);
 }
 
 bool kc_disks_full(struct protect *p)

@@ -216,7 +216,7 @@ static enum where copy_block(struct protect *p, unsigned int b, bool compare, ui
 			where = kc_link_look(p, rc, err);
 			if (where != OK)
 				return where;
-			*rc = kc_disks_pump(p, compare, err);
+			*rc = kc_disks_pump(p, err);
 			if (*rc)
 				return SINK;
 		}
@@ -280,7 +280,7 @@ static enum where copy_disks(struct protect *p, int *rc, struct kc_err *err)
 			return where;
 		*rc = kc_disks_check(p, err);
 		if (!*rc)
-			*rc = kc_disks_pump(p, p->disks.compare, err);
+			*rc = kc_disks_pump(p, err);
 		if (*rc)
 			return SINK;
 		*rc = kc_disks_ready(p, &ready, &done, &total, err);
@@ -315,8 +315,7 @@ enum where kc_epoch_first(struct protect *p, int *rc, struct kc_err *err)
 	if (*rc)
 		return SINK;
 	p->nr++;
-	p->disks.compare = compare;
-	*rc = kc_disks_begin(p, err);
+	*rc = kc_disks_begin(p, compare, err);
 	if (*rc)
 		return GUEST;
 	if (!again)
@@ -345,7 +344,7 @@ enum where kc_epoch_first(struct protect *p, int *rc, struct kc_err *err)
 			if (*rc)
 				return SINK;
 			sent += p->epoch.copy.nr;
-			*rc = kc_disks_pump(p, compare, err);
+			*rc = kc_disks_pump(p, err);
 			if (*rc)
 				return SINK;
 		}
@@ -361,7 +360,7 @@ enum where kc_epoch_first(struct protect *p, int *rc, struct kc_err *err)
 		where = kc_link_look(p, rc, err);
 		if (where != OK)
 			return where;
-		*rc = kc_disks_pump(p, compare, err);
+		*rc = kc_disks_pump(p, err);
 		if (*rc)
 			return SINK;
 		usleep(AGAIN_US);

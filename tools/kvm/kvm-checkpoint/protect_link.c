@@ -85,11 +85,6 @@ int kc_link_tick(void *ctx)
 	return kc_stop_requested ? -ECANCELED : 0;
 }
 
-static bool is_standby(const struct protect *p)
-{
-	return !strncmp(p->to, "tcp:", 4);
-}
-
 /*
  * Where nothing has ever arrived, a name, a key or a path is wrong, and that is the user's to know.
  * Once epochs have, all of it was right: a name server, a disk or what holds the keys may be in
@@ -101,7 +96,7 @@ static bool may_pass(const struct protect *p, int error)
 	if (error == ESHUTDOWN)
 		return false;
 	/* Who says so is a standby, and was reached: its memory or its disk may have room later. */
-	if (is_standby(p) && (error == ENOSPC || error == EREMOTEIO))
+	if (to_standby(p) && (error == ENOSPC || error == EREMOTEIO))
 		return true;
 	return p->was_acked || kc_sink_is_temporary(error);
 }
@@ -197,10 +192,10 @@ enum where kc_link_open(struct protect *p, int *rc, struct kc_err *err)
 	bool tried = false;
 
 	/* Opening a directory is to read all that is there. */
-	if (!p->sink && !is_standby(p) && p->pause_ms)
+	if (!p->sink && !to_standby(p) && p->pause_ms)
 		where = wait_ms(p, p->pause_ms, rc, err);
 	while (where == OK && !p->sink) {
-		kc_may_exit = !is_standby(p);
+		kc_may_exit = !to_standby(p);
 		p->sink = kc_stop_requested ? NULL :
 			  kc_sink_open(p->to, &p->opts, &p->guest.id, err);
 		*rc = p->sink ? 0 : -errno;
@@ -230,7 +225,7 @@ enum where kc_link_open(struct protect *p, int *rc, struct kc_err *err)
 	*rc = check_lease(p, err);
 	if (*rc)
 		return SINK;
-	return is_standby(p) && p->pause_ms ? wait_ms(p, p->pause_ms, rc, err) : OK;
+	return to_standby(p) && p->pause_ms ? wait_ms(p, p->pause_ms, rc, err) : OK;
 }
 
 void kc_link_close(struct protect *p)
@@ -253,7 +248,7 @@ bool kc_link_end(struct protect *p, enum kc_end why)
 
 	kc_link_close(p);
 	/* Nobody has ever heard of this guest, or nobody waits for it */
-	if (told || !p->nr || !is_standby(p))
+	if (told || !p->nr || !to_standby(p))
 		return true;
 	/*
 	 * Silence would be taken for death, and this host be fenced: if the link is lost, one more

@@ -12,7 +12,6 @@
  * it may well run there: they are held until that is known.
  */
 #include <errno.h>
-#include <string.h>
 
 #include "protect.h"
 
@@ -33,7 +32,7 @@ static unsigned int limit_ms(const struct protect *p)
 
 static bool is_wanted(const struct protect *p)
 {
-	return p->net == NET_COMMIT || (p->net == NET_AUTO && !strncmp(p->to, "tcp:", 4));
+	return p->net == NET_COMMIT || (p->net == NET_AUTO && to_standby(p));
 }
 
 int kc_net_hold(struct protect *p, struct kc_err *err)

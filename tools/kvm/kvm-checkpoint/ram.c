@@ -141,31 +141,6 @@ int kc_ram_create(struct kc_ram *ram, const struct kc_guest *guest, void (*progr
 	return kc_ram_sync_dir(ram, err);
 }
 
-/* A page of the open epoch that is in redo.tmp, malloc()ed; NULL if it cannot be read */
-static uint8_t *read_redo(const struct kc_ram *ram, uint32_t slot)
-{
-	uint8_t *page = malloc(KC_PAGE_SIZE);
-
-	if (page && pread(ram->redo, page, KC_PAGE_SIZE, (off_t)(slot - 1) * KC_PAGE_SIZE) !=
-		    (ssize_t)KC_PAGE_SIZE) {
-		free(page);
-		page = NULL;
-	}
-	return page;
-}
-
-/* Likewise one of a disk */
-static uint8_t *read_disk(const struct kc_ram *ram, uint32_t block, uint64_t nr)
-{
-	uint8_t *page = malloc(KC_PAGE_SIZE);
-
-	if (page && kc_ram_read_page(ram, block, nr, page, NULL)) {
-		free(page);
-		page = NULL;
-	}
-	return page;
-}
-
 int kc_ram_digests(struct kc_ram *ram, uint32_t block, uint64_t first, uint32_t n, uint8_t *out,
 		   struct kc_err *err)
 {
@@ -174,25 +149,27 @@ int kc_ram_digests(struct kc_ram *ram, uint32_t block, uint64_t first, uint32_t 
 	uint8_t *copies[KC_DIGESTS_CHUNK];
 	uint64_t npages = kc_guest_block_pages(&ram->guest, block);
 	uint32_t i, slot, nr_copies = 0;
-	int rc;
+	int rc = 0;
 
 	if (first > npages || n > npages - first || n > KC_DIGESTS_CHUNK)
 		return kc_fail(err, EPROTO,
 			       "the stream is corrupt: digests of pages that are not there");
-	rc = ram->redo >= 0 ? kc_ram_flush(ram, err) : 0;
 	for (i = 0; i < n && !rc; i++) {
 		slot = *kc_ram_slot(ram, block, first + i);
 		pages[i] = zeros;
-		if (slot == SLOT_NONE && block < KC_DISK_BLOCK)
-			pages[i] = ram->map[block] + (first + i) * KC_PAGE_SIZE;
-		if (slot == SLOT_ZERO || (slot == SLOT_NONE && block < KC_DISK_BLOCK))
+		if (slot == SLOT_ZERO)
 			continue;
-		pages[i] = copies[nr_copies] = slot == SLOT_NONE ? read_disk(ram, block, first + i) :
-					       read_redo(ram, slot);
-		if (pages[i])
-			nr_copies++;
-		else
-			rc = kc_ram_fail(err, ram, "read redo.tmp or a disk");
+		if (slot == SLOT_NONE && block < KC_DISK_BLOCK) {
+			pages[i] = ram->map[block] + (first + i) * KC_PAGE_SIZE;
+			continue;
+		}
+		copies[nr_copies] = malloc(KC_PAGE_SIZE);
+		if (!copies[nr_copies]) {
+			rc = kc_fail(err, ENOMEM, "out of memory");
+			break;
+		}
+		pages[i] = copies[nr_copies];
+		rc = kc_ram_read_open(ram, block, first + i, copies[nr_copies++], err);
 	}
 	if (!rc)
 		kc_page_digests(pages, n, out);

@@ -154,11 +154,10 @@ static int ram_zero(void *ctx, uint16_t block, uint64_t page, uint64_t n, struct
 	return rc;
 }
 
-/* The page as it is by now */
-static int read_open(struct kc_ram *ram, uint32_t block, uint64_t page, uint8_t *to,
+int kc_ram_read_open(struct kc_ram *ram, uint32_t block, uint64_t page, uint8_t *to,
 		     struct kc_err *err)
 {
-	uint32_t slot = ram->direct ? SLOT_NONE : *kc_ram_slot(ram, block, page);
+	uint32_t slot = *kc_ram_slot(ram, block, page);
 	int rc;
 
 	if (slot == SLOT_NONE)
@@ -177,7 +176,7 @@ static int read_open(struct kc_ram *ram, uint32_t block, uint64_t page, uint8_t 
 static int ram_part(void *ctx, const struct kc_part *p, struct kc_err *err)
 {
 	uint8_t whole[KC_PAGE_SIZE];
-	int rc = read_open(ctx, p->block, p->page, whole, err);
+	int rc = kc_ram_read_open(ctx, p->block, p->page, whole, err);
 
 	if (rc)
 		return rc;

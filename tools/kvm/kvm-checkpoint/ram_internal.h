@@ -110,6 +110,9 @@ int kc_ram_read_meta(struct kc_ram *ram, struct kc_err *err);
 /* Forget the epoch that is being received. */
 void kc_ram_drop(struct kc_ram *ram);
 int kc_ram_flush(struct kc_ram *ram, struct kc_err *err);
+/* A page as the open epoch has it by now */
+int kc_ram_read_open(struct kc_ram *ram, uint32_t block, uint64_t page, uint8_t *to,
+		     struct kc_err *err);
 /* A complete epoch that may not have reached the RAM files. */
 int kc_ram_redo_again(struct kc_ram *ram, struct kc_err *err);
 /* The way back from an epoch that was not tried: to the one before, or to none. */

@@ -145,7 +145,6 @@ static int check_place(struct kc_rx *rx, uint16_t block, uint64_t page, uint64_t
 			       (unsigned long long)npages);
 	if (block == KC_STATE_BLOCK)
 		return 0;
-	rx->pages += n;
 	if (block >= KC_DISK_BLOCK)
 		return rx->ops->part ? 0 :
 		       kc_fail(err, EPROTO, "the stream has disks where there can be none");
@@ -195,6 +194,7 @@ static int take_page(struct kc_rx *rx, const struct kc_rec *rec, struct kc_err *
 		memcpy(rx->state + p.page * KC_PAGE_SIZE, rx->page, KC_PAGE_SIZE);
 		return 0;
 	}
+	rx->pages++;
 	return rx->ops->page(rx->ctx, p.block, p.page, rx->page, err);
 }
 
@@ -212,20 +212,19 @@ static int take_zero(struct kc_rx *rx, const struct kc_rec *rec, struct kc_err *
 		memset(rx->state + z.page * KC_PAGE_SIZE, 0, z.npages * KC_PAGE_SIZE);
 		return 0;
 	}
+	rx->pages += z.npages;
 	return rx->ops->zero(rx->ctx, z.block, z.page, z.npages, err);
 }
 
-/* Where it counts, it counts as a record, not as a page */
+/* Less than a page: it is not counted as one */
 static int take_part(struct kc_rx *rx, const struct kc_rec *rec, struct kc_err *err)
 {
-	uint64_t pages = rx->pages;
 	struct kc_part p;
 	int rc;
 
 	rc = kc_get_part(rec, &p, err);
 	if (!rc)
 		rc = check_place(rx, p.block, p.page, 1, err);
-	rx->pages = pages;
 	if (!rc && !kc_sum_is(XXH3_64bits(p.data, p.len) == p.xxh))
 		rc = kc_fail(err, EPROTO, "the stream is corrupt: a part of a disk is not what was sent");
 	return rc ? rc : rx->ops->part(rx->ctx, &p, err);

@@ -6,17 +6,13 @@
  * that got the answer may rely on it.
  */
 #define _GNU_SOURCE
-#include <arpa/inet.h>
 #include <errno.h>
-#include <net/if.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <pthread.h>
 #include <sqlite3.h>
-#include <stdbool.h>
 #include <stdio.h>
 #include <string.h>
-#include <sys/ioctl.h>
 #include <sys/mount.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
@@ -26,26 +22,6 @@
 
 static sqlite3 *db;
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
-
-static bool up(const char *name, const char *address)
-{
-	int s = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
-	struct sockaddr_in *sin;
-	struct ifreq r = { 0 };
-	bool ok = s >= 0;
-
-	snprintf(r.ifr_name, sizeof(r.ifr_name), "%s", name);
-	sin = (struct sockaddr_in *)&r.ifr_addr;
-	sin->sin_family = AF_INET;
-	inet_pton(AF_INET, address, &sin->sin_addr);
-	ok = ok && !ioctl(s, SIOCSIFADDR, &r);
-	inet_pton(AF_INET, "255.255.255.0", &sin->sin_addr);
-	ok = ok && !ioctl(s, SIOCSIFNETMASK, &r);
-	r.ifr_flags = IFF_UP | IFF_RUNNING;
-	ok = ok && !ioctl(s, SIOCSIFFLAGS, &r);
-	close(s);
-	return ok;
-}
 
 /* One row of numbers into @n */
 static int numbers(const char *sql, int client, long *n, int columns)
@@ -147,7 +123,7 @@ const char *ledger_start(void)
 	int listener, one = 1;
 	pthread_t thread;
 
-	if (!up("lo", "127.0.0.1") || !up("eth0", LEDGER_GUEST))
+	if (!bring_up("lo", "127.0.0.1") || !bring_up("eth0", LEDGER_GUEST))
 		return "network";
 	mkdir("/db", 0700);
 	if (mount(LEDGER_DISK, "/db", "ext4", 0, NULL))

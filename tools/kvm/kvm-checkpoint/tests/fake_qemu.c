@@ -176,24 +176,24 @@ void refuse(struct qemu *q, const char *why)
 	say(q, "\"}}\r\n");
 }
 
-void send_event(struct qemu *q, const char *name)
+static void say_event(struct qemu *q, const char *name, const char *more)
 {
 	char text[200];
 
 	snprintf(text, sizeof(text),
-		 "{\"timestamp\": {\"seconds\": 1, \"microseconds\": 2}, \"event\": \"%s\"}\r\n",
-		 name);
+		 "{\"timestamp\": {\"seconds\": 1, \"microseconds\": 2}, \"event\": \"%s\"%s}\r\n",
+		 name, more);
 	say(q, text);
+}
+
+void send_event(struct qemu *q, const char *name)
+{
+	say_event(q, name, "");
 }
 
 void send_job_event(struct qemu *q, const char *name)
 {
-	char text[200];
-
-	snprintf(text, sizeof(text),
-		 "{\"timestamp\": {\"seconds\": 1, \"microseconds\": 2}, \"event\": \"%s\", \"data\": {\"device\": \"kvm-checkpoint-0\"}}\r\n",
-		 name);
-	say(q, text);
+	say_event(q, name, ", \"data\": {\"device\": \"kvm-checkpoint-0\"}");
 }
 
 static void send_fds(struct qemu *q)

@@ -262,6 +262,25 @@ void test_disk_refused(void)
 	CHECK(!qemu.disk.begun, "it mirrors");
 }
 
+/* QEMU knows the server, and begins no job. */
+static const char *begins_none(struct qemu *q, const char *command)
+{
+	(void)q;
+	return strcmp(command, "blockdev-mirror") ? NULL :
+	       "{\"error\": {\"desc\": \"somebody else has a job there\"}}\n";
+}
+
+void test_disk_no_job(void)
+{
+	start_disk(&qemu, DISK_PAGES);
+	start_qemu(&qemu);
+	qemu.hook = begins_none;
+	with_standby();
+	must_fail(protect(CHECKED, spec()), "somebody else has a job there");
+	CHECK(!qemu.disk.node, "it leaves QEMU with what it has begun");
+	stop_standby(SIGTERM);
+}
+
 /* What a standby must not take for the disk */
 void test_disk_images(void)
 {

@@ -802,6 +802,7 @@ static const struct test tests[] = {
 	{ "protect_disk_switchover", test_disk_switchover },
 	{ "protect_disk_full", test_disk_full },
 	{ "protect_disk_refused", test_disk_refused },
+	{ "protect_disk_no_job", test_disk_no_job },
 	{ "protect_disk_images", test_disk_images },
 	{ "protect_disk_locked", test_disk_locked },
 	{ "protect_disk_garbage", test_disk_garbage },

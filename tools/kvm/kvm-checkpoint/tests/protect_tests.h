@@ -73,6 +73,7 @@ void test_disk_fails(void);
 void test_disk_switchover(void);
 void test_disk_full(void);
 void test_disk_refused(void);
+void test_disk_no_job(void);
 void test_disk_images(void);
 void test_disk_locked(void);
 void test_disk_garbage(void);

@@ -38,26 +38,6 @@ static int any_socket(void)
 	return s;
 }
 
-static bool bring_up(const char *name, const char *address)
-{
-	struct sockaddr_in *sin;
-	struct ifreq r = { 0 };
-
-	snprintf(r.ifr_name, sizeof(r.ifr_name), "%s", name);
-	sin = (struct sockaddr_in *)&r.ifr_addr;
-	sin->sin_family = AF_INET;
-	if (address) {
-		inet_pton(AF_INET, address, &sin->sin_addr);
-		if (ioctl(any_socket(), SIOCSIFADDR, &r))
-			return false;
-		inet_pton(AF_INET, "255.255.255.0", &sin->sin_addr);
-		if (ioctl(any_socket(), SIOCSIFNETMASK, &r))
-			return false;
-	}
-	r.ifr_flags = IFF_UP | IFF_RUNNING;
-	return !ioctl(any_socket(), SIOCSIFFLAGS, &r);
-}
-
 void ledger_tap(unsigned int gen)
 {
 	struct ifreq r = { .ifr_flags = IFF_TAP | IFF_NO_PI | IFF_VNET_HDR }, b = { 0 };
@@ -138,7 +118,7 @@ static bool check_image(unsigned int gen)
 /* --- Clients -------------------------------------------------------------- */
 
 struct client {
-	int nr, fd;
+	int nr;
 	FILE *f;
 	pthread_t thread;
 	atomic_long told;		/* that it is committed, by the guest */
@@ -318,28 +298,23 @@ static bool one_kill(unsigned int n)
 	return clients_go_on(told) && check_ledger(told, &lost) && check_disk();
 }
 
-static bool boot_ledger(void)
-{
-	struct ifreq b = { 0 };
-
-	snprintf(b.ifr_name, sizeof(b.ifr_name), BRIDGE);
-	if (!if_nametoindex(BRIDGE) &&
-	    (ioctl(any_socket(), SIOCBRADDBR, BRIDGE) || !bring_up(BRIDGE, LEDGER_HOST) ||
-	     !bring_up("lo", "127.0.0.1")))
-		fatal("a bridge");
-	guest_has_ledger = true;
-	leave(&vm);
-	remove_ram(vm.ram);
-	kill_now(&standby, true);
-	return make_image(last_gen + 1) && boot(&vm);
-}
-
 static void end_guest(void)
 {
 	leave(&vm);
 	remove_ram(vm.ram);
 	kill_now(&standby, true);
 	guest_has_ledger = false;
+}
+
+static bool boot_ledger(void)
+{
+	if (!if_nametoindex(BRIDGE) &&
+	    (ioctl(any_socket(), SIOCBRADDBR, BRIDGE) || !bring_up(BRIDGE, LEDGER_HOST) ||
+	     !bring_up("lo", "127.0.0.1")))
+		fatal("a bridge");
+	end_guest();
+	guest_has_ledger = true;
+	return make_image(last_gen + 1) && boot(&vm);
 }
 
 /* Where nothing is held back, what clients were told is lost now and then */

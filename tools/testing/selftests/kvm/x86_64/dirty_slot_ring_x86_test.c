@@ -670,6 +670,26 @@ TEST(sync_while_vcpu_waits_for_vapic_page)
 /* -- huge pages ------------------------------------------------------------ */
 
 /*
+ * Somebody else, who gets a log three times, and harvests all pages each time; @check:
+ * after that, or NULL.
+ */
+static void __noreturn hold_log(int sk, uint64_t npages, void (*check)(void))
+{
+	uint8_t *got = calloc(1, npages);
+	int i, log;
+
+	for (i = 0; i < 3; i++) {
+		log = recv_fd(sk, NULL, 0);
+		CHECK_EQ(harvest_cap(log, got, npages, 0, 64), npages);
+		close(log);
+		if (check)
+			check();
+		CHECK_EQ(write(sk, "", 1), 1);
+	}
+	_exit(0);
+}
+
+/*
  * A harvest, which anybody may make who holds the log, splits no huge pages: that
  * takes memory.  The next write to one does.  KVM_CLEAR_DIRTY_LOG, which the VMM makes
  * for pages that it expects to be written, splits as ever.
@@ -678,9 +698,8 @@ TEST(harvest_does_not_split_huge_pages)
 {
 	const uint32_t huge = 512, nr = 4;
 	uint64_t before, *bitmap;
-	int fd, log, i, sk[2];
 	struct dsr *v;
-	uint8_t *got;
+	int fd, i, sk[2];
 	pid_t pid;
 	char c;
 
@@ -693,14 +712,7 @@ TEST(harvest_does_not_split_huge_pages)
 	pid = fork();
 	if (!pid) {
 		prctl(PR_SET_PDEATHSIG, SIGKILL);
-		got = calloc(1, nr * huge);
-		for (i = 0; i < 3; i++) {
-			log = recv_fd(sk[1], NULL, 0);
-			CHECK_EQ(harvest_cap(log, got, nr * huge, 0, 64), nr * huge);
-			close(log);
-			CHECK_EQ(write(sk[1], "", 1), 1);
-		}
-		_exit(0);
+		hold_log(sk[1], nr * huge, NULL);
 	}
 	v = dsr_new(.entries = 64, .nr_vcpus = 1, .no_log = true, .npages = nr * huge,
 		    .src = VM_MEM_SRC_ANONYMOUS_THP,
@@ -846,6 +858,11 @@ static uint64_t group_page_tables(const char *dir)
 	return strtoull(strchr(p, ' '), NULL, 10) / PG;
 }
 
+static void check_not_charged(void)
+{
+	CHECK_EQ(group_page_tables(groups.holder), 0);
+}
+
 /*
  * Who holds the log is another process, in another group.  Its harvest costs it no page
  * tables: it splits no huge page.  The next write does, and who runs the vCPU pays.
@@ -854,9 +871,8 @@ TEST(harvest_charges_nobody_else)
 {
 	const uint32_t huge = 512, nr = 8;
 	uint64_t *bitmap, before;
-	int log, i, sk[2];
 	struct dsr *v;
-	uint8_t *got;
+	int i, sk[2];
 	pid_t pid;
 	char c;
 
@@ -871,15 +887,7 @@ TEST(harvest_charges_nobody_else)
 	if (!pid) {
 		prctl(PR_SET_PDEATHSIG, SIGKILL);
 		group_enter(groups.holder);
-		got = calloc(1, nr * huge);
-		for (i = 0; i < 3; i++) {
-			log = recv_fd(sk[1], NULL, 0);
-			CHECK_EQ(harvest_cap(log, got, nr * huge, 0, 64), nr * huge);
-			close(log);
-			CHECK_EQ(group_page_tables(groups.holder), 0);
-			CHECK_EQ(write(sk[1], "", 1), 1);
-		}
-		_exit(0);
+		hold_log(sk[1], nr * huge, check_not_charged);
 	}
 	/* Its end is to be seen. */
 	close(sk[1]);
