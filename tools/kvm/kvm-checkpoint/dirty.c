@@ -95,6 +95,13 @@ bool guest_is_hole(struct guest_holes *h, int fd, uint64_t page)
 	return page < h->hole_until;
 }
 
+bool guest_hole_begins(int fd, uint64_t page)
+{
+	off_t at = page * KC_PAGE_SIZE, next = lseek(fd, at, SEEK_DATA);
+
+	return next < 0 ? errno == ENXIO : next >= at + (off_t)KC_PAGE_SIZE;
+}
+
 int guest_copy_dirty(struct guest *g, struct copy *c, uint64_t max)
 {
 	struct guest_holes holes = { 0, 0 };

@@ -219,8 +219,7 @@ int guest_take_runs(struct guest *g, uint64_t offset, uint64_t nr, struct kc_err
 					       "QEMU reports pages of memory that was not there before: protect the guest anew");
 			/* vCPUs write to no holes: this is where balloons are found */
 			g->dirty.has_holes = g->dirty.has_holes ||
-				guest_is_hole(&(struct guest_holes){ 0, 0 }, g->blocks[block].fd,
-					      runs[i].page);
+				guest_hole_begins(g->blocks[block].fd, runs[i].page);
 			rc = dirty_add(&g->dirty, block, runs[i].page, runs[i].npages);
 			if (rc)
 				return kc_fail(err, -rc, "no memory for the list of dirty pages");

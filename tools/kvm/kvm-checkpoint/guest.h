@@ -260,6 +260,8 @@ struct guest_holes {
 };
 
 bool guest_is_hole(struct guest_holes *h, int fd, uint64_t page);
+/* Of one page; guest_is_hole() looks where data end, which takes as long as there are data */
+bool guest_hole_begins(int fd, uint64_t page);
 /* Moves dirty pages, at most max of them, to the copy */
 int guest_copy_dirty(struct guest *g, struct copy *c, uint64_t max);
 void copy_sort(struct copy *c);
