@@ -690,6 +690,27 @@ static void __noreturn hold_log(int sk, uint64_t npages, void (*check)(void))
 }
 
 /*
+ * Starts them, in the group of who calls.  Before there is a VM: fork() write-protects,
+ * and so unmaps, the guest's memory.  *@sock: where logs go; closed when they ended.
+ */
+static pid_t start_holder(int *sock, uint64_t npages, void (*check)(void))
+{
+	int sk[2];
+	pid_t pid;
+
+	CHECK_OK(socketpair(AF_UNIX, SOCK_STREAM, 0, sk));
+	fflush(NULL);
+	pid = fork();
+	if (!pid) {
+		prctl(PR_SET_PDEATHSIG, SIGKILL);
+		hold_log(sk[1], npages, check);
+	}
+	close(sk[1]);
+	*sock = sk[0];
+	return pid;
+}
+
+/*
  * A harvest, which anybody may make who holds the log, splits no huge pages: that
  * takes memory.  The next write to one does.  KVM_CLEAR_DIRTY_LOG, which the VMM makes
  * for pages that it expects to be written, splits as ever.
@@ -699,21 +720,14 @@ TEST(harvest_does_not_split_huge_pages)
 	const uint32_t huge = 512, nr = 4;
 	uint64_t before, *bitmap;
 	struct dsr *v;
-	int fd, i, sk[2];
+	int fd, i, sock;
 	pid_t pid;
 	char c;
 
 	if (!thp_configured())
 		SKIP(return, "no transparent huge pages");
 
-	/* Before there is a VM: fork() write-protects, and so unmaps, the guest's memory. */
-	CHECK_OK(socketpair(AF_UNIX, SOCK_STREAM, 0, sk));
-	fflush(NULL);
-	pid = fork();
-	if (!pid) {
-		prctl(PR_SET_PDEATHSIG, SIGKILL);
-		hold_log(sk[1], nr * huge, NULL);
-	}
+	pid = start_holder(&sock, nr * huge, NULL);
 	v = dsr_new(.entries = 64, .nr_vcpus = 1, .no_log = true, .npages = nr * huge,
 		    .src = VM_MEM_SRC_ANONYMOUS_THP,
 		    .manual = KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE | KVM_DIRTY_LOG_INITIALLY_SET);
@@ -729,8 +743,8 @@ TEST(harvest_does_not_split_huge_pages)
 		CHECK(before >= nr || !tdp_mmu(), "%lu huge pages", before);
 
 		/* All pages are dirty, and are taken by somebody else. */
-		send_fd(sk[0], 0, v->fd);
-		CHECK_EQ(read(sk[0], &c, 1), 1);
+		send_fd(sock, 0, v->fd);
+		CHECK_EQ(read(sock, &c, 1), 1);
 		CHECK_EQ(stat_of(fd, "pages_2m"), before);
 		/* They are protected, all the same. */
 		guest_write_step(v, 0, 5, nr, huge);
@@ -757,6 +771,7 @@ TEST(harvest_does_not_split_huge_pages)
 		dsr_log(v, false);
 	}
 	child_check(pid);
+	close(sock);
 	free(bitmap);
 	close(fd);
 	dsr_free(v);
@@ -872,7 +887,7 @@ TEST(harvest_charges_nobody_else)
 	const uint32_t huge = 512, nr = 8;
 	uint64_t *bitmap, before;
 	struct dsr *v;
-	int i, sk[2];
+	int i, sock;
 	pid_t pid;
 	char c;
 
@@ -881,16 +896,8 @@ TEST(harvest_charges_nobody_else)
 	if (!groups_make())
 		SKIP(return, "no memory cgroups");
 
-	CHECK_OK(socketpair(AF_UNIX, SOCK_STREAM, 0, sk));
-	fflush(NULL);
-	pid = fork();
-	if (!pid) {
-		prctl(PR_SET_PDEATHSIG, SIGKILL);
-		group_enter(groups.holder);
-		hold_log(sk[1], nr * huge, check_not_charged);
-	}
-	/* Its end is to be seen. */
-	close(sk[1]);
+	group_enter(groups.holder);
+	pid = start_holder(&sock, nr * huge, check_not_charged);
 	group_enter(groups.vm);
 	v = dsr_new(.entries = 64, .nr_vcpus = 1, .no_log = true, .npages = nr * huge,
 		    .src = VM_MEM_SRC_ANONYMOUS_THP,
@@ -901,8 +908,8 @@ TEST(harvest_charges_nobody_else)
 		dsr_reopen(v);
 		before = group_page_tables(groups.vm);
 		CHECK(before, "no page tables of a guest that ran");
-		send_fd(sk[0], 0, v->fd);
-		CHECK_EQ(read(sk[0], &c, 1), 1);
+		send_fd(sock, 0, v->fd);
+		CHECK_EQ(read(sock, &c, 1), 1);
 		CHECK_EQ(group_page_tables(groups.vm), before);
 		guest_write_step(v, 0, 5, nr, huge);
 		CHECK(!tdp_mmu() || group_page_tables(groups.vm) >= before + nr,
@@ -912,6 +919,7 @@ TEST(harvest_charges_nobody_else)
 		dsr_log(v, false);
 	}
 	child_check(pid);
+	close(sock);
 
 	/* Would it be seen?  Whoever clears the bitmap splits, and pays. */
 	if (tdp_mmu() && get_kvm_param_bool("eager_page_split")) {
