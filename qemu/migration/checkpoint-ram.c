@@ -11,14 +11,17 @@
 #include "qemu/osdep.h"
 #include "qemu/error-report.h"
 #include "qemu/rcu.h"
+#include "qemu/units.h"
 #include "qapi/error.h"
 #include "cpu.h"
+#include "exec/address-spaces.h"
 #include "exec/memory.h"
 #include "exec/ram_addr.h"
 #include "exec/target_page.h"
 #include "hw/qdev-core.h"
 #include "migration/savevm.h"
 #include "sysemu/kvm.h"
+#include "page-states.h"
 #include "ram.h"
 #include "checkpoint.h"
 
@@ -265,11 +268,52 @@ static uint64_t block_inode(RAMBlock *rb)
     return fstat(rb->fd, &st) < 0 ? 0 : st.st_ino;
 }
 
+static uint32_t block_number(const RAMBlock *of)
+{
+    uint32_t nr = 0;
+    RAMBlock *rb;
+
+    RAMBLOCK_FOREACH_MIGRATABLE(rb) {
+        if (rb == of) {
+            return nr;
+        }
+        nr++;
+    }
+    return UINT32_MAX;
+}
+
+/* Firmware comes and goes in smaller ones, and has no pages that are free */
+#define MIN_RANGE   (1 * MiB)
+
+static bool add_range(Int128 start, Int128 len, const MemoryRegion *mr,
+                      hwaddr offset_in_region, void *opaque)
+{
+    CheckpointRangeList ***tail = opaque;
+    CheckpointRange *range;
+    uint32_t nr;
+
+    if (!mr->ram || !mr->ram_block || int128_get64(len) < MIN_RANGE ||
+        !checkpoint_block_is_mapped(mr->ram_block)) {
+        return false;
+    }
+    nr = block_number(mr->ram_block);
+    if (nr != UINT32_MAX) {
+        range = g_new0(CheckpointRange, 1);
+        range->gfn = int128_get64(start) >> TARGET_PAGE_BITS;
+        range->pages = int128_get64(len) >> TARGET_PAGE_BITS;
+        range->block = nr;
+        range->page = offset_in_region >> TARGET_PAGE_BITS;
+        QAPI_LIST_APPEND(*tail, range);
+    }
+    return false;
+}
+
 CheckpointLayout *checkpoint_layout(void)
 {
     CheckpointLayout *layout = g_new0(CheckpointLayout, 1);
     CheckpointBlockList **tail = &layout->blocks;
     CheckpointSlotList **slots = &layout->slots;
+    CheckpointRangeList **ranges = &layout->ranges;
     RAMBlock *rb;
 
     know_layout();
@@ -292,11 +336,34 @@ CheckpointLayout *checkpoint_layout(void)
         block->inode = block->shared ? block_inode(rb) : 0;
         QAPI_LIST_APPEND(tail, block);
     }
+    flatview_for_each_range(address_space_to_flatview(&address_space_memory),
+                            add_range, &ranges);
     layout->vm_log = known.client_harvests;
     if (known.client_harvests) {
         kvm_dirty_slot_log_foreach(add_slot, &slots);
     }
     return layout;
+}
+
+CheckpointPageStates *checkpoint_page_states(void)
+{
+    CheckpointPageStates *states;
+    PageStates ps;
+    uint32_t nr;
+
+    if (!page_states_locate(&ps)) {
+        return NULL;
+    }
+    RCU_READ_LOCK_GUARD();
+    nr = block_number(ps.block);
+    if (nr == UINT32_MAX || !checkpoint_block_is_mapped(ps.block)) {
+        return NULL;
+    }
+    states = g_new0(CheckpointPageStates, 1);
+    states->block = nr;
+    states->page = ps.page;
+    states->count = ps.nr;
+    return states;
 }
 
 bool checkpoint_send_files(QIOChannelSocket *to, int log, Error **errp)

@@ -228,6 +228,7 @@ static void client_gone(void)
     close(client.buffer);
     resume_guest(NULL);
     checkpoint_packets_orphaned();
+    checkpoint_ask_hints(CHECKPOINT_HINTS_ACTION_DONE, NULL);
 
     checkpoint_unfollow_logs();
     memory_global_dirty_log_stop(GLOBAL_DIRTY_CHECKPOINT);
@@ -450,6 +451,8 @@ CheckpointStopped *qmp_x_checkpoint_stop(bool has_limit_ms, uint32_t limit_ms,
         error_free(err);
     }
     stopped->loadable = client.loadable;
+    stopped->page_states = checkpoint_page_states();
+    stopped->has_page_states = stopped->page_states;
     stopped->has_lost = client.lost;
     stopped->lost = g_strdup(client.lost);
     return stopped;
@@ -483,6 +486,8 @@ static CheckpointPagesInfo *write_buffer(bool state, bool running, Error **errp)
     pages = checkpoint_collect_pages();
     info->collect_us = (get_clock() - stamp) / SCALE_US;
     info->runs = pages->len;
+    /* After they were collected, or it would be told of some that are not there yet */
+    info->discarded = checkpoint_take_discarded();
     if (checkpoint_write(client.buffer, pages->data,
                          (size_t)pages->len * sizeof(CheckpointPages),
                          &offset, errp)) {
@@ -496,6 +501,8 @@ fail:
 
 CheckpointPagesInfo *qmp_x_checkpoint_collect(bool state, Error **errp)
 {
+    CheckpointPagesInfo *info;
+
     if (!need_client(errp)) {
         return NULL;
     }
@@ -506,7 +513,41 @@ CheckpointPagesInfo *qmp_x_checkpoint_collect(bool state, Error **errp)
     }
     state = state && !client.spoilt && client.loadable && !client.lost &&
             !runstate_is_running();
-    return write_buffer(state, hold.owed, errp);
+    info = write_buffer(state, hold.owed, errp);
+    /* After what was written before was taken: see page-states.c */
+    if (info && runstate_is_running()) {
+        info->page_states = checkpoint_page_states();
+        info->has_page_states = info->page_states;
+    }
+    return info;
+}
+
+CheckpointHints *qmp_x_checkpoint_hints(CheckpointHintsAction action,
+                                        Error **errp)
+{
+    g_autoptr(GArray) pages = NULL;
+    CheckpointHints *hints;
+    uint64_t offset;
+
+    if (!need_client(errp) || !checkpoint_ask_hints(action, errp)) {
+        return NULL;
+    }
+    hints = g_new0(CheckpointHints, 1);
+    if (action == CHECKPOINT_HINTS_ACTION_GET ||
+        action == CHECKPOINT_HINTS_ACTION_STOP) {
+        pages = checkpoint_take_hints();
+        /* As in write_buffer() */
+        offset = ROUND_UP(checkpoint_head_size(), sizeof(CheckpointPages));
+        hints->runs = pages->len;
+        hints->offset = offset;
+        if (!checkpoint_write(client.buffer, pages->data,
+                              (size_t)pages->len * sizeof(CheckpointPages),
+                              &offset, errp)) {
+            qapi_free_CheckpointHints(hints);
+            return NULL;
+        }
+    }
+    return hints;
 }
 
 CheckpointResumed *qmp_x_checkpoint_cont(Error **errp)
@@ -555,6 +596,7 @@ static bool save_and_tell(Error **errp)
     told.runs = info->runs;
     told.collect_us = info->collect_us;
     told.packets = info->packets;
+    told.discarded = info->discarded;
     if (!checkpoint_tell(client.socket, &told)) {
         error_setg(errp, "the client does not read its socket");
         return false;
@@ -585,6 +627,7 @@ CheckpointTaken *qmp_x_checkpoint_take(uint32_t limit_ms, bool has_lease_us,
 {
     CheckpointTold told = { .what = CHECKPOINT_TOLD_STOPPED };
     CheckpointAnswer answer = CHECKPOINT_ANSWER_NONE;
+    g_autoptr(CheckpointPageStates) states = NULL;
     CheckpointTaken *taken;
     Error *err = NULL;
 
@@ -603,6 +646,12 @@ CheckpointTaken *qmp_x_checkpoint_take(uint32_t limit_ms, bool has_lease_us,
 
     hold.stopped_ns = hold.since_ns = get_clock();
     checkpoint_brief_stop();
+    states = checkpoint_page_states();
+    if (states) {
+        told.states_block = states->block;
+        told.states_page = states->page;
+        told.states_nr = states->count;
+    }
     if (!checkpoint_tell(client.socket, &told)) {
         error_setg(&err, "the client does not read its socket");
     } else if (qemu_runstate_change_requested()) {

@@ -35,6 +35,9 @@ uint64_t checkpoint_generation(void);
 /* Describes the layout; of logs that are gone it tells once */
 CheckpointLayout *checkpoint_layout(void);
 
+/* Where the guest says which pages it does not use; NULL: it does not */
+CheckpointPageStates *checkpoint_page_states(void);
+
 /* Sends the file descriptors of blocks and, unless it is negative, of the logs */
 bool checkpoint_send_files(QIOChannelSocket *to, int log, Error **errp);
 
@@ -53,6 +56,17 @@ typedef struct CheckpointPages {
     uint32_t npages;
     uint64_t page;
 } CheckpointPages;
+
+/*
+ * checkpoint-free.c
+ */
+
+/* Whether memory was given back to the host since it was asked last */
+bool checkpoint_take_discarded(void);
+
+bool checkpoint_ask_hints(CheckpointHintsAction action, Error **errp);
+/* Those that came since it was asked last, an array of CheckpointPages */
+GArray *checkpoint_take_hints(void);
 
 /*
  * checkpoint-state.c
@@ -95,6 +109,11 @@ typedef struct CheckpointTold {
     uint64_t runs;
     uint64_t collect_us;
     uint64_t packets;
+    uint64_t discarded;
+    /* As in CheckpointPageStates, when it is stopped; 0 of them: there are none */
+    uint64_t states_block;
+    uint64_t states_page;
+    uint64_t states_nr;
 } CheckpointTold;
 
 typedef enum CheckpointAnswer {

@@ -266,6 +266,53 @@ void kvm_dirty_slot_log_foreach(void (*fn)(const KVMDirtySlotLog *log,
     }
 }
 
+/*
+ * Whoever calls this has other means by which the pages are looked at once more.
+ * A log that cannot do it has them still, which does no harm.
+ */
+static void discard_from_slot(KVMSlot *slot, ram_addr_t start, uint64_t size)
+{
+    ram_addr_t from = MAX(start, slot->ram_start_offset);
+    ram_addr_t to = MIN(start + size,
+                        slot->ram_start_offset + slot->memory_size);
+    uint64_t psize = qemu_real_host_page_size();
+    struct kvm_dirty_run run;
+    struct kvm_dirty_slot_runs arg = {
+        .runs = (uintptr_t)&run,
+        .nr_runs = 1,
+    };
+
+    if (slot->dirty_log_fd < 0 || from >= to) {
+        return;
+    }
+    run.offset = (from - slot->ram_start_offset) / psize;
+    run.npages = (to - from) / psize;
+    if (run.npages &&
+        ioctl(slot->dirty_log_fd, KVM_DIRTY_SLOT_LOG_DISCARD, &arg) < 0) {
+        error_report_once("%s: KVM_DIRTY_SLOT_LOG_DISCARD failed: %s",
+                          __func__, strerror(errno));
+    }
+}
+
+void kvm_dirty_slot_log_discard(ram_addr_t start, uint64_t size)
+{
+    KVMState *s = kvm_state;
+    unsigned int i, j;
+
+    if (!kvm_dirty_slot_ring_enabled()) {
+        return;
+    }
+    for (i = 0; i < s->nr_as; i++) {
+        KVMMemoryListener *kml = s->as[i].ml;
+
+        for (j = 0; kml && j < kml->nr_slots_allocated; j++) {
+            if (kml->slots[j].memory_size) {
+                discard_from_slot(&kml->slots[j], start, size);
+            }
+        }
+    }
+}
+
 int kvm_dirty_slot_vm_log_follow(void)
 {
     struct kvm_dirty_slot_log_fd arg = { .slot = KVM_DIRTY_SLOT_ALL };

@@ -14,7 +14,8 @@
 
 /* As QEMU sends it */
 struct told {
-	uint64_t what, generation, state_size, offset, runs, collect_us, packets;
+	uint64_t what, generation, state_size, offset, runs, collect_us, packets, discarded;
+	uint64_t states_block, states_page, states_nr;
 };
 
 enum { STOPPED = 1, SAVED = 2 };
@@ -76,6 +77,8 @@ static int take(struct guest *g, struct guest_epoch *e, uint64_t t[], bool *stal
 	int rc;
 
 	rc = harvest(g, stale, err);
+	if (!rc && guest_check_skipped(g))
+		rc = kc_fail(err, ENOMEM, "no memory for the list of dirty pages");
 	t[2] = kc_now_us();
 	if (!rc)
 		rc = copy_pages(g, e, err);
@@ -83,6 +86,8 @@ static int take(struct guest *g, struct guest_epoch *e, uint64_t t[], bool *stal
 	if (!rc)
 		rc = await(g, SAVED, &told, err);
 	t[4] = kc_now_us();
+	if (!rc)
+		g->dirty.has_holes |= !!told.discarded;
 	if (!rc)
 		rc = guest_take_runs(g, told.offset, told.runs, err);
 	/* Once more: pages that were written while the state was saved */
@@ -162,6 +167,7 @@ int guest_take_brief(struct guest *g, struct guest_epoch *e, struct kc_err *err)
 	if (g->opts.stopped)
 		g->opts.stopped(g->opts.idle_ctx);
 	t[1] = kc_now_us();
+	guest_take_states(g, told.states_block, told.states_page, told.states_nr);
 	e->was_running = true;
 	e->waits_for[0] = '\0';
 	strcpy(e->status, "paused");

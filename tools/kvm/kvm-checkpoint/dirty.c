@@ -95,35 +95,109 @@ bool guest_is_hole(struct guest_holes *h, int fd, uint64_t page)
 	return page < h->hole_until;
 }
 
-bool guest_hole_begins(int fd, uint64_t page)
+/*
+ * Where data begin again, if the page is in a hole, or else the page.  Where they end would take as
+ * long as there are data.
+ */
+static uint64_t hole_end(int fd, uint64_t page)
 {
-	off_t at = page * KC_PAGE_SIZE, next = lseek(fd, at, SEEK_DATA);
+	off_t next = lseek(fd, page * KC_PAGE_SIZE, SEEK_DATA);
 
-	return next < 0 ? errno == ENXIO : next >= at + (off_t)KC_PAGE_SIZE;
+	if (next < 0)
+		return errno == ENXIO ? UINT64_MAX : page;
+	return next / KC_PAGE_SIZE;
+}
+
+/* They are taken from the end, so ascending */
+static int compare_words(const void *a, const void *b)
+{
+	const struct dirty_word *x = a, *y = b;
+
+	if (x->block != y->block)
+		return x->block > y->block ? -1 : 1;
+	return x->word > y->word ? -1 : x->word < y->word;
+}
+
+static int add_hole(struct copy *c, uint32_t block, uint64_t page, uint64_t n)
+{
+	struct copied_hole *last = c->nr_holes ? &c->holes[c->nr_holes - 1] : NULL;
+
+	if (last && last->block == block && last->at == c->nr && last->page + last->n == page) {
+		last->n += n;
+		return 0;
+	}
+	if (c->nr_holes == c->max_holes) {
+		size_t max = c->max_holes ? 2 * c->max_holes : 256;
+		struct copied_hole *h = realloc(c->holes, max * sizeof(*h));
+
+		if (!h)
+			return -ENOMEM;
+		c->holes = h;
+		c->max_holes = max;
+	}
+	c->holes[c->nr_holes++] = (struct copied_hole){ block, page, n, c->nr };
+	return 0;
+}
+
+/*
+ * The pages in holes, of those of a word that are dirty: no copies of them.  @until: up to where a
+ * hole is known that began below; moved on.
+ */
+static int take_holes(struct guest *g, struct copy *c, const struct dirty_word *w, uint64_t *until)
+{
+	uint64_t *bits = &g->dirty.bits[w->block][w->word], left = *bits;
+
+	while (left) {
+		unsigned int first = __builtin_ctzll(left), n;
+		uint64_t page = w->word * 64 + first, mask;
+
+		if (page >= *until)
+			*until = hole_end(g->blocks[w->block].fd, page);
+		if (page >= *until) {
+			left &= left - 1;
+			continue;
+		}
+		/* As many in a row as are dirty, and in it */
+		mask = left >> first;
+		n = mask == ~0ull ? 64 : __builtin_ctzll(~mask);
+		n = *until - page < n ? *until - page : n;
+		if (add_hole(c, w->block, page, n))
+			return -ENOMEM;
+		mask = (n == 64 ? ~0ull : (1ull << n) - 1) << first;
+		*bits &= ~mask;
+		left &= ~mask;
+		g->dirty.pages -= n;
+	}
+	return 0;
 }
 
 int guest_copy_dirty(struct guest *g, struct copy *c, uint64_t max)
 {
-	struct guest_holes holes = { 0, 0 };
 	struct dirty *d = &g->dirty;
+	uint32_t block = UINT32_MAX;
+	uint64_t until = 0;
 
-	if (max > d->pages)
-		max = d->pages;
-	if (copy_reserve(c, c->nr + max))
+	if (d->has_holes)
+		qsort(d->words, d->nr_words, sizeof(*d->words), compare_words);
+	else if (copy_reserve(c, c->nr + (max < d->pages ? max : d->pages)))
 		return -ENOMEM;
 	while (d->nr_words && max) {
 		struct dirty_word *w = &d->words[d->nr_words - 1];
 		uint64_t *bits = &d->bits[w->block][w->word];
 
+		guest_drop_unused(g, w->block, w->word);
+		if (d->has_holes) {
+			until = w->block == block ? until : 0;
+			block = w->block;
+			if (take_holes(g, c, w, &until) || copy_reserve(c, c->nr + 64))
+				return -ENOMEM;
+		}
 		while (*bits && max) {
 			uint64_t page = w->word * 64 + __builtin_ctzll(*bits);
 
-			c->pages[c->nr] = (struct copied_page){ w->block, page, c->nr };
-			if (d->has_holes && guest_is_hole(&holes, g->blocks[w->block].fd, page))
-				memset(c->data + c->nr * KC_PAGE_SIZE, 0, KC_PAGE_SIZE);
-			else
-				memcpy(c->data + c->nr * KC_PAGE_SIZE,
-				       g->blocks[w->block].map + page * KC_PAGE_SIZE, KC_PAGE_SIZE);
+			c->pages[c->nr] = (struct copied_page){ w->block, page, c->nr, false };
+			memcpy(c->data + c->nr * KC_PAGE_SIZE,
+			       g->blocks[w->block].map + page * KC_PAGE_SIZE, KC_PAGE_SIZE);
 			c->nr++;
 			*bits &= *bits - 1;
 			d->pages--;
@@ -131,8 +205,6 @@ int guest_copy_dirty(struct guest *g, struct copy *c, uint64_t max)
 		}
 		if (!*bits)
 			d->nr_words--;
-		/* The next word is of lower pages, or of another block */
-		holes = (struct guest_holes){ 0, 0 };
 	}
 	if (!d->pages)
 		d->has_holes = false;
@@ -151,8 +223,43 @@ static int compare_pages(const void *a, const void *b)
 	return x->at < y->at ? -1 : 1;
 }
 
+/* The first of the copies that is not of a lower page */
+static size_t find_page(const struct copy *c, uint32_t block, uint64_t page)
+{
+	const struct copied_page key = { block, page, 0, false };
+	size_t low = 0, high = c->nr;
+
+	while (low < high) {
+		size_t mid = low + (high - low) / 2;
+
+		if (compare_pages(&c->pages[mid], &key) < 0)
+			low = mid + 1;
+		else
+			high = mid;
+	}
+	return low;
+}
+
 void copy_sort(struct copy *c)
 {
-	if (c->nr)
-		qsort(c->pages, c->nr, sizeof(*c->pages), compare_pages);
+	size_t i, k, n = 0;
+
+	if (!c->nr)
+		return;
+	qsort(c->pages, c->nr, sizeof(*c->pages), compare_pages);
+	/* Holes are handed over before pages: what was copied before there was one does not count */
+	for (i = 0; i < c->nr_holes; i++) {
+		const struct copied_hole *h = &c->holes[i];
+
+		for (k = find_page(c, h->block, h->page); k < c->nr &&
+		     c->pages[k].block == h->block && c->pages[k].page - h->page < h->n; k++) {
+			if (c->pages[k].at < h->at)
+				c->pages[k].gone = true;
+		}
+	}
+	for (i = 0; c->nr_holes && i < c->nr; i++) {
+		if (!c->pages[i].gone)
+			c->pages[n++] = c->pages[i];
+	}
+	c->nr = c->nr_holes ? n : c->nr;
 }

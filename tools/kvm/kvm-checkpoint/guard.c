@@ -88,8 +88,10 @@ static int check_peripherals(struct guest *g, const char *path, struct kc_err *e
 	for (i = 0; !rc && i < json_object_array_length(list); i++) {
 		struct json_object *o = json_object_array_get_idx(list, i);
 
-		if (sscanf(qmp_str(o, "type"), "child<%199[^>]>", type) == 1)
-			rc = check_device(&g->opts, qmp_str(o, "name"), type, err);
+		if (sscanf(qmp_str(o, "type"), "child<%199[^>]>", type) != 1)
+			continue;
+		rc = check_device(&g->opts, qmp_str(o, "name"), type, err);
+		g->has_balloon |= !strncmp(type, "virtio-balloon", strlen("virtio-balloon"));
 	}
 	json_object_put(list);
 	return rc;

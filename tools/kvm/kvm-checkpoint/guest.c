@@ -136,6 +136,8 @@ void guest_close(struct guest *g)
 	unsigned int i;
 
 	guest_close_log(g);
+	guest_close_states(g);
+	guest_close_hints(g);
 	for (i = 0; i < g->id.nr_blocks; i++) {
 		if (g->blocks[i].map) {
 			munmap((void *)g->blocks[i].map, g->block_ids[i].npages * KC_PAGE_SIZE);
@@ -217,9 +219,6 @@ int guest_take_runs(struct guest *g, uint64_t offset, uint64_t nr, struct kc_err
 			    runs[i].npages > g->block_ids[block].npages - runs[i].page)
 				return kc_fail(err, ESTALE,
 					       "QEMU reports pages of memory that was not there before: protect the guest anew");
-			/* vCPUs write to no holes: this is where balloons are found */
-			g->dirty.has_holes = g->dirty.has_holes ||
-				guest_hole_begins(g->blocks[block].fd, runs[i].page);
 			rc = dirty_add(&g->dirty, block, runs[i].page, runs[i].npages);
 			if (rc)
 				return kc_fail(err, -rc, "no memory for the list of dirty pages");
@@ -252,6 +251,10 @@ static int finish_collect(struct guest *g, struct guest_epoch *e, uint64_t *coll
 		e->packets = qmp_u64(info, "packets");
 		*collect_us = qmp_u64(info, "collect-us");
 	}
+	g->dirty.has_holes |= qmp_bool(info, "discarded");
+	/* Of a guest that stands still it was told when it was stopped */
+	if (!e)
+		guest_read_states(g, info);
 	json_object_put(info);
 
 	rc = guest_take_runs(g, offset, nr, err);
@@ -271,7 +274,7 @@ int guest_collect(struct guest *g, struct kc_err *err)
 
 int guest_copy_running(struct guest *g, struct guest_epoch *e, uint64_t max, struct kc_err *err)
 {
-	e->copy.nr = 0;
+	e->copy.nr = e->copy.nr_holes = 0;
 	if (guest_copy_dirty(g, &e->copy, max))
 		return kc_fail(err, ENOMEM, "no memory for copies of dirty pages");
 	copy_sort(&e->copy);
@@ -284,6 +287,12 @@ int guest_undo_copy(struct guest *g, struct copy *c)
 
 	for (; c->nr && !rc; c->nr--)
 		rc = dirty_add(&g->dirty, c->pages[c->nr - 1].block, c->pages[c->nr - 1].page, 1);
+	for (; c->nr_holes && !rc; c->nr_holes--) {
+		const struct copied_hole *h = &c->holes[c->nr_holes - 1];
+
+		rc = dirty_add(&g->dirty, h->block, h->page, h->n);
+		g->dirty.has_holes = true;
+	}
 	return rc;
 }
 
@@ -296,6 +305,8 @@ static int take_paused(struct guest *g, struct guest_epoch *e, uint64_t t[], str
 	rc = guest_harvest_known(g, err);
 	if (rc && rc != -ESTALE)
 		return rc;
+	if (guest_check_skipped(g))
+		return kc_fail(err, ENOMEM, "no memory for the list of dirty pages");
 	t[2] = kc_now_us();
 	if (guest_copy_dirty(g, &e->copy, UINT64_MAX))
 		return kc_fail(err, ENOMEM, "no memory for copies of dirty pages");
@@ -444,7 +455,7 @@ int guest_take(struct guest *g, struct guest_epoch *e, struct kc_err *err)
 	char lost[200], blocked[200];
 	int rc;
 
-	e->copy.nr = 0;
+	e->copy.nr = e->copy.nr_holes = 0;
 	e->resumed = false;
 	rc = guest_take_brief(g, e, err);
 	if (rc <= 0)
@@ -471,6 +482,7 @@ int guest_take(struct guest *g, struct guest_epoch *e, struct kc_err *err)
 	snprintf(lost, sizeof(lost), "%s", qmp_str(o, "lost"));
 	snprintf(blocked, sizeof(blocked), "%s", qmp_str(o, "blocked"));
 	loadable = qmp_bool(o, "loadable");
+	guest_read_states(g, o);
 	json_object_put(o);
 	if (*lost || !loadable)
 		return take_nothing(g, e, lost, blocked, err);

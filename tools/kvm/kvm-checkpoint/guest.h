@@ -40,12 +40,38 @@ struct copied_page {
 	uint32_t block;
 	uint64_t page;
 	size_t at;			/* in data, in pages */
+	bool gone;			/* it does not count */
+};
+
+/* Pages in a row that have no memory, so that there is nothing to copy; they read as zero */
+struct copied_hole {
+	uint32_t block;
+	uint64_t page, n;
+	size_t at;			/* copies from there on were made later */
 };
 
 struct copy {
 	struct copied_page *pages;
 	uint8_t *data;
 	size_t nr, max;
+	struct copied_hole *holes;
+	size_t nr_holes, max_holes;
+};
+
+/* Pages that the guest has at addresses in a row */
+struct guest_range {
+	uint32_t block;
+	uint64_t page, npages, gfn;
+};
+
+/* See states.c */
+struct guest_states {
+	const uint8_t *table;
+	uint64_t nr;			/* of bytes in it; 0: there is none now */
+	struct guest_range *ranges;
+	unsigned int nr_ranges;
+	uint64_t *skipped[KC_MAX_BLOCKS];	/* a bit for each page; NULL: nothing is noted */
+	uint64_t left_out;		/* pages that were not copied, since guest_open() */
 };
 
 struct guest_block {
@@ -118,6 +144,9 @@ struct guest {
 	bool no_take;			/* this QEMU has no x-checkpoint-take */
 	bool holds;			/* what it sends is held back */
 	struct dirty dirty;
+	struct guest_states states;
+	bool has_balloon, hints;	/* see hints.c */
+	uint64_t *hinted[KC_MAX_BLOCKS];	/* a bit for each page */
 };
 
 /*
@@ -260,11 +289,40 @@ struct guest_holes {
 };
 
 bool guest_is_hole(struct guest_holes *h, int fd, uint64_t page);
-/* Of one page; guest_is_hole() looks where data end, which takes as long as there are data */
-bool guest_hole_begins(int fd, uint64_t page);
-/* Moves dirty pages, at most max of them, to the copy */
+/* Moves dirty pages to the copy: at most max of those that have memory, and all holes on the way */
 int guest_copy_dirty(struct guest *g, struct copy *c, uint64_t max);
 void copy_sort(struct copy *c);
+
+/* states.c */
+
+/* Says the guest that it does not use it?  What that is worth, and when, see there. */
+bool guest_is_unused(const struct guest *g, uint32_t block, uint64_t page);
+/* Likewise; and if so, it is left out of a first copy */
+bool guest_skips(struct guest *g, uint32_t block, uint64_t page);
+/* Of dirty pages of a word: unused ones are not dirty any more */
+void guest_drop_unused(struct guest *g, uint32_t block, uint64_t word);
+/* Where there is a table: what is left out of a copy from now on is noted */
+int guest_note_skipped(struct guest *g, struct kc_err *err);
+void guest_forget_skipped(struct guest *g);
+/* In a pause: what was left out and is used now gets dirty */
+int guest_check_skipped(struct guest *g);
+/* Where QEMU says that the table is; @nr 0: nowhere */
+void guest_take_states(struct guest *g, uint64_t qemu_block, uint64_t page, uint64_t nr);
+void guest_read_states(struct guest *g, struct json_object *o);
+int guest_take_ranges(struct guest *g, struct json_object *list, struct kc_err *err);
+void guest_close_states(struct guest *g);
+
+/* hints.c */
+
+/*
+ * Asks the guest for its free pages, after guest_collect() and before anything is copied, and waits a
+ * little for what it says
+ */
+int guest_begin_hints(struct guest *g, struct kc_err *err);
+bool guest_is_hinted(const struct guest *g, uint32_t block, uint64_t page);
+/* Before the first pause */
+int guest_end_hints(struct guest *g, struct kc_err *err);
+void guest_close_hints(struct guest *g);
 
 /* devices.c */
 

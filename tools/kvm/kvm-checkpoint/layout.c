@@ -98,7 +98,7 @@ int guest_block_of(const struct guest *g, uint64_t qemu_nr)
 
 int guest_take_layout(struct guest *g, struct json_object *layout, struct kc_err *err)
 {
-	struct json_object *blocks = NULL, *slots = NULL, *devices = NULL, *o;
+	struct json_object *blocks = NULL, *slots = NULL, *devices = NULL, *ranges = NULL, *o;
 	size_t i, nr_blocks, nr_fds = 0, nr_shared = 0;
 	uint64_t unshared = 0;
 	bool first = !g->id.nr_blocks;
@@ -107,6 +107,7 @@ int guest_take_layout(struct guest *g, struct json_object *layout, struct kc_err
 	json_object_object_get_ex(layout, "blocks", &blocks);
 	json_object_object_get_ex(layout, "slots", &slots);
 	json_object_object_get_ex(layout, "devices", &devices);
+	json_object_object_get_ex(layout, "ranges", &ranges);
 	if (!json_object_is_type(blocks, json_type_array) ||
 	    !json_object_is_type(slots, json_type_array) || !qmp_u64(layout, "generation"))
 		return kc_fail(err, EPROTO,
@@ -172,6 +173,8 @@ int guest_take_layout(struct guest *g, struct json_object *layout, struct kc_err
 	}
 
 	rc = guest_take_slots(g, slots, err);
+	if (!rc)
+		rc = guest_take_ranges(g, ranges, err);
 	if (!rc && nr_fds > nr_shared)
 		rc = guest_open_log(g, fds[nr_shared], err);
 	if (rc)

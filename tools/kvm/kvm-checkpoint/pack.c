@@ -180,6 +180,22 @@ void kc_pack_zero(struct kc_packer *pk, uint16_t block, uint64_t page)
 		e->used = false;
 }
 
+void kc_pack_zeros(struct kc_packer *pk, uint16_t block, uint64_t page, uint64_t n)
+{
+	size_t i;
+
+	if (n < pk->nr_entries) {
+		while (n--)
+			kc_pack_zero(pk, block, page++);
+		return;
+	}
+	for (i = 0; i < pk->nr_entries; i++) {
+		if (pk->entries[i].block == block && pk->entries[i].page >= page &&
+		    pk->entries[i].page - page < n)
+			pk->entries[i].used = false;
+	}
+}
+
 void kc_packer_forget(struct kc_packer *pk, uint64_t epoch)
 {
 	size_t i;

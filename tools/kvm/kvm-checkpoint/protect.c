@@ -465,6 +465,7 @@ int cmd_protect(int argc, char **argv)
 	guest_close(&p.guest);
 	kc_disks_free(&p);
 	free(p.epoch.copy.pages);
+	free(p.epoch.copy.holes);
 	free(p.epoch.state);
 	kc_status_free(p.status);
 	return status;

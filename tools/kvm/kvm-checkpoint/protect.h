@@ -25,13 +25,13 @@
 
 /* The first epoch of a sink, until it is acknowledged */
 struct first {
-	uint64_t nr, sent, differed;
+	uint64_t nr, sent, unused, differed;
 	bool compared, continued;
 };
 
 /* An epoch that is not acknowledged: which pages are in it */
 struct sent_page {
-	uint64_t page;
+	uint64_t page, n;
 	uint32_t block;
 };
 
@@ -100,6 +100,7 @@ struct protect {
 	bool is_elsewhere;	/* the standby was to be told the end, and has taken over */
 	bool idle;		/* the guest is stopped, and its last epoch says all */
 	bool waiting;		/* the guest cannot be resumed, for now */
+	uint64_t left_out;	/* pages of which the guest said so, up to the last epoch */
 	bool no_cards;		/* it has no network */
 	struct net_mark marks[KC_SENT];
 	uint64_t released;	/* packets of which state are */

@@ -60,9 +60,15 @@ enum where kc_epoch_wait(struct protect *p, uint64_t until_us, int *rc, struct k
 static int send_pages(struct protect *p, struct kc_err *err)
 {
 	struct copy *c = &p->epoch.copy;
+	int rc = 0;
 	size_t i;
-	int rc;
 
+	/* Before pages: what was copied of them was written to later */
+	for (i = 0; i < c->nr_holes && !rc; i++)
+		rc = kc_epoch_zeros(p->sink, c->holes[i].block, c->holes[i].page, c->holes[i].n,
+				    true, err);
+	if (rc)
+		return rc;
 	for (i = 0; i < c->nr; i++) {
 		rc = kc_epoch_page(p->sink, c->pages[i].block, c->pages[i].page,
 				   c->data + c->pages[i].at * KC_PAGE_SIZE, err);
@@ -152,7 +158,8 @@ enum where kc_epoch_next(struct protect *p, int *rc, struct kc_err *err)
 	if (where != OK)
 		return where;
 	/* Nothing can have changed since */
-	if (p->idle && !p->epoch.was_running && !p->epoch.copy.nr && !p->lease_ms)
+	if (p->idle && !p->epoch.was_running && !p->epoch.copy.nr &&
+	    !p->epoch.copy.nr_holes && !p->lease_ms)
 		return OK;
 	p->idle = !p->epoch.was_running;
 
@@ -201,7 +208,8 @@ static int compare_chunk(struct protect *p, unsigned int b, uint64_t first, uint
 }
 
 static enum where copy_block(struct protect *p, unsigned int b, bool compare, uint64_t done,
-			     uint64_t total, uint64_t *sent, int *rc, struct kc_err *err)
+			     uint64_t total, uint64_t *sent, uint64_t *unused, int *rc,
+			     struct kc_err *err)
 {
 	static uint8_t page[KC_PAGE_SIZE];
 	static bool differs[KC_DIGESTS_CHUNK];
@@ -229,11 +237,20 @@ static enum where copy_block(struct protect *p, unsigned int b, bool compare, ui
 		}
 		if (compare && !differs[i % KC_DIGESTS_CHUNK])
 			continue;
-		if (guest_is_hole(&holes, block->fd, i))
-			memset(page, 0, sizeof(page));
-		else
+		if (guest_is_hinted(&p->guest, b, i) || guest_skips(&p->guest, b, i)) {
+			/* Who compares may leave there what is there */
+			*rc = compare ? 0 : kc_epoch_zeros(p->sink, b, i, 1, false, err);
+			if (*rc)
+				return SINK;
+			++*unused;
+			continue;
+		}
+		if (guest_is_hole(&holes, block->fd, i)) {
+			*rc = kc_epoch_zeros(p->sink, b, i, 1, false, err);
+		} else {
 			memcpy(page, block->map + i * KC_PAGE_SIZE, KC_PAGE_SIZE);
-		*rc = kc_epoch_page(p->sink, b, i, page, err);
+			*rc = kc_epoch_page(p->sink, b, i, page, err);
+		}
 		if (*rc)
 			return SINK;
 		++*sent;
@@ -241,8 +258,8 @@ static enum where copy_block(struct protect *p, unsigned int b, bool compare, ui
 	return OK;
 }
 
-static enum where copy_all(struct protect *p, bool compare, uint64_t *sent, int *rc,
-			   struct kc_err *err)
+static enum where copy_all(struct protect *p, bool compare, uint64_t *sent, uint64_t *unused,
+			   int *rc, struct kc_err *err)
 {
 	const char *what = compare ? "resync" : "full copy";
 	uint64_t done = 0, total = 0;
@@ -254,7 +271,7 @@ static enum where copy_all(struct protect *p, bool compare, uint64_t *sent, int 
 	kc_status_phase(p->status, what);
 	p->started_us = kc_now_us();
 	for (b = 0; b < p->guest.id.nr_blocks; b++) {
-		where = copy_block(p, b, compare, done, total, sent, rc, err);
+		where = copy_block(p, b, compare, done, total, sent, unused, rc, err);
 		if (where != OK)
 			return where;
 		done += p->guest.block_ids[b].npages;
@@ -298,8 +315,11 @@ enum where kc_epoch_first(struct protect *p, int *rc, struct kc_err *err)
 {
 	unsigned int flags = kc_sink_start(p->sink), pass;
 	bool compare = flags & KC_EPOCH_RESYNC, again;
-	uint64_t sent = 0, differed, before = UINT64_MAX, last = kc_sink_last_epoch(p->sink);
+	uint64_t sent = 0, unused = 0, differed, before = UINT64_MAX;
+	uint64_t last = kc_sink_last_epoch(p->sink);
 	enum where where = OK;
+	struct kc_err why;
+	int ended;
 
 	again = compare && kc_sent_again(p);
 	*rc = guest_collect(&p->guest, err);
@@ -315,11 +335,22 @@ enum where kc_epoch_first(struct protect *p, int *rc, struct kc_err *err)
 	if (*rc)
 		return SINK;
 	p->nr++;
+	*rc = guest_note_skipped(&p->guest, err);
+	if (!*rc && !again)
+		*rc = guest_begin_hints(&p->guest, err);
+	if (*rc)
+		return GUEST;
 	*rc = kc_disks_begin(p, compare, err);
 	if (*rc)
 		return GUEST;
 	if (!again)
-		where = copy_all(p, compare, &sent, rc, err);
+		where = copy_all(p, compare, &sent, &unused, rc, err);
+	/* Whatever comes of it, the guest gets its pages back */
+	ended = guest_end_hints(&p->guest, where == OK ? err : &why);
+	if (ended && where == OK) {
+		*rc = ended;
+		return GUEST;
+	}
 	if (where == OK)
 		where = copy_disks(p, rc, err);
 	if (where != OK)
@@ -367,6 +398,7 @@ enum where kc_epoch_first(struct protect *p, int *rc, struct kc_err *err)
 	}
 	if (where != OK)
 		return where;
+	guest_forget_skipped(&p->guest);
 	sent += p->epoch.copy.nr;
 	/* What was taken is in no log any more, whatever comes of it */
 	kc_sent_note(p, p->nr);
@@ -382,7 +414,7 @@ enum where kc_epoch_first(struct protect *p, int *rc, struct kc_err *err)
 	if (compare && !again)
 		kc_status_resync(p->status);
 	/* Protected means that the receiver says that it is of use. */
-	p->first = (struct first){ .nr = p->nr, .sent = sent, .differed = differed,
+	p->first = (struct first){ .nr = p->nr, .sent = sent, .unused = unused, .differed = differed,
 				   .compared = compare, .continued = again };
 	kc_status_phase(p->status, "sent");
 	*rc = kc_link_poll(p, err);

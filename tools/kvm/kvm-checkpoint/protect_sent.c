@@ -55,7 +55,7 @@ void kc_sent_note(struct protect *p, uint64_t nr)
 			unused = &p->sent[i];
 	}
 	e = e ? e : unused;
-	pages = e ? realloc(e->pages, (e->nr_pages + c->nr + 1) * sizeof(*pages)) : NULL;
+	pages = e ? realloc(e->pages, (e->nr_pages + c->nr + c->nr_holes + 1) * sizeof(*pages)) : NULL;
 	if (!pages) {
 		/* Then all is compared. */
 		kc_sent_forget(p);
@@ -64,7 +64,11 @@ void kc_sent_note(struct protect *p, uint64_t nr)
 	e->nr = nr;
 	e->pages = pages;
 	for (k = 0; k < c->nr; k++)
-		pages[e->nr_pages++] = (struct sent_page){ c->pages[k].page, c->pages[k].block };
+		pages[e->nr_pages++] =
+			(struct sent_page){ c->pages[k].page, 1, c->pages[k].block };
+	for (k = 0; k < c->nr_holes; k++)
+		pages[e->nr_pages++] =
+			(struct sent_page){ c->holes[k].page, c->holes[k].n, c->holes[k].block };
 }
 
 bool kc_sent_again(struct protect *p)
@@ -82,7 +86,9 @@ bool kc_sent_again(struct protect *p)
 		struct sent_epoch *e = &p->sent[i];
 
 		for (k = 0; e->nr > last && k < e->nr_pages; k++) {
-			if (dirty_add(&p->guest.dirty, e->pages[k].block, e->pages[k].page, 1)) {
+			p->guest.dirty.has_holes |= e->pages[k].n > 1;
+			if (dirty_add(&p->guest.dirty, e->pages[k].block, e->pages[k].page,
+				      e->pages[k].n)) {
 				kc_sent_forget(p);
 				return false;
 			}

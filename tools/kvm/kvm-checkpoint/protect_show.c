@@ -98,7 +98,8 @@ void kc_show_epoch(struct protect *p)
 	struct guest_epoch *e = &p->epoch;
 	struct kc_sink_stats stats;
 	struct json_object *o;
-	uint64_t sum = 0;
+	uint64_t sum = 0, holes = 0;
+	size_t k;
 	int i;
 
 	if (!p->json)
@@ -108,6 +109,11 @@ void kc_show_epoch(struct protect *p)
 	kc_show_add(o, "epoch", p->nr);
 	kc_show_add(o, "taken_us", e->taken_us);
 	kc_show_add(o, "pages", e->copy.nr);
+	for (k = 0; k < e->copy.nr_holes; k++)
+		holes += e->copy.holes[k].n;
+	kc_show_add(o, "hole_pages", holes);
+	kc_show_add(o, "unused_pages", p->guest.states.left_out - p->left_out);
+	p->left_out = p->guest.states.left_out;
 	kc_show_add(o, "state_bytes", e->state_len);
 	kc_show_add(o, "wire_bytes", stats.wire_bytes);
 	for (i = 0; i < KC_PAUSE_PARTS; i++) {
@@ -126,6 +132,7 @@ void kc_show_protected(struct protect *p, const struct first *f)
 
 	kc_show_add(o, "epoch", f->nr);
 	kc_show_add(o, "pages", f->sent);
+	kc_show_add(o, "unused", f->unused);
 	if (f->compared)
 		kc_show_add(o, "differed", f->differed);
 	json_object_object_add(o, "resync", json_object_new_boolean(f->compared));
@@ -138,4 +145,6 @@ void kc_show_protected(struct protect *p, const struct first *f)
 			 f->differed, f->sent);
 	else if (!p->json)
 		kc_showf(p, "protected since epoch %lu: %lu pages were sent\n", f->nr, f->sent);
+	if (!p->json && f->unused)
+		kc_showf(p, "%lu pages are left out, as the guest does not use them\n", f->unused);
 }

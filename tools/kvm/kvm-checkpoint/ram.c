@@ -83,13 +83,16 @@ static int map_blocks(struct kc_ram *ram, bool create, void (*progress)(void *ct
 				       "%s/%s has the wrong size: remove %s and start from nothing",
 				       ram->path, name, ram->path);
 		}
+		ram->fd[i] = fd;
 		ram->map[i] = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-		close(fd);
 		if (ram->map[i] == MAP_FAILED) {
 			ram->map[i] = NULL;
 			return kc_ram_fail(err, ram, "map a block of RAM");
 		}
 		kc_no_dump(ram->map[i], size);
+		rc = kc_ram_find_holes(ram, i, err);
+		if (rc)
+			return rc;
 	}
 	return map_slots(ram, err);
 }
@@ -102,7 +105,13 @@ static void unmap_blocks(struct kc_ram *ram)
 		if (ram->map[i])
 			munmap(ram->map[i], ram->guest.blocks[i].npages * KC_PAGE_SIZE);
 		ram->map[i] = NULL;
+		if (ram->fd[i] >= 0)
+			close(ram->fd[i]);
+		ram->fd[i] = -1;
+		free(ram->punched[i]);
+		ram->punched[i] = NULL;
 	}
+	ram->nr_punched = 0;
 	for (i = 0; i < KC_MAX_BLOCKS + KC_MAX_DISKS; i++) {
 		if (ram->slots[i])
 			munmap(ram->slots[i], slots_of(ram, i) * sizeof(uint32_t));
@@ -157,10 +166,10 @@ int kc_ram_digests(struct kc_ram *ram, uint32_t block, uint64_t first, uint32_t 
 	for (i = 0; i < n && !rc; i++) {
 		slot = *kc_ram_slot(ram, block, first + i);
 		pages[i] = zeros;
-		if (slot == SLOT_ZERO)
+		if (slot == SLOT_ZERO || slot == SLOT_HOLE)
 			continue;
 		if (slot == SLOT_NONE && block < KC_DISK_BLOCK) {
-			pages[i] = ram->map[block] + (first + i) * KC_PAGE_SIZE;
+			pages[i] = kc_ram_page(ram, block, first + i);
 			continue;
 		}
 		copies[nr_copies] = malloc(KC_PAGE_SIZE);
@@ -226,6 +235,7 @@ int kc_ram_open(const char *path, bool durable, struct kc_ram **out, struct kc_e
 		return kc_fail(err, ENOMEM, "out of memory");
 	ram->dir = ram->lock = ram->redo = -1;
 	memset(ram->disk, -1, sizeof(ram->disk));
+	memset(ram->fd, -1, sizeof(ram->fd));
 	ram->durable = durable;
 	ram->wbuf = malloc(WBUF_PAGES * KC_PAGE_SIZE);
 	ram->path = strdup(path);
@@ -310,6 +320,11 @@ void kc_ram_close(struct kc_ram *ram)
 const struct kc_guest *kc_ram_guest(const struct kc_ram *ram)
 {
 	return ram->has_guest ? &ram->guest : NULL;
+}
+
+void kc_ram_keep_memory(struct kc_ram *ram)
+{
+	ram->keeps_memory = true;
 }
 
 void kc_ram_set_trial(struct kc_ram *ram, const struct kc_ram_trial *trial)

@@ -111,6 +111,12 @@ struct kc_ram_trial {
 	void *ctx;
 };
 
+/*
+ * All of the RAM stays allocated, also what the guest gives back.  Otherwise it may be that there is
+ * no memory for it when the guest that goes on wants it again.
+ */
+void kc_ram_keep_memory(struct kc_ram *ram);
+
 /* To be asked for each epoch from now on; stays valid. */
 void kc_ram_set_trial(struct kc_ram *ram, const struct kc_ram_trial *trial);
 

@@ -221,42 +221,6 @@ const char *kc_ram_disk_path(const struct kc_ram *ram, unsigned int disk)
 	return ram->disk_path[disk];
 }
 
-/* --- Pages ---------------------------------------------------------------- */
-
-int kc_ram_read_page(const struct kc_ram *ram, uint32_t block, uint64_t page, void *to,
-		     struct kc_err *err)
-{
-	unsigned int disk = block - KC_DISK_BLOCK;
-
-	if (block < KC_DISK_BLOCK) {
-		memcpy(to, ram->map[block] + page * KC_PAGE_SIZE, KC_PAGE_SIZE);
-		return 0;
-	}
-	if (pread(ram->disk[disk], to, KC_PAGE_SIZE, page * KC_PAGE_SIZE) == (ssize_t)KC_PAGE_SIZE)
-		return 0;
-	return kc_fail(err, EIO, "cannot read disk image %s: %s", ram->disk_path[disk],
-		       strerror(errno));
-}
-
-int kc_ram_write_page(struct kc_ram *ram, uint32_t block, uint64_t page, const void *from,
-		      struct kc_err *err)
-{
-	unsigned int disk = block - KC_DISK_BLOCK;
-	ssize_t n;
-
-	if (block < KC_DISK_BLOCK) {
-		memcpy(ram->map[block] + page * KC_PAGE_SIZE, from, KC_PAGE_SIZE);
-		return 0;
-	}
-	n = pwrite(ram->disk[disk], from, KC_PAGE_SIZE, page * KC_PAGE_SIZE);
-	if (n == (ssize_t)KC_PAGE_SIZE)
-		return 0;
-	if (n >= 0)
-		errno = ENOSPC;
-	return kc_fail(err, errno, "cannot write to disk image %s: %s", ram->disk_path[disk],
-		       strerror(errno));
-}
-
 int kc_ram_sync_disks(struct kc_ram *ram, struct kc_err *err)
 {
 	unsigned int i;

@@ -10,12 +10,23 @@
 #define WBUF_PAGES 64u
 #define SLOT_NONE 0u
 #define SLOT_ZERO UINT32_MAX
+#define SLOT_HOLE (UINT32_MAX - 1)	/* zero, and the sender has no memory there */
+
+/* Fewer pages than this in a row are not worth a hole in a file of RAM */
+#define MIN_PUNCH 64u
 
 /* In redo after the pages; of this host's own byte order, as it never leaves it. */
 struct entry {
 	uint64_t page;
 	uint32_t block;
-	uint32_t slot;		/* number of the page in redo, from 1, or SLOT_ZERO */
+	uint32_t slot;		/* number of the page in redo, from 1, or one of the above */
+	uint64_t npages;	/* in a row, if it is zero; else 1 */
+};
+
+/* The same of more than one page in a row */
+struct zero_run {
+	uint64_t page, npages;
+	uint32_t block, slot;
 };
 
 struct trailer {
@@ -46,6 +57,10 @@ struct kc_ram {
 	uint64_t time_ms;	/* when it was complete, by the clock on the wall */
 	uint8_t id[16], sender[16];
 	uint8_t *map[KC_MAX_BLOCKS];
+	int fd[KC_MAX_BLOCKS];
+	uint64_t *punched[KC_MAX_BLOCKS];	/* a bit for each page: it has no memory */
+	uint64_t nr_punched;
+	bool keeps_memory;	/* and none ever is without */
 	int disk[KC_MAX_DISKS];	/* -1: not open */
 	char *disk_path[KC_MAX_DISKS];
 	unsigned int nr_paths;
@@ -59,6 +74,8 @@ struct kc_ram {
 	uint32_t *slots[KC_MAX_BLOCKS + KC_MAX_DISKS];
 	struct entry *entries;
 	size_t nr_entries, room;
+	struct zero_run *zeros;
+	size_t nr_zeros, zeros_room;
 	uint32_t nr_slots, flushed;
 	uint8_t *wbuf;
 	uint8_t base[KC_PAGE_SIZE];
@@ -72,13 +89,25 @@ static inline uint32_t *kc_ram_slot(const struct kc_ram *ram, uint32_t block, ui
 	return &ram->slots[i][page];
 }
 
-/* --- ram_disk.c: disks, and pages of blocks and disks ---------------------- */
+/* --- ram_disk.c: disks ----------------------------------------------------- */
 
 /* Of a new guest: its images are opened, or made */
 int kc_ram_new_disks(struct kc_ram *ram, struct kc_err *err);
 int kc_ram_sync_disks(struct kc_ram *ram, struct kc_err *err);
 
-/* As of the last complete epoch */
+/* --- ram_pages.c: pages of blocks and disks, as of the last complete epoch -- */
+
+/* Of a block that was just mapped: what its file has no memory for */
+int kc_ram_find_holes(struct kc_ram *ram, uint32_t block, struct kc_err *err);
+/* A page of RAM, to be read */
+const void *kc_ram_page(const struct kc_ram *ram, uint32_t block, uint64_t page);
+/* Once that was done the page can be written */
+int kc_ram_reserve(struct kc_ram *ram, uint32_t block, uint64_t page, struct kc_err *err);
+int kc_ram_write_zeros(struct kc_ram *ram, uint32_t block, uint64_t page, uint64_t n,
+		       struct kc_err *err);
+/* Zero from now on, and without memory if that is worth it */
+int kc_ram_punch(struct kc_ram *ram, uint32_t block, uint64_t page, uint64_t n,
+		 struct kc_err *err);
 int kc_ram_read_page(const struct kc_ram *ram, uint32_t block, uint64_t page, void *to,
 		     struct kc_err *err);
 int kc_ram_write_page(struct kc_ram *ram, uint32_t block, uint64_t page, const void *from,
@@ -113,6 +142,26 @@ int kc_ram_flush(struct kc_ram *ram, struct kc_err *err);
 /* A page as the open epoch has it by now */
 int kc_ram_read_open(struct kc_ram *ram, uint32_t block, uint64_t page, uint8_t *to,
 		     struct kc_err *err);
+int kc_ram_add_entry(struct kc_ram *ram, const struct entry *e, struct kc_err *err);
+
+/* --- ram_redo.c: how it gets into the RAM --------------------------------- */
+
+/*
+ * All of the epoch is here: entries become what is to be done, in any order, and what that needs is
+ * allocated.  @punch: what the sender has no memory for needs none here.
+ */
+int kc_ram_make_ready(struct kc_ram *ram, bool punch, struct kc_err *err);
+/* What the epoch is about to replace goes to undo. */
+int kc_ram_keep_way_back(struct kc_ram *ram, struct kc_err *err);
+/* redo.tmp is whole: give it its end and its name. */
+int kc_ram_seal(struct kc_ram *ram, uint64_t nr, uint64_t time_ms, unsigned int flags,
+		struct kc_err *err);
+/* Copy the pages of a complete epoch to where they belong. */
+int kc_ram_apply(struct kc_ram *ram, int redo, const struct entry *entries, uint64_t nr_entries,
+		 uint64_t nr_slots, struct kc_err *err);
+/* The RAM files have the epoch: say so, and remove what only led there. */
+int kc_ram_arrived(struct kc_ram *ram, uint64_t nr, uint64_t time_ms, unsigned int flags,
+		   struct kc_err *err);
 /* A complete epoch that may not have reached the RAM files. */
 int kc_ram_redo_again(struct kc_ram *ram, struct kc_err *err);
 /* The way back from an epoch that was not tried: to the one before, or to none. */

@@ -148,11 +148,16 @@ static int check_place(struct kc_rx *rx, uint16_t block, uint64_t page, uint64_t
 	if (block >= KC_DISK_BLOCK)
 		return rx->ops->part ? 0 :
 		       kc_fail(err, EPROTO, "the stream has disks where there can be none");
-	for (; rx->seen[block] && n; n--, page++) {
-		uint64_t bit = 1ull << (page % 64);
+	while (rx->seen[block] && n) {
+		uint64_t *word = &rx->seen[block][page / 64], here = 64 - page % 64;
+		uint64_t mask;
 
-		rx->nr_seen += !(rx->seen[block][page / 64] & bit);
-		rx->seen[block][page / 64] |= bit;
+		here = here < n ? here : n;
+		mask = (here == 64 ? ~0ull : (1ull << here) - 1) << page % 64;
+		rx->nr_seen += __builtin_popcountll(mask & ~*word);
+		*word |= mask;
+		page += here;
+		n -= here;
 	}
 	return 0;
 }
@@ -213,7 +218,7 @@ static int take_zero(struct kc_rx *rx, const struct kc_rec *rec, struct kc_err *
 		return 0;
 	}
 	rx->pages += z.npages;
-	return rx->ops->zero(rx->ctx, z.block, z.page, z.npages, err);
+	return rx->ops->zero(rx->ctx, &z, err);
 }
 
 /* Less than a page: it is not counted as one */

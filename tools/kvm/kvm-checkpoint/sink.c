@@ -249,6 +249,20 @@ int kc_sink_flush_zeros(struct kc_sink *s, struct kc_err *err)
 	return kc_sink_emit(s, rec, sizeof(rec), NULL, 0, err);
 }
 
+static int put_zeros(struct kc_sink *s, const struct kc_zero *z, struct kc_err *err)
+{
+	int rc;
+
+	if (s->zeros.npages && s->zeros.block == z->block && s->zeros.flags == z->flags &&
+	    s->zeros.page + s->zeros.npages == z->page) {
+		s->zeros.npages += z->npages;
+		return 0;
+	}
+	rc = kc_sink_flush_zeros(s, err);
+	s->zeros = *z;
+	return rc;
+}
+
 /* A page of RAM or of the device state. */
 int kc_sink_put_page(struct kc_sink *s, uint16_t block, uint64_t page, const void *data,
 		     struct kc_err *err)
@@ -271,18 +285,12 @@ int kc_sink_put_page(struct kc_sink *s, uint16_t block, uint64_t page, const voi
 		s->epoch_pages++;
 		s->stats.zero_pages += zero;
 	}
-	if (zero && s->zeros.npages && s->zeros.block == block &&
-	    s->zeros.page + s->zeros.npages == page) {
-		s->zeros.npages++;
-		return 0;
-	}
+	if (zero)
+		return put_zeros(s, &(struct kc_zero){ .block = block, .page = page,
+						       .npages = 1 }, err);
 	rc = kc_sink_flush_zeros(s, err);
 	if (rc)
 		return rc;
-	if (zero) {
-		s->zeros = (struct kc_zero){ .block = block, .page = page, .npages = 1 };
-		return 0;
-	}
 	s->stats.delta_pages += !!(p.enc & KC_ENC_DELTA);
 	kc_put_page(rec, &p);
 	return kc_sink_emit(s, rec, sizeof(rec), p.data, p.len, err);
@@ -333,6 +341,30 @@ int kc_epoch_page(struct kc_sink *s, uint32_t block, uint64_t page, const void *
 	if (block == s->ahead.block && page - s->ahead.first < s->ahead.n)
 		s->ahead_stale = true;
 	return kc_sink_broken(s, kc_sink_put_page(s, block, page, data, err));
+}
+
+int kc_epoch_zeros(struct kc_sink *s, uint32_t block, uint64_t page, uint64_t n, bool hole,
+		   struct kc_err *err)
+{
+	struct kc_zero z = { .page = page, .npages = n, .block = block,
+			     .flags = hole ? KC_ZERO_HOLE : 0 };
+	int rc;
+
+	rc = kc_sink_usable(s, true, err);
+	if (rc)
+		return rc;
+	if (block >= s->guest.nr_blocks || page > s->guest.blocks[block].npages || !n ||
+	    n > s->guest.blocks[block].npages - page)
+		return kc_fail(err, EINVAL, "the guest has no pages %llu+%llu in block %u",
+			       (unsigned long long)page, (unsigned long long)n, block);
+	s->stats.pages += n;
+	s->stats.zero_pages += n;
+	s->epoch_pages += n;
+	if (block == s->ahead.block && page < s->ahead.first + s->ahead.n &&
+	    s->ahead.first < page + n)
+		s->ahead_stale = true;
+	kc_pack_zeros(s->packer, block, page, n);
+	return kc_sink_broken(s, put_zeros(s, &z, err));
 }
 
 int kc_epoch_state(struct kc_sink *s, const void *buf, size_t len, bool stopped,

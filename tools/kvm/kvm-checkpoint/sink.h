@@ -312,6 +312,22 @@ int kc_epoch_page(struct kc_sink *sink, uint32_t block, uint64_t page, const voi
 		  struct kc_err *err);
 
 /**
+ * kc_epoch_zeros() - hand over pages in a row that are zero
+ * @sink: with an open epoch.
+ * @block: number of the block.
+ * @page: number of the first page in the block.
+ * @n: how many, at least one.
+ * @hole: there is no memory behind them any more; a receiver need not have any either.
+ * @err: why not.
+ *
+ * As that many kc_epoch_page(), but the time that it takes does not depend on @n.
+ *
+ * Return: 0 or a negative errno.
+ */
+int kc_epoch_zeros(struct kc_sink *sink, uint32_t block, uint64_t page, uint64_t n, bool hole,
+		   struct kc_err *err);
+
+/**
  * kc_epoch_disk() - hand over a write to a disk
  * @sink: with an open epoch.
  * @disk: number of the disk.

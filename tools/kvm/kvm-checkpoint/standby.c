@@ -261,6 +261,8 @@ static void usage(FILE *f)
 		"  --disk PATH           image of a disk of the guest, raw or a block device, for {diskN}\n"
 		"                        in QEMU's command; once for each disk, in their order\n"
 		"  --durable             force each epoch to the disk of --ram-dir\n"
+		"  --keep-memory         all of the guest's memory stays allocated here, also what it\n"
+		"                        gives back to its host (a balloon)\n"
 		"  --timeout TIME        fail over if the primary is silent for so long (default 5s,\n"
 		"                        0: only when told to)\n"
 		"  --failover-after-restart AGE\n"
@@ -317,6 +319,7 @@ static int parse(struct standby *sb, int argc, char **argv)
 		{ "listen", 1, NULL, 'l' },
 		{ "ram-dir", 1, NULL, 'r' },
 		{ "durable", 0, NULL, 'd' },
+		{ "keep-memory", 0, NULL, 'K' },
 		{ "disk", 1, NULL, 'D' },
 		{ "timeout", 1, NULL, 't' },
 		{ "failover-after-restart", 1, NULL, 'a' },
@@ -354,6 +357,9 @@ static int parse(struct standby *sb, int argc, char **argv)
 			break;
 		case 'd':
 			sb->durable = true;
+			break;
+		case 'K':
+			sb->keep_memory = true;
 			break;
 		case 'D':
 			ok = sb->nr_disks < KC_MAX_DISKS && *optarg;
@@ -518,6 +524,8 @@ int cmd_standby(int argc, char **argv)
 		kc_log(KC_LOG_ERROR, "%s", err.text[0] ? err.text : "out of memory");
 		goto out;
 	}
+	if (sb.keep_memory)
+		kc_ram_keep_memory(sb.ram);
 	g = kc_ram_guest(sb.ram);
 	if (kc_ram_flags(sb.ram) & KC_RAM_TAKEN_OVER) {
 		kc_log(KC_LOG_ERROR, "the guest in %s was taken over, its files are no checkpoint any more: when it needs them no more, remove %s",

@@ -40,7 +40,7 @@ struct session {
 struct standby {
 	struct kc_sink_opts opts;
 	const char *listen, *ram_dir, *control;
-	bool durable;
+	bool durable, keep_memory;
 	unsigned int timeout_ms, fence_timeout_ms, load_timeout_ms;
 	/* How old an epoch of an earlier run may be for failing over to it by ourselves. */
 	unsigned int restart_age_ms;

@@ -50,11 +50,12 @@ static int replay_page(void *ctx, uint16_t block, uint64_t page, const void *dat
 	       r->ops->page(r->ctx, r->file, r->offset, block, page, data, err) : 0;
 }
 
-static int replay_zero(void *ctx, uint16_t block, uint64_t page, uint64_t n, struct kc_err *err)
+static int replay_zero(void *ctx, const struct kc_zero *z, struct kc_err *err)
 {
 	struct replay *r = ctx;
 
-	return r->ops && r->ops->zero ? r->ops->zero(r->ctx, block, page, n, err) : 0;
+	return r->ops && r->ops->zero ?
+	       r->ops->zero(r->ctx, z->block, z->page, z->npages, err) : 0;
 }
 
 static int replay_commit(void *ctx, uint64_t nr, const struct kc_devices *state,

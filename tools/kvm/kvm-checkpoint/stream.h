@@ -132,9 +132,11 @@ struct kc_part {
 	const uint8_t *data;
 };
 
+#define KC_ZERO_HOLE	1u		/* and the sender has no memory there any more */
+
 struct kc_zero {
 	uint64_t page, npages;
-	uint16_t block;
+	uint16_t block, flags;
 };
 
 struct kc_commit {
@@ -237,6 +239,8 @@ bool kc_pack(struct kc_packer *pk, uint64_t epoch, struct kc_page *p, const void
 
 /* The page is zero now, or some of it was changed, which kc_pack() was not asked about. */
 void kc_pack_zero(struct kc_packer *pk, uint16_t block, uint64_t page);
+/* Likewise, in as much time as there are pages or as @pk remembers, whatever is less */
+void kc_pack_zeros(struct kc_packer *pk, uint16_t block, uint64_t page, uint64_t n);
 
 /* What was packed for @epoch (0: ever) is not what the receiver holds. */
 void kc_packer_forget(struct kc_packer *pk, uint64_t epoch);
@@ -284,7 +288,7 @@ struct kc_rx_ops {
 	/* The device state of the last complete epoch; NULL for none. */
 	const struct kc_devices *(*base_state)(void *ctx);
 	int (*page)(void *ctx, uint16_t block, uint64_t page, const void *data, struct kc_err *err);
-	int (*zero)(void *ctx, uint16_t block, uint64_t page, uint64_t n, struct kc_err *err);
+	int (*zero)(void *ctx, const struct kc_zero *z, struct kc_err *err);
 	/* Some bytes of a page of a disk; NULL for who knows no disks. */
 	int (*part)(void *ctx, const struct kc_part *part, struct kc_err *err);
 	/* All is there and verified: keep it, for good. */

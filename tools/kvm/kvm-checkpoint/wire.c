@@ -153,7 +153,7 @@ size_t kc_put_zero(uint8_t *out, const struct kc_zero *z)
 	uint8_t *p = out + KC_REC_HDR;
 
 	p = put64(put64(p, z->page), z->npages);
-	p = put32(put16(put16(p, z->block), 0), 0);
+	p = put32(put16(put16(p, z->block), z->flags), 0);
 	return finish(out, KC_ZERO, p);
 }
 
@@ -487,8 +487,9 @@ int kc_get_zero(const struct kc_rec *rec, struct kc_zero *z, struct kc_err *err)
 	z->page = get64(&in);
 	z->npages = get64(&in);
 	z->block = get16(&in);
-	get_reserved(&in, 6);
-	if (!z->npages)
+	z->flags = get16(&in);
+	get_reserved(&in, 4);
+	if (!z->npages || (z->flags & ~KC_ZERO_HOLE))
 		in.bad = true;
 	return done(&in, "zero", err);
 }

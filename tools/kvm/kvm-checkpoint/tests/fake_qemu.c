@@ -3,6 +3,7 @@
  * A QEMU that is part of the test program; see fake_qemu.h.
  */
 #include <errno.h>
+#include <fcntl.h>
 #include <poll.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -60,11 +61,27 @@ void guest_writes(struct qemu *q, unsigned int n)
 {
 	while (n--) {
 		struct block *b = &q->blocks[below(8) ? 0 : 2];
+		uint64_t page = below(b->npages);
 
-		write_page(b, below(b->npages));
+		/* Not the table, nor what is free */
+		if (b == q->blocks && is_free(q, page))
+			continue;
+		write_page(b, page);
+		if (b == q->blocks && q->undefined)
+			q->undefined[page] = false;
 		if (!below(10))
 			disk_writes(q);
 	}
+}
+
+void give_back(struct qemu *q, uint64_t page, uint64_t n)
+{
+	struct block *b = &q->blocks[0];
+
+	CHECK(!fallocate(b->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, page * KC_PAGE_SIZE,
+			 n * KC_PAGE_SIZE), "cannot punch a hole");
+	memset(b->dirty + page, 1, n);
+	q->discarded = true;
 }
 
 void start_qemu(struct qemu *q)
@@ -243,8 +260,9 @@ void send_layout(struct qemu *q, const char *instead)
 	}
 	answer(q,
 	       "{\"generation\": %" PRIu64 ", \"page-size\": 4096, \"dirty-log\": \"bitmap\", "
-	       "\"blocks\": [%s], \"vm-log\": false, \"slots\": [], \"devices\": [\"cpu 0 1\", \"apic 0 3\"%s]}",
-	       q->generation, text, q->plugged ? q->plugged : "");
+	       "\"blocks\": [%s], \"vm-log\": false, \"slots\": [], \"devices\": [\"cpu 0 1\", \"apic 0 3\"%s], "
+	       "\"ranges\": [%s]}",
+	       q->generation, text, q->plugged ? q->plugged : "", ranges_text(q));
 }
 
 static void do_attach(struct qemu *q)
@@ -271,6 +289,15 @@ static void do_attach(struct qemu *q)
 	send_layout(q, q->layout);
 }
 
+static const char *states_text(struct qemu *q)
+{
+	static char text[100];
+
+	snprintf(text, sizeof(text), q->states_nr ? ", \"page-states\": {\"block\": 0, \"page\": %"
+		 PRIu64 ", \"count\": %" PRIu64 "}" : "", q->states_page, q->states_nr);
+	return text;
+}
+
 static void do_stop(struct qemu *q, unsigned int limit_ms)
 {
 	char lost[100] = "", blocked[100] = "";
@@ -288,6 +315,7 @@ static void do_stop(struct qemu *q, unsigned int limit_ms)
 		return;
 	}
 	if (ran) {
+		states_change(q);
 		guest_writes(q, below(40));
 		send_event(q, "STOP");
 	}
@@ -296,9 +324,9 @@ static void do_stop(struct qemu *q, unsigned int limit_ms)
 	q->spoilt_by = NULL;
 	q->snaps_before = q->nr_snaps;
 	q->limit_us = ran && limit_ms ? kc_now_us() + limit_ms * 1000ull : 0;
-	answer(q, "{\"running\": %s, \"status\": \"%s\", \"loadable\": %s%s}",
+	answer(q, "{\"running\": %s, \"status\": \"%s\", \"loadable\": %s%s%s}",
 	       ran ? "true" : "false", q->stopped_as ? q->stopped_as : "paused",
-	       q->blocked ? "false" : "true", blocked);
+	       q->blocked ? "false" : "true", blocked, states_text(q));
 }
 
 /* The guest as it is now; its state says which of these it is */
@@ -315,8 +343,14 @@ static struct snap *take_snap(struct qemu *q)
 
 		if (q->blocks[i].shared) {
 			s->ram[i] = malloc(size);
-			memcpy(s->ram[i], q->blocks[i].ram, size);
+			/* By which holes stay holes */
+			CHECK(pread(q->blocks[i].fd, s->ram[i], size, 0) == (ssize_t)size,
+			      "cannot read the guest's memory");
 		}
+	}
+	if (q->undefined) {
+		s->undefined = malloc(q->blocks[0].npages);
+		memcpy(s->undefined, q->undefined, q->blocks[0].npages);
 	}
 	if (q->disk.data) {
 		s->disk = malloc(q->disk.npages * KC_PAGE_SIZE);
@@ -377,6 +411,18 @@ static void tell_pages(struct qemu *q, struct told *told)
 	told->offset = (told->state_size + 15) / 16 * 16;
 	told->runs = write_runs(q, told->offset);
 	told->collect_us = 3;
+	told->discarded = q->discarded;
+	q->discarded = false;
+}
+
+uint64_t append_run(struct qemu *q, const struct told *told, uint32_t block, uint64_t page,
+		    uint64_t n)
+{
+	struct pages run = { .block = block, .npages = n, .page = page };
+
+	write_buffer(q, &run, sizeof(run), told->offset + told->runs * sizeof(run));
+	memset(q->blocks[block].dirty + page, 0, n);
+	return told->runs + 1;
 }
 
 static void do_collect(struct qemu *q, bool state)
@@ -399,8 +445,12 @@ static void do_collect(struct qemu *q, bool state)
 		guest_writes(q, 20);
 	answer(q,
 	       "{\"generation\": %" PRIu64 ", \"state-size\": %" PRIu64 ", \"offset\": %" PRIu64
-	       ", \"runs\": %" PRIu64 ", \"collect-us\": 3, \"packets\": %" PRIu64 "}",
-	       told.generation, told.state_size, told.offset, told.runs, told.packets);
+	       ", \"runs\": %" PRIu64 ", \"collect-us\": 3, \"packets\": %" PRIu64
+	       ", \"discarded\": %s%s}",
+	       told.generation, told.state_size, told.offset, told.runs, told.packets,
+	       told.discarded ? "true" : "false", q->running ? states_text(q) : "");
+	if (q->running)
+		states_change(q);
 }
 
 static void resume(struct qemu *q)
@@ -467,7 +517,8 @@ static bool is_copied(struct qemu *q, uint64_t until_us)
 /* All in one, and nothing else happens meanwhile */
 static void do_take(struct qemu *q, unsigned int limit_ms)
 {
-	struct told told = { .what = TOLD_STOPPED };
+	struct told told = { .what = TOLD_STOPPED, .states_page = q->states_page,
+			     .states_nr = q->states_nr };
 	uint64_t until = kc_now_us() + limit_ms * 1000ull;
 	char more[200] = "";
 	bool copied;
@@ -485,6 +536,7 @@ static void do_take(struct qemu *q, unsigned int limit_ms)
 	while (recv(q->sock, more, sizeof(more), MSG_DONTWAIT) > 0)
 		;
 	more[0] = '\0';
+	states_change(q);
 	guest_writes(q, below(40));
 	q->running = false;
 	q->stopped = true;
@@ -620,6 +672,8 @@ static void obey(struct qemu *q, const char *command, struct json_object *args)
 			   json_object_get_int(o) : 0);
 	else if (!strcmp(command, RELEASE))
 		do_release(q, args);
+	else if (!strcmp(command, HINTS) && json_object_object_get_ex(args, "action", &o))
+		do_hints(q, json_object_get_string(o));
 	else if (!strcmp(command, "getfd"))
 		do_getfd(q, json_object_object_get_ex(args, "fdname", &o) ?
 			    json_object_get_string(o) : "");
@@ -690,7 +744,8 @@ static void execute(struct qemu *q, struct json_object *o)
 		if (!strcmp(command, STOP) || (!strcmp(command, TAKE) && q->takes))
 			do_lease(q, args, "lease-us");
 		CHECK(strncmp(command, "x-", 2) || q->attached || !strcmp(command, ATTACH) ||
-		      !strcmp(command, LEASE) || !strcmp(command, RELEASE),
+		      !strcmp(command, LEASE) || !strcmp(command, RELEASE) ||
+		      !strcmp(command, HINTS),
 		      "%s before it is attached", command);
 		obey(q, command, args);
 	}

@@ -20,6 +20,7 @@
 #define LAYOUT	"x-checkpoint-layout"
 #define STOP	"x-checkpoint-stop"
 #define COLLECT	"x-checkpoint-collect"
+#define HINTS	"x-checkpoint-hints"
 #define CONT	"x-checkpoint-cont"
 #define LEASE	"x-checkpoint-lease"
 #define TAKE	"x-checkpoint-take"
@@ -38,6 +39,7 @@ struct block {
 /* The guest when its state was saved; the state begins with the index */
 struct snap {
 	uint8_t *ram[NR_BLOCKS], *state, *disk;
+	bool *undefined;		/* pages of block 0 that may be anything, or NULL */
 	size_t state_len;
 	bool torn, stopped;
 };
@@ -52,7 +54,8 @@ enum tear { WHOLE, RESUMED, SCRIBBLED };
 
 /* As x-checkpoint-take tells its client */
 struct told {
-	uint64_t what, generation, state_size, offset, runs, collect_us, packets;
+	uint64_t what, generation, state_size, offset, runs, collect_us, packets, discarded;
+	uint64_t states_block, states_page, states_nr;
 };
 
 enum { TOLD_STOPPED = 1, TOLD_SAVED };
@@ -114,6 +117,15 @@ extern struct qemu {
 	bool holds;
 	unsigned int limit_ms, holds_begun;
 	/* Of the last state; up to which was released, if not all; how often all was, and dropped */
+	bool discarded;			/* memory was given back since the client was told */
+	/* Where its block 0 has a table of page states, what the client is told, and 0: nowhere */
+	uint64_t states_page, states_nr;
+	bool *undefined;		/* as in struct snap */
+	const char *ranges;		/* instead of the truth, or NULL */
+	/* What became of hints; pages that are named by the next one */
+	unsigned int hints_begun, hints_ended;
+	bool hinting;
+	uint64_t hint_page, hint_pages;
 	uint64_t packets, released;
 	unsigned int released_all, dropped_all;
 	pid_t client;
@@ -123,6 +135,22 @@ extern struct qemu {
 extern const char silent[], dead[];
 
 void start_qemu(struct qemu *q);
+/* Pages of block 0 go back to the host, and are dirty */
+/* One more run of dirty pages, behind those that the client is about to be told of */
+uint64_t append_run(struct qemu *q, const struct told *told, uint32_t block, uint64_t page,
+		    uint64_t n);
+void give_back(struct qemu *q, uint64_t page, uint64_t n);
+
+/* fake_free.c: a guest that tells which pages of block 0 it does not use */
+
+/* After start_qemu(): it has a table, from a page on, and some pages are free */
+void start_states(struct qemu *q, uint64_t page);
+uint64_t gfn_of(const struct qemu *q, uint64_t page);
+/* Pages are freed and allocated, and some of these written */
+void states_change(struct qemu *q);
+bool is_free(const struct qemu *q, uint64_t page);
+const char *ranges_text(const struct qemu *q);
+void do_hints(struct qemu *q, const char *action);
 /* Before that: it has a disk */
 void start_disk(struct qemu *q, uint64_t npages);
 void disk_writes(struct qemu *q);

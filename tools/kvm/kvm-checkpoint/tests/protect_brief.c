@@ -170,10 +170,15 @@ void test_take_dies_saved(void)
 static bool babbles(struct qemu *q, struct told *told)
 {
 	static const struct told nonsense[] = {
-		{ .what = 0 }, { .what = 3 }, { .what = -1ULL }, { TOLD_STOPPED, 1, 2, 3, 4, 5, 6 },
-		{ TOLD_SAVED, 1, -1ULL, 0, 0, 0, -1ULL }, { TOLD_SAVED, 1, 100, -1ULL, 7, 0, -1ULL },
-		{ TOLD_SAVED, 1, 100, 0, -1ULL, 0, -1ULL },
-		{ TOLD_SAVED, 1, 0, 0, 0, 0, -1ULL }, { TOLD_SAVED, 1, 1ULL << 40, 0, 0, 0, -1ULL },
+		{ .what = 0 },
+		{ .what = 3 },
+		{ .what = -1ULL },
+		{ .what = TOLD_STOPPED, .generation = 1, .state_size = 2, .offset = 3, .runs = 4, .collect_us = 5, .packets = 6 },
+		{ .what = TOLD_SAVED, .generation = 1, .state_size = -1ULL, .packets = -1ULL },
+		{ .what = TOLD_SAVED, .generation = 1, .state_size = 100, .offset = -1ULL, .runs = 7, .packets = -1ULL },
+		{ .what = TOLD_SAVED, .generation = 1, .state_size = 100, .runs = -1ULL, .packets = -1ULL },
+		{ .what = TOLD_SAVED, .generation = 1, .packets = -1ULL },
+		{ .what = TOLD_SAVED, .generation = 1, .state_size = 1ULL << 40, .packets = -1ULL },
 	};
 
 	if (told->what != TOLD_SAVED || !nr_told || nr_told > sizeof(nonsense) / sizeof(*told)) {

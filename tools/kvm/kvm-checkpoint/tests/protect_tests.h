@@ -79,6 +79,20 @@ void test_disk_locked(void);
 void test_disk_garbage(void);
 void test_disk_usage(void);
 
+/* protect_free.c */
+void test_holes(void);
+void test_holes_late(void);
+void test_holes_standby(void);
+void test_holes_kept(void);
+void test_states(void);
+void test_states_take(void);
+void test_states_kexec(void);
+void test_states_outside(void);
+void test_states_nowhere(void);
+void test_states_ranges(void);
+void test_hints(void);
+void test_hints_garbage(void);
+
 /* protect_pairs.c */
 void test_pairs(void);
 

@@ -125,7 +125,8 @@ unsigned int which_snap(const char *where, const char *state, bool stopped)
 		read_all(path, &buf, &len);
 		CHECK(len == qemu.blocks[i].npages * KC_PAGE_SIZE, "%s has %zu bytes", path, len);
 		for (page = 0; page < qemu.blocks[i].npages; page++)
-			CHECK(!memcmp(buf + page * KC_PAGE_SIZE, s->ram[i] + page * KC_PAGE_SIZE,
+			CHECK((!i && s->undefined && s->undefined[page]) ||
+			      !memcmp(buf + page * KC_PAGE_SIZE, s->ram[i] + page * KC_PAGE_SIZE,
 				      KC_PAGE_SIZE),
 			      "page %" PRIu64 " in %s is not that of epoch %" PRIu64, page, path, nr);
 		free(buf);

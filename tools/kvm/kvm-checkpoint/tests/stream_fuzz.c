@@ -107,14 +107,14 @@ static int mem_page(void *ctx, uint16_t block, uint64_t page, const void *data, 
 	return 0;
 }
 
-static int mem_zero(void *ctx, uint16_t block, uint64_t page, uint64_t n, struct kc_err *err)
+static int mem_zero(void *ctx, const struct kc_zero *z, struct kc_err *err)
 {
 	struct mem *m = ctx;
 
 	(void)err;
 	if (!m->open)
 		abort();
-	memset(m->pages[block] + page * KC_PAGE_SIZE, 0, n * KC_PAGE_SIZE);
+	memset(m->pages[z->block] + z->page * KC_PAGE_SIZE, 0, z->npages * KC_PAGE_SIZE);
 	return 0;
 }
 

@@ -110,7 +110,7 @@ static void test_records(void)
 			n[k] = kc_put_page(buf, &page) + page.len;
 			break;
 		case 4:
-			n[k] = kc_put_zero(buf, &(struct kc_zero){ 1, 2, 1 });
+			n[k] = kc_put_zero(buf, &(struct kc_zero){ 1, 2, 1, KC_ZERO_HOLE });
 			break;
 		case 5:
 			n[k] = kc_put_state(buf, &(struct kc_state){ 12, KC_STATE_STOPPED, 13 });

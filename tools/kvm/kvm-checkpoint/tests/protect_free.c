@@ -1,0 +1,244 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * Memory that the guest does not use: what it gives back, what it hints at, and what its table of
+ * page states says.
+ */
+#include <signal.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "protecting.h"
+#include "protect_tests.h"
+
+static unsigned int last;
+
+static uint64_t blocks_of(const char *path)
+{
+	struct stat st;
+
+	CHECK(!stat(path, &st), "there is no %s", path);
+	return st.st_blocks / (KC_PAGE_SIZE / 512);
+}
+
+/* --- Given back ------------------------------------------------------------ */
+
+/* Most of it, again and again, and what else happens goes on */
+static const char *balloons(struct qemu *q, const char *command)
+{
+	if (!strcmp(command, STOP) && q->stops % 4 == 2)
+		give_back(q, 100 + below(50), 2000 + below(1800));
+	return NULL;
+}
+
+/* Each epoch is what the guest was, and what was given back costs one record */
+void test_holes(void)
+{
+	qemu.blocks[0].npages = 4096;
+	qemu.hook = balloons;
+	start_qemu(&qemu);
+	protect_epochs(path_of("store"), "25");
+	check_store(&last);
+	CHECK(last == 25, "epochs are missing");
+}
+
+/* The same where it is one command, and memory goes after pages of it were copied */
+static bool balloons_late(struct qemu *q, struct told *told)
+{
+	if (told->what == TOLD_SAVED && q->nr_snaps % 4 == 2) {
+		uint64_t page = 100 + below(50), n = 2000 + below(1800);
+		struct snap *s = &q->snaps[q->nr_snaps - 1];
+
+		/* Before the runs of this epoch were written, by right */
+		give_back(q, page, n);
+		memset(s->ram[0] + page * KC_PAGE_SIZE, 0, n * KC_PAGE_SIZE);
+		told->runs = append_run(q, told, 0, page, n);
+		told->discarded = true;
+	}
+	return true;
+}
+
+void test_holes_late(void)
+{
+	qemu.blocks[0].npages = 4096;
+	qemu.takes = true;
+	qemu.tells = balloons_late;
+	start_qemu(&qemu);
+	protect_epochs(path_of("store"), "25");
+	check_store(&last);
+	CHECK(last == 25 && qemu.nr_taken == 26, "epochs are missing");
+}
+
+/* A standby gives it back, too, and has it again when it is written */
+static uint64_t least;
+
+static const char *balloons_once(struct qemu *q, const char *command)
+{
+	uint64_t now;
+
+	if (strcmp(command, STOP))
+		return NULL;
+	if (q->stops == 4)
+		give_back(q, 0, q->blocks[0].npages);
+	if (q->stops > 4) {
+		now = blocks_of(path_of("ram/ram0"));
+		least = now < least ? now : least;
+	}
+	return NULL;
+}
+
+static void balloon_at_standby(const char *option)
+{
+	qemu.blocks[0].npages = 8192;
+	qemu.hook = balloons_once;
+	least = UINT64_MAX;
+	start_qemu(&qemu);
+	start_standby(path_of("ram"), "--no-fence", "--timeout", "2s", "--insecure", option);
+	protect_epochs(spec(), "30");
+	stop_standby(SIGTERM);
+	CHECK(snap_of_standby(path_of("ram")) == qemu.nr_snaps - 1, "it has another epoch");
+}
+
+void test_holes_standby(void)
+{
+	balloon_at_standby(NULL);
+	CHECK(least < 3000, "the standby keeps %lu of 8192 pages", least);
+}
+
+void test_holes_kept(void)
+{
+	balloon_at_standby("--keep-memory");
+	CHECK(least >= 8192, "the standby keeps %lu of 8192 pages", least);
+}
+
+/* --- Page states ------------------------------------------------------------ */
+
+static void states_epochs(bool takes)
+{
+	bool left_out;
+
+	qemu.blocks[0].npages = 3000;
+	qemu.takes = takes;
+	start_qemu(&qemu);
+	start_states(&qemu, 1234);
+	protect_epochs(path_of("store"), "40");
+	left_out = log_has("pages are left out, as the guest does not use them");
+	check_store(&last);
+	CHECK(last == 40, "epochs are missing");
+	CHECK(left_out, "nothing was left out");
+}
+
+void test_states(void)
+{
+	states_epochs(false);
+}
+
+void test_states_take(void)
+{
+	states_epochs(true);
+}
+
+/*
+ * While it is copied another kernel takes the guest over, of whose pages the old table says that
+ * they are not used, and which has none.
+ */
+static const char *kexecs(struct qemu *q, const char *command)
+{
+	if (!strcmp(command, COLLECT) && q->running && q->looks == 2) {
+		memset(q->blocks[0].ram + q->states_page * KC_PAGE_SIZE, 1, q->states_nr);
+		memset(q->undefined, 0, q->blocks[0].npages);
+	}
+	if (!strcmp(command, STOP) || !strcmp(command, "x-checkpoint-take"))
+		q->states_nr = 0;
+	return NULL;
+}
+
+void test_states_kexec(void)
+{
+	qemu.blocks[0].npages = 3000;
+	qemu.hook = kexecs;
+	start_qemu(&qemu);
+	start_states(&qemu, 7);
+	/* All of it was written before it was protected; no page is free */
+	memset(qemu.blocks[0].ram + 7 * KC_PAGE_SIZE, 0, qemu.states_nr);
+	protect_epochs(path_of("store"), "5");
+	check_store(&last);
+	CHECK(last == 5, "epochs are missing");
+}
+
+/* What it says of its table makes no sense: it is not looked at */
+static void garbage(uint64_t page, uint64_t nr, const char *ranges)
+{
+	qemu.ranges = ranges;
+	start_qemu(&qemu);
+	/* Bytes of which each says that a page is not used, and the guest means none of it */
+	memset(qemu.blocks[0].ram, 1, 64 * KC_PAGE_SIZE);
+	qemu.states_page = page;
+	qemu.states_nr = nr;
+	protect_epochs(path_of("store"), "10");
+	check_store(&last);
+	CHECK(last == 10, "epochs are missing");
+}
+
+void test_states_outside(void)
+{
+	garbage(1023, KC_PAGE_SIZE + 1, NULL);
+}
+
+void test_states_nowhere(void)
+{
+	garbage(UINT64_MAX, UINT64_MAX, NULL);
+}
+
+void test_states_ranges(void)
+{
+	garbage(0, 1024, "{\"gfn\": 18446744073709551615, \"pages\": 18446744073709551615, \"block\": 0, "
+		"\"page\": 18446744073709551615}, {\"gfn\": 0, \"pages\": 5, \"block\": 77, \"page\": 0}, "
+		"{\"gfn\": \"x\"}, 3");
+}
+
+/* --- Hints ------------------------------------------------------------------- */
+
+static void hint_at(uint64_t page, uint64_t n)
+{
+	qemu.devices = "[{\"name\": \"b0\", \"type\": \"child<virtio-balloon-pci>\"}]";
+	qemu.hint_page = page;
+	qemu.hint_pages = n;
+}
+
+/* A page that was hinted at and is written after that is in the log */
+static const char *reuses(struct qemu *q, const char *command)
+{
+	uint64_t i;
+
+	if (strcmp(command, COLLECT) || !q->running || q->looks != 2)
+		return NULL;
+	for (i = 100; i < 800; i += 3) {
+		write_page(&q->blocks[0], i);
+		q->undefined[i] = false;
+	}
+	return NULL;
+}
+
+void test_hints(void)
+{
+	static bool undefined[1024];
+
+	hint_at(100, 700);
+	qemu.hook = reuses;
+	start_qemu(&qemu);
+	qemu.undefined = undefined;
+	protect_epochs(path_of("store"), "8");
+	CHECK(qemu.hints_begun == 1 && qemu.hints_ended == 1, "its pages are hinted at for ever");
+	check_store(&last);
+	CHECK(last == 8, "epochs are missing");
+}
+
+void test_hints_garbage(void)
+{
+	hint_at(1000, 30);
+	start_qemu(&qemu);
+	must_fail(protect(CHECKED, path_of("store"), NULL),
+		  "QEMU has hints of memory that was not there before");
+}
