@@ -46,6 +46,9 @@ void test_holes(void)
 /* The same where it is one command, and memory goes after pages of it were copied */
 static bool balloons_late(struct qemu *q, struct told *told)
 {
+	/* What comes to nothing is copied first of all in the next one */
+	if (told->what == TOLD_SAVED && q->nr_snaps % 4 == 1)
+		q->spoilt_by = "run-state";
 	if (told->what == TOLD_SAVED && q->nr_snaps % 4 == 2) {
 		uint64_t page = 100 + below(50), n = 2000 + below(1800);
 		struct snap *s = &q->snaps[q->nr_snaps - 1];
@@ -67,7 +70,7 @@ void test_holes_late(void)
 	start_qemu(&qemu);
 	protect_epochs(path_of("store"), "25");
 	check_store(&last);
-	CHECK(last == 25 && qemu.nr_taken == 26, "epochs are missing");
+	CHECK(last > 25 && qemu.nr_taken == 26, "epochs are missing");
 }
 
 /* A standby gives it back, too, and has it again when it is written */
@@ -145,8 +148,11 @@ void test_states_take(void)
  */
 static const char *kexecs(struct qemu *q, const char *command)
 {
-	if (!strcmp(command, COLLECT) && q->running && q->looks == 2) {
-		memset(q->blocks[0].ram + q->states_page * KC_PAGE_SIZE, 1, q->states_nr);
+	uint8_t *table = q->blocks[0].ram + q->states_page * KC_PAGE_SIZE;
+
+	/* Before it is copied, and after that */
+	if (!strcmp(command, COLLECT) && q->running && q->looks < 3) {
+		memset(table + gfn_of(q, q->looks == 1 ? 100 : 0), 1, 600);
 		memset(q->undefined, 0, q->blocks[0].npages);
 	}
 	if (!strcmp(command, STOP) || !strcmp(command, "x-checkpoint-take"))

@@ -159,3 +159,82 @@ void test_full_ram_dir(void)
 	umount(path_of("full"));
 	sim_free(&g);
 }
+
+/* The guest's own epoch number @nr, without the pages of block 0 that are given back and dirty. */
+static void send_hole(struct sim *g, struct kc_sink *s)
+{
+	sim_step(g);
+	memset(g->ram[0], 0, blocks[0].npages * KC_PAGE_SIZE);
+	OK(kc_epoch_begin(s, g->epoch, 0, &err));
+	OK(kc_epoch_zeros(s, 0, 0, blocks[0].npages, true, &err));
+	/* Of one that is given back in part the rest stays */
+	memset(g->ram[0] + 3 * KC_PAGE_SIZE, 7, KC_PAGE_SIZE);
+	OK(kc_epoch_page(s, 0, 3, g->ram[0] + 3 * KC_PAGE_SIZE, &err));
+	for (uint64_t i = 0; i < blocks[1].npages; i++) {
+		if (g->dirty[1][i])
+			OK(kc_epoch_page(s, 1, i, g->ram[1] + i * KC_PAGE_SIZE, &err));
+	}
+	OK(kc_epoch_state(s, g->state, g->state_len, sim_stopped(g->epoch), &err));
+	OK(kc_epoch_commit(s, &err));
+	OK(kc_sink_wait(s, g->epoch, 10000, &err));
+}
+
+static uint64_t used_by(const char *path)
+{
+	struct stat st;
+
+	CHECK(!stat(path, &st), "there is no %s", path);
+	return st.st_blocks / (KC_PAGE_SIZE / 512);
+}
+
+/*
+ * A standby has given memory back, as the guest had, and others have it now: an epoch that has
+ * something there is refused, and the last one is as it was.
+ */
+void test_full_holes(void)
+{
+	struct kc_sink *s;
+	struct sim g;
+	int rc = 0;
+
+	mount_small();
+	start_standby(path_of("full/ram"), "--no-fence", "--timeout", "0");
+	s = protected_guest(&g);
+	send_hole(&g, s);
+	compare_standby(&g, path_of("full/ram"));
+	CHECK(used_by(path_of("full/ram/ram0")) < blocks[0].npages / 2, "it keeps %" PRIu64 " pages",
+	      used_by(path_of("full/ram/ram0")));
+	write_junk(path_of("full/junk"));
+	truncate(path_of("full/junk"), 20 * KC_PAGE_SIZE);
+	write_junk(path_of("full/junk2"));
+
+	/* There is room for half of it */
+	unlink(path_of("full/junk"));
+	OK(kc_epoch_begin(s, g.epoch + 1, 0, &err));
+	for (uint64_t i = 0; i < 40 && !rc; i++)
+		rc = kc_epoch_page(s, 0, 100 + i, g.ram[0] + 3 * KC_PAGE_SIZE, &err);
+	OK(rc);
+	OK(kc_epoch_state(s, g.state, 100, false, &err));
+	OK(kc_epoch_commit(s, &err));
+	while (!rc)
+		rc = kc_sink_wait(s, g.epoch + 1, 10000, &err);
+	CHECK(rc == -ENOSPC && strstr(err.text, "again"), "%d: %s", rc, err.text);
+	kc_sink_close(s);
+	compare_standby(&g, path_of("full/ram"));
+
+	/* It is over: also for one that was restarted, which sees what it has no memory for. */
+	unlink(path_of("full/junk2"));
+	stop_standby(SIGKILL);
+	start_standby(path_of("full/ram"), "--no-fence", "--timeout", "0");
+	s = must_open(spec());
+	CHECK(kc_sink_last_epoch(s) == g.epoch, "it has epoch %" PRIu64, kc_sink_last_epoch(s));
+	CHECK(used_by(path_of("full/ram/ram0")) < blocks[0].npages / 2, "it reads what is not there");
+	sim_step(&g);
+	OK(sim_send(&g, s, KC_EPOCH_RESYNC));
+	OK(kc_sink_wait(s, g.epoch, 10000, &err));
+	compare_standby(&g, path_of("full/ram"));
+	kc_sink_close(s);
+	stop_standby(SIGKILL);
+	umount(path_of("full"));
+	sim_free(&g);
+}

@@ -893,6 +893,7 @@ static const struct test tests[] = {
 	{ "trial_silence", test_trial_silence },
 	{ "warm_dies", test_warm_dies },
 	{ "full_ram_dir", test_full_ram_dir },
+	{ "full_holes", test_full_holes },
 	{ "qemu", test_qemu },
 	{ "qemu_stopped", test_qemu_stopped },
 	{ "qemu_differs", test_qemu_differs },

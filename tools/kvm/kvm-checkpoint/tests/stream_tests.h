@@ -19,6 +19,7 @@ void test_open_store(void);
 void test_full_directory(void);
 void test_full_standby(void);
 void test_full_ram_dir(void);
+void test_full_holes(void);
 
 /* stream_kills.c */
 void test_kill_standby(void);
