@@ -98,7 +98,7 @@ GArray *checkpoint_take_hints(void)
     GArray *pages;
 
     QEMU_LOCK_GUARD(&hints.lock);
-    pages = hints.pages;
+    pages = hints.pages ?: g_array_new(false, false, sizeof(CheckpointPages));
     hints.pages = g_array_new(false, false, sizeof(CheckpointPages));
     return pages;
 }

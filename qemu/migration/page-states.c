@@ -76,7 +76,7 @@ bool page_states_locate(PageStates *ps)
         return false;
     }
 
-    gpa += TARGET_PAGE_SIZE;
+    gpa += sizeof(header);
     section = memory_region_find(get_system_memory(), gpa, 1);
     if (!section.mr) {
         return false;

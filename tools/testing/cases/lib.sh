@@ -50,7 +50,7 @@ wait_for() {
 common() {
 	set -- "$1" "$2"
 	echo "-nodefaults -no-user-config -display none -L /share -accel ${ACCEL:-kvm,dirty-slot-ring-size=512}" \
-	     "-cpu host -smp ${SMP:-2} -no-reboot -name guest -machine q35,memory-backend=ram0" \
+	     "-cpu host${CPU:-} -smp ${SMP:-2} -no-reboot -name guest -machine q35,memory-backend=ram0" \
 	     "-kernel /guest/bzImage -initrd /guest/initrd" \
 	     "-drive if=virtio,format=raw,readonly=on,file=/dev/shm/disk" \
 	     "-object memory-backend-file,id=ram0,size=${MB}M,share=on,mem-path=$2" \
@@ -133,7 +133,8 @@ equal() {
 	qmp "$1" stop >/dev/null
 	wait_for 30 stopped_epoch "$1" || bad "there is no epoch of the stopped guest"
 	sleep 2
-	tool same "/dev/shm/$1.ram" "/dev/shm/$2.dir/ram0" || bad "the standby has other memory than the guest"
+	# shellcheck disable=SC2086
+	tool same "/dev/shm/$1.ram" "/dev/shm/$2.dir/ram0" $SAME || bad "the standby has other memory than the guest"
 	qmp "$1" cont >/dev/null
 }
 # catch NAME SECONDS COMMAND...: stop protect in the midst of an epoch, which is so if COMMAND succeeds after SECONDS

@@ -8,7 +8,7 @@
  *	  tool clock SOCKET		the guest's answer to "time", after the time here
  *	  tool fence RAM OUT		succeeds, as a fence, and leaves somebody behind who writes to OUT when
  *					the guest whose memory is in RAM made its next step, and which
- *	  tool same FILE FILE		compares page by page
+ *	  tool same FILE FILE [used]	compares page by page; only what the guest says that it uses
  *	  tool disk FILE		makes the guest's disk
  *
  * A command is a name, or a whole object.  An answer of the guest begins with the first word of what
@@ -221,12 +221,36 @@ static int next_step(const char *ram, const char *out)
 	return f ? fclose(f) : 1;
 }
 
-static int same(const char *a, const char *b)
+/* By which holes stay holes; NULL: the file has no such page */
+static uint8_t *read_page(int fd, uint64_t page, uint8_t *to)
+{
+	return pread(fd, to, PAGE, page * PAGE) == (ssize_t)PAGE ? to : NULL;
+}
+
+/* What the guest says of its pages; NULL: nothing */
+static uint8_t *find_states(int fd, uint64_t npages)
+{
+	static uint8_t page[PAGE];
+	uint64_t at, nr;
+	uint8_t *states;
+
+	for (at = 0; read_page(fd, at, page); at++) {
+		nr = has_page_states(page, npages);
+		states = nr ? calloc(npages, 1) : NULL;
+		if (states && pread(fd, states, nr, (at + 1) * PAGE) == (ssize_t)nr)
+			return states;
+		free(states);
+	}
+	return NULL;
+}
+
+static int same(const char *a, const char *b, bool but_unused)
 {
 	int fd[2] = { open(a, O_RDONLY), open(b, O_RDONLY) };
+	static uint8_t left[PAGE], right[PAGE];
+	uint64_t page, n, bad = 0, unused = 0;
+	uint8_t *states = NULL;
 	struct stat st[2];
-	uint8_t *map[2];
-	uint64_t page, n, bad = 0;
 	int i;
 
 	for (i = 0; i < 2; i++) {
@@ -234,14 +258,22 @@ static int same(const char *a, const char *b)
 			printf("cannot open both files\n");
 			return 3;
 		}
-		map[i] = mmap(NULL, st[i].st_size, PROT_READ, MAP_SHARED, fd[i], 0);
-		if (map[i] == MAP_FAILED)
-			return 3;
 	}
 	n = st[0].st_size / PAGE;
-	for (page = 0; page < n && st[0].st_size == st[1].st_size; page++)
-		bad += !!memcmp(map[0] + page * PAGE, map[1] + page * PAGE, PAGE);
-	printf("%lu of %lu pages differ\n", bad, n);
+	if (but_unused)
+		states = find_states(fd[0], n);
+	if (but_unused && !states) {
+		printf("there are no page states\n");
+		return 3;
+	}
+	for (page = 0; page < n && st[0].st_size == st[1].st_size; page++) {
+		if (states && states[page] == 1)
+			unused++;
+		else
+			bad += !read_page(fd[0], page, left) || !read_page(fd[1], page, right) ||
+			       memcmp(left, right, PAGE);
+	}
+	printf("%lu of %lu pages differ, of %lu that are used\n", bad, n, n - unused);
 	return bad || st[0].st_size != st[1].st_size;
 }
 
@@ -260,7 +292,9 @@ int main(int argc, char **argv)
 	if (!strcmp(what, "fence") && argc == 4)
 		return next_step(argv[2], argv[3]);
 	if (!strcmp(what, "same") && argc == 4)
-		return same(argv[2], argv[3]);
+		return same(argv[2], argv[3], false);
+	if (!strcmp(what, "same") && argc == 5 && !strcmp(argv[4], "used"))
+		return same(argv[2], argv[3], true);
 	if (!strcmp(what, "disk") && argc == 3)
 		return !make_disk(argv[2]);
 	fprintf(stderr, "usage: tool qmp|guest|gdb|clock|fence|same|disk ...\n");

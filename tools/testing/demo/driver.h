@@ -54,6 +54,20 @@ static inline char *read_line(int fd, char *buf, size_t size, const char *want,
 }
 
 /* The guest's disk; false with errno if it cannot be made */
+/*
+ * Is this where a guest of so many pages begins to say which of them it does not use?  Of how many
+ * it does: the next pages have a byte for each, 1 if it does not.  (Its memory is in a row.)
+ */
+static inline uint64_t has_page_states(const uint8_t *page, uint64_t npages)
+{
+	const uint32_t magic = 0x7374504b, version = 1;
+	uint64_t nr;
+
+	memcpy(&nr, page + 8, sizeof(nr));
+	return !memcmp(page, &magic, 4) && !memcmp(page + 4, &version, 4) && nr > npages / 2 &&
+	       nr <= npages ? nr : 0;
+}
+
 static inline bool make_disk(const char *path)
 {
 	uint64_t page[PAGE_WORDS], n;

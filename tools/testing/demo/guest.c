@@ -23,11 +23,16 @@
  *	time	-> "time REALTIME MONOTONIC CLOCKSOURCE", in microseconds
  *	slots	-> "slots TIMES", after the host bridge was told as often to show the firmware's
  *		   shadow as RAM or as ROM, so that the VMM has to lay out all memory anew
+ *	start N US	-> "start ok": churn_start(), see churn.h
+ *	churn	-> "churn ROUNDS BAD"
+ *	mem	-> "mem TOTAL FREE", in MiB
+ *	once N	-> "once N ok", after N MiB were written and given back; "once N file": of files
  *	broken	-> "broken begun" and, when told again, whether block 256 of a second disk, which has
  *		   what the first one has, is read by now: "broken begun", "broken ok", "broken bad"
  *
  * usage: kernel parameters demo.work= and demo.still= (MiB), demo.rate= (pages
- * written in a second by each thread), demo.ledger=1 (a database on a third disk, see ledger.h)
+ * written in a second by each thread), demo.ledger=1 (a database on a third disk, see ledger.h),
+ * demo.churn= and demo.churn_us= (see churn.h: pages of a round, and the pause after it)
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -45,11 +50,13 @@
 #include <sys/mman.h>
 #include <sys/mount.h>
 #include <sys/reboot.h>
+#include <sys/sysinfo.h>
 #include <sys/stat.h>
 #include <termios.h>
 #include <time.h>
 #include <unistd.h>
 
+#include "churn.h"
 #include "ledger.h"
 #include "pattern.h"
 
@@ -222,6 +229,9 @@ static void check_memory(void)
 	if (bad)
 		fprintf(ctl, "verify bad %lu of %lu, first: %s\n",
 			bad, total, first);
+	else if (churn_bad())
+		fprintf(ctl, "verify bad %lu of those that were written again and again, first: %s\n",
+			churn_bad(), churn_first_bad());
 	else
 		fprintf(ctl, "verify ok %lu\n", total);
 }
@@ -280,6 +290,15 @@ static void tell_time(void)
 		fclose(f);
 	fprintf(ctl, "time %lu %lu %s\n", clock_us(CLOCK_REALTIME), clock_us(CLOCK_MONOTONIC),
 		source);
+}
+
+static void tell_memory(void)
+{
+	struct sysinfo info;
+
+	sysinfo(&info);
+	fprintf(ctl, "mem %lu %lu\n", info.totalram * info.mem_unit >> 20,
+		info.freeram * info.mem_unit >> 20);
 }
 
 /* PAM0 of Q35 and i440FX: of 0xf0000 to 0xfffff, whether reads and writes go to RAM */
@@ -414,6 +433,14 @@ int main(void)
 			die("%s", failed);
 	}
 
+	if (param("demo.churn=", 0)) {
+		const char *failed = churn_start(param("demo.churn=", 0),
+						 param("demo.churn_us=", 1000));
+
+		if (failed)
+			die("%s", failed);
+	}
+
 	fprintf(ctl, "ready\n");
 	while (fgets(line, sizeof(line), in)) {
 		if (!strncmp(line, "status", 6)) {
@@ -432,6 +459,17 @@ int main(void)
 			tell_time();
 		} else if (!strncmp(line, "slots", 5)) {
 			change_slots();
+		} else if (sscanf(line, "start %lu %lu", &n, &rate) == 2) {
+			fprintf(ctl, "start %s\n", churn_start(n, rate) ?: "ok");
+		} else if (!strncmp(line, "churn", 5)) {
+			fprintf(ctl, "churn %lu %lu\n", churn_rounds(), churn_bad());
+		} else if (!strncmp(line, "mem", 3)) {
+			tell_memory();
+		} else if (!strncmp(line, "once ", 5)) {
+			line[strcspn(line, "\n")] = '\0';
+			fprintf(ctl, "%s %s\n", line,
+				churn_once(strtoul(line + 5, NULL, 10) * 256, strstr(line, "file")) ?
+				"ok" : "bad");
 		} else if (!strncmp(line, "broken", 6)) {
 			read_broken();
 		} else {

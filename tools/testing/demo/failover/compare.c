@@ -48,11 +48,32 @@ static uint8_t *map_ram(const char *path)
 	return fd < 0 || p == MAP_FAILED ? NULL : p;
 }
 
-static uint64_t different_pages(const uint8_t *a, const uint8_t *b, uint64_t *first)
+/* What the guest says of its pages; NULL: nothing */
+static const uint8_t *find_states(const uint8_t *ram)
+{
+	static uint8_t states[GUEST_MB * 256];
+	uint64_t n, nr;
+
+	for (n = 0; n < sizeof(states) - sizeof(states) / PAGE - 1; n++) {
+		nr = has_page_states(ram + n * PAGE, sizeof(states));
+		if (!nr)
+			continue;
+		/* What it does not say anything of is used */
+		memset(states, 0, sizeof(states));
+		memcpy(states, ram + (n + 1) * PAGE, nr);
+		return states;
+	}
+	return NULL;
+}
+
+static uint64_t different_pages(const uint8_t *a, const uint8_t *b, const uint8_t *states,
+				uint64_t *first)
 {
 	uint64_t n, bad = 0;
 
 	for (n = 0; n < GUEST_MB * 256ull; n++) {
+		if (states && states[n] == 1)
+			continue;
 		if (memcmp(a + n * PAGE, b + n * PAGE, PAGE) && !bad++)
 			*first = n;
 	}
@@ -62,23 +83,30 @@ static uint64_t different_pages(const uint8_t *a, const uint8_t *b, uint64_t *fi
 bool compare_once(const char *theirs)
 {
 	uint8_t *a = map_ram(vm.ram), *b = map_ram(theirs);
-	uint64_t before, bad = 0, first = 0, noticed = 0;
+	uint64_t before, bad = 0, first = 0, noticed = 0, bit = (GUEST_MB << 19) + 1234;
+	const uint8_t *states = NULL;
 	bool there;
 
 	if (!a || !b)
 		return fail("cannot map the memory of both sides");
 	there = stop_guest();
 	if (there) {
-		bad = different_pages(a, b, &first);
-		/* The control: one bit */
-		b[(GUEST_MB << 19) + 1234] ^= 1;
-		noticed = different_pages(a, b, &before);
-		b[(GUEST_MB << 19) + 1234] ^= 1;
+		if (guest_tells)
+			states = find_states(a);
+		bad = different_pages(a, b, states, &first);
+		/* The control: one bit, of a page that is used */
+		while (states && states[bit / PAGE] == 1)
+			bit += PAGE;
+		b[bit] ^= 1;
+		noticed = different_pages(a, b, states, &before);
+		b[bit] ^= 1;
 	}
 	munmap(a, (size_t)GUEST_MB << 20);
 	munmap(b, (size_t)GUEST_MB << 20);
 	if (!qmp(&vm, "cont"))
 		return fail("QEMU does not resume the guest");
+	if (guest_tells && !states)
+		return fail("the guest does not say which pages it does not use");
 	if (!there)
 		return false;
 	if (bad)

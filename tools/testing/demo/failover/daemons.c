@@ -206,7 +206,7 @@ void start_protect(struct protect *p, struct vm *vm, struct pair *x, const char 
 	int out[2];
 
 	memset(p, 0, sizeof(*p));
-	a.v[a.n++] = (char *)checkpoint;
+	a.v[a.n++] = (char *)(protect_with ? protect_with : checkpoint);
 	a.v[a.n++] = "protect";
 	a.v[a.n++] = "--qmp";
 	a.v[a.n++] = vm->qmp;

@@ -34,6 +34,10 @@ extern bool tls;
 /* The guest's shape; an old build to measure beside this one, or NULL */
 extern const char *guest_cpus;
 extern unsigned int guest_rate;
+/* It says which pages it does not use, and allocates and frees all the time; 2: also by hints */
+extern unsigned int guest_tells;
+/* For "protect", in place of checkpoint, or NULL */
+extern const char *protect_with;
 extern bool guest_has_net;
 /* It has a database on a disk of its own, and clients; what is said of its network, NULL for nothing */
 extern bool guest_has_ledger;
@@ -233,6 +237,10 @@ bool trace_begin(void);
 void trace_know(struct vm *vm, pid_t protect, pid_t standby);
 /* Adds up, for the pauses of epochs @from to @to of the log, or all of them; microseconds */
 void trace_end(uint64_t from, uint64_t to, bool pauses, uint64_t us[NR_WHO]);
+
+/* --- stale.c -------------------------------------------------------------- */
+
+bool test_stale(unsigned int n);
 
 /* --- ledger.c ------------------------------------------------------------- */
 

@@ -35,10 +35,11 @@ const char *accel = "kvm,dirty-slot-ring-size=512";
 bool tls;
 const char *guest_cpus = "2";
 unsigned int guest_rate = 400;
+unsigned int guest_tells;
 bool guest_has_net, guest_has_ledger;
 const char *net_option;
 const char *interval = "50ms";
-const char *old_qemu, *old_checkpoint;
+const char *old_qemu, *old_checkpoint, *protect_with;
 const char *max_dirty, *chain;
 uint64_t started, seed;
 unsigned int last_gen, lane, nr_lanes = 1;
@@ -95,6 +96,7 @@ static const struct test {
 	{ "ledger", test_ledger, true },
 	{ "lies", test_ledger_control, true },
 	{ "latency", test_latency, true },
+	{ "stale", test_stale, true },
 };
 
 /* The -accel of the guest that is there, NULL if there is none */
@@ -225,6 +227,11 @@ int main(int argc, char **argv)
 		}
 		if (!strncmp(argv[i], "rate=", 5)) {
 			guest_rate = n;
+			booted = NULL;
+			continue;
+		}
+		if (!strncmp(argv[i], "unused=", 7)) {
+			guest_tells = n;
 			booted = NULL;
 			continue;
 		}

@@ -138,7 +138,8 @@ void args_of_qemu(struct args *a, unsigned int gen, const char *ram)
 {
 	const char * const fixed[] = {
 		qemu, "-nodefaults", "-no-user-config", "-display", "none", "-L", firmware,
-		"-accel", accel, "-cpu", "host", "-smp", guest_cpus, "-no-reboot",
+		"-accel", accel, "-cpu", guest_tells ? "host,kvm-page-states=on" : "host",
+		"-smp", guest_cpus, "-no-reboot",
 		"-name", "counter",
 		"-machine", "q35,memory-backend=ram0", "-kernel", kernel, "-initrd", initrd,
 		"-drive", "if=virtio,format=raw,readonly=on,file=" DISK_FILE,
@@ -150,8 +151,18 @@ void args_of_qemu(struct args *a, unsigned int gen, const char *ram)
 	for (i = 0; i < ARRAY_SIZE(fixed); i++)
 		a->v[a->n++] = (char *)fixed[i];
 	a->v[a->n++] = "-append";
-	arg(a, "console=ttyS0 quiet panic=-1 tsc=reliable no_timer_check rcupdate.rcu_expedited=1 demo.work=8 demo.still=8 demo.rate=%u demo.ledger=%d",
-	    guest_rate, guest_has_ledger);
+	arg(a, "console=ttyS0 quiet panic=-1 tsc=reliable no_timer_check rcupdate.rcu_expedited=1 demo.work=8 demo.still=8 demo.rate=%u demo.ledger=%d demo.churn=%d demo.churn_us=20000",
+	    guest_rate, guest_has_ledger, guest_tells ? 300 : 0);
+	if (guest_tells) {
+		if (guest_tells > 1) {
+			a->v[a->n++] = "-object";
+			a->v[a->n++] = "iothread,id=io0";
+		}
+		a->v[a->n++] = "-device";
+		a->v[a->n++] = guest_tells > 1 ?
+			"virtio-balloon-pci,id=b0,free-page-reporting=on,free-page-hint=on,iothread=io0" :
+			"virtio-balloon-pci,id=b0,free-page-reporting=on";
+	}
 	if (guest_has_ledger) {
 		char path[64];
 
