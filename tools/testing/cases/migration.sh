@@ -32,7 +32,7 @@ migrates() {
 	[ "$(ask "$name-to" churn | sed 's/.* //')" = 0 ] || bad "what was written again and again is not whole"
 	kill -9 "$(cat "/tmp/$name-to.pid")"
 	rm -f "/dev/shm/$name.ram" "/dev/shm/$name-to.ram"
-	say "$name: $pages pages of contents were sent"
+	say "$name, $ACCEL$CPU: $pages pages of contents were sent"
 }
 HINTS="-object iothread,id=io -device virtio-balloon-pci,id=b0,free-page-hint=on,iothread=io"
 
@@ -41,15 +41,15 @@ migrates a ""
 all=$pages
 for ACCEL in $RINGS kvm; do
 	# shellcheck disable=SC2086
-	migrates "h-${ACCEL##*[,-]}" "" $HINTS
+	migrates "h${#ACCEL}" "" $HINTS
 	[ "$pages" -lt $((all * 2 / 3)) ] || bad "with $ACCEL hints are not taken: $pages pages, without $all"
 done
 CPU=,kvm-page-states=on
 CHURN="demo.churn=500 demo.churn_us=20000"
 for ACCEL in $RINGS kvm; do
-	migrates "s-${ACCEL##*[,-]}" ""
+	migrates "s${#ACCEL}" ""
 	[ "$pages" -lt $((all * 2 / 3)) ] || bad "with $ACCEL page states are not looked at: $pages pages, without $all"
-	migrates "c-${ACCEL##*[,-]}" "$CHURN"
+	migrates "c${#ACCEL}" "$CHURN"
 done
 CPU=
 good "what is not used is not sent"
