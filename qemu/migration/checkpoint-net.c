@@ -18,6 +18,7 @@
  */
 
 #include "qemu/osdep.h"
+#include <glib-unix.h>
 #include "qemu/error-report.h"
 #include "qemu/iov.h"
 #include "qemu/timer.h"
@@ -25,6 +26,7 @@
 #include "qapi/error.h"
 #include "qapi/qapi-commands-migration.h"
 #include "migration/misc.h"
+#include "monitor/monitor.h"
 #include "net/filter.h"
 #include "net/net.h"
 #include "checkpoint.h"
@@ -59,7 +61,9 @@ static struct {
     uint32_t limit_ms;          /* When the client is gone */
     QEMUTimer *limit;
     CheckpointPackets stats;
-} net = { .nr = 1 };
+    int notify;                 /* When there is one to hold, or -1 */
+    bool notified;              /* since the last state */
+} net = { .nr = 1, .notify = -1 };
 
 static void forget(CheckpointFilter *f, Packet *p)
 {
@@ -97,6 +101,29 @@ static void release_all(uint64_t nr, bool drop)
     }
 }
 
+/* The client wants to know that there is something which waits for a state */
+static void notify_client(void)
+{
+    const uint64_t one = 1;
+
+    if (net.notify >= 0 && !net.notified) {
+        net.notified = true;
+        /* It has an eventfd there: what cannot be written is there already */
+        if (write(net.notify, &one, sizeof(one)) < 0 && errno != EAGAIN) {
+            error_report_once("checkpoint: a client cannot be notified of "
+                              "packets: %s", strerror(errno));
+        }
+    }
+}
+
+static void forget_client(void)
+{
+    if (net.notify >= 0) {
+        close(net.notify);
+    }
+    net.notify = -1;
+}
+
 static void end_holding(bool drop)
 {
     net.wanted = false;
@@ -130,6 +157,7 @@ static ssize_t receive(NetFilterState *nf, NetClientState *sender,
     QSIMPLEQ_INSERT_TAIL(&f->packets, p, next);
     net.stats.held++;
     net.stats.bytes += size;
+    notify_client();
     return size;
 }
 
@@ -214,17 +242,39 @@ static void hold_card(NICState *nic, void *opaque)
     }
 }
 
-CheckpointCards *qmp_x_checkpoint_hold(uint32_t limit_ms, Error **errp)
+CheckpointCards *qmp_x_checkpoint_hold(uint32_t limit_ms, bool has_notify,
+                                       const char *notify, Error **errp)
 {
-    CheckpointCards *held = g_new0(CheckpointCards, 1);
-    Cards cards = { .tail = &held->cards };
+    CheckpointCards *held;
+    Cards cards = { NULL };
+    int fd = -1;
 
+    if (has_notify) {
+        fd = monitor_get_fd(monitor_cur(), notify, errp);
+        if (fd < 0) {
+            return NULL;
+        }
+        /* Nothing here may wait for who reads it */
+        if (!g_unix_set_fd_nonblocking(fd, true, NULL)) {
+            error_setg(errp, "%s cannot be made not to block", notify);
+            close(fd);
+            return NULL;
+        }
+    }
+    held = g_new0(CheckpointCards, 1);
+    cards.tail = &held->cards;
     qemu_foreach_nic(hold_card, &cards);
     if (cards.err) {
         qapi_free_CheckpointCards(held);
         error_propagate(errp, cards.err);
+        if (fd >= 0) {
+            close(fd);
+        }
         return NULL;
     }
+    forget_client();
+    net.notify = fd;
+    net.notified = false;
     if (net.limit) {
         timer_del(net.limit);
     }
@@ -251,6 +301,7 @@ uint64_t checkpoint_packets_mark(void)
         return 0;
     }
     net.holds = true;
+    net.notified = false;
     return net.nr++;
 }
 
@@ -269,6 +320,7 @@ static void nobody_comes(void *opaque)
 
 void checkpoint_packets_orphaned(void)
 {
+    forget_client();
     if (!net.wanted) {
         return;
     }

@@ -17,6 +17,7 @@
 #include "block/block.h"
 #include "hw/core/cpu.h"
 #include "io/channel-socket.h"
+#include "qom/object.h"
 #include "migration/misc.h"
 #include "sysemu/cpu-timers.h"
 #include "sysemu/cpus.h"
@@ -27,6 +28,57 @@ static bool brief;
 
 /* CPUs, by their order, whose registers were the kernel's */
 static unsigned long *not_ours;
+
+typedef struct IOThreadUsers {
+    Object *of;
+    unsigned int balloons, others;
+} IOThreadUsers;
+
+static int count_user(Object *obj, void *opaque)
+{
+    IOThreadUsers *users = opaque;
+
+    if (object_property_find(obj, "iothread") &&
+        object_property_get_link(obj, "iothread", NULL) == users->of) {
+        /* One that is plugged has a device in it, and both have the property */
+        if (object_dynamic_cast(obj, "virtio-balloon-device") ||
+            object_dynamic_cast(obj, "virtio-balloon-pci-base")) {
+            users->balloons++;
+        } else {
+            users->others++;
+        }
+    }
+    return 0;
+}
+
+/*
+ * Does what goes on there go on while the main loop stands still?  A balloon takes
+ * hints there, which it asks for by the main loop, and not while epochs are taken.
+ */
+static int is_busy_iothread(Object *obj, void *opaque)
+{
+    IOThreadUsers users = { .of = obj };
+
+    if (!object_dynamic_cast(obj, "iothread")) {
+        return 0;
+    }
+    object_child_foreach_recursive(object_get_root(), count_user, &users);
+    return users.others || !users.balloons;
+}
+
+/* It takes a walk through all objects; not again until something changes */
+bool checkpoint_has_busy_iothread(void)
+{
+    static uint64_t generation;
+    static bool busy;
+
+    if (generation != checkpoint_generation()) {
+        generation = checkpoint_generation();
+        busy = object_child_foreach(object_get_objects_root(),
+                                    is_busy_iothread, NULL);
+    }
+    return busy;
+}
 
 bool checkpoint_is_brief(void)
 {

@@ -604,11 +604,6 @@ static bool save_and_tell(Error **errp)
     return true;
 }
 
-static int is_iothread(Object *obj, void *opaque)
-{
-    return object_dynamic_cast(obj, "iothread") != NULL;
-}
-
 /*
  * Whether a guest that runs can be stopped, and go on, in one visit.  Not if there
  * are other loops than the main loop, which could go on with what guests kick.
@@ -617,7 +612,7 @@ static bool can_be_brief(uint32_t limit_ms)
 {
     return limit_ms && runstate_is_running() && !client.lost &&
            !checkpoint_lease_is_over() && !qemu_runstate_change_requested() &&
-           !object_child_foreach(object_get_objects_root(), is_iothread, NULL) &&
+           !checkpoint_has_busy_iothread() &&
            !is_blocked(NULL);
 }
 

@@ -129,6 +129,9 @@ typedef enum CheckpointAnswer {
 void checkpoint_brief_stop(void);
 void checkpoint_brief_end(void);
 
+/* Are there other loops than the main loop that do what a guest asks them to? */
+bool checkpoint_has_busy_iothread(void);
+
 bool checkpoint_tell(QIOChannelSocket *to, const CheckpointTold *told);
 void checkpoint_forget_bytes(QIOChannelSocket *from);
 CheckpointAnswer checkpoint_await(QIOChannelSocket *from, int64_t until_ns);

@@ -185,13 +185,14 @@ int guest_copy_dirty(struct guest *g, struct copy *c, uint64_t max)
 		struct dirty_word *w = &d->words[d->nr_words - 1];
 		uint64_t *bits = &d->bits[w->block][w->word];
 
-		guest_drop_unused(g, w->block, w->word);
 		if (d->has_holes) {
 			until = w->block == block ? until : 0;
 			block = w->block;
 			if (take_holes(g, c, w, &until) || copy_reserve(c, c->nr + 64))
 				return -ENOMEM;
 		}
+		/* After that: what was given back is to be given back elsewhere, too */
+		guest_drop_unused(g, w->block, w->word);
 		while (*bits && max) {
 			uint64_t page = w->word * 64 + __builtin_ctzll(*bits);
 

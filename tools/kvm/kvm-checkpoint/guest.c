@@ -4,6 +4,7 @@
 #include <stdlib.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/eventfd.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
 #include <unistd.h>
@@ -95,6 +96,7 @@ static int open_guest(struct guest *g, const struct guest_opts *opts, bool again
 	g->lease_us = GUEST_NO_LEASE;
 	g->sock = -1;
 	g->buffer = -1;
+	g->packets_fd = -1;
 	g->id.page_size = KC_PAGE_SIZE;
 	g->id.blocks = g->block_ids;
 	g->id.disks = g->disk_ids;
@@ -151,10 +153,13 @@ void guest_close(struct guest *g)
 		close(g->sock);
 	if (g->buffer >= 0)
 		close(g->buffer);
+	if (g->packets_fd >= 0)
+		close(g->packets_fd);
 	qmp_close(&g->qmp);
 	memset(g, 0, sizeof(*g));
 	g->sock = -1;
 	g->buffer = -1;
+	g->packets_fd = -1;
 	g->qmp.fd = -1;
 }
 
@@ -370,15 +375,33 @@ int guest_send_stop(struct guest *g, const char *command, struct kc_err *err)
 
 int guest_hold(struct guest *g, unsigned int limit_ms, struct kc_err *err)
 {
-	struct json_object *args = json_object_new_object(), *o = NULL, *cards;
+	struct json_object *args, *o = NULL, *cards;
 	int rc;
 
+	if (g->opts.watch_packets && g->packets_fd < 0)
+		g->packets_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+	if (g->packets_fd >= 0) {
+		rc = give_fd(g, "kvm-checkpoint-packets", g->packets_fd, err);
+		if (rc)
+			return rc;
+	}
+	args = json_object_new_object();
 	json_object_object_add(args, "limit-ms", json_object_new_int64(limit_ms));
+	if (g->packets_fd >= 0)
+		json_object_object_add(args, "notify",
+				       json_object_new_string("kvm-checkpoint-packets"));
 	rc = qmp_call(&g->qmp, "x-checkpoint-hold", args, &o, err);
 	g->holds = !rc && json_object_object_get_ex(o, "cards", &cards) &&
 		   json_object_is_type(cards, json_type_array) && json_object_array_length(cards);
 	json_object_put(o);
 	return rc == -EREMOTEIO ? -EOPNOTSUPP : rc;
+}
+
+bool guest_packets_wait(struct guest *g)
+{
+	uint64_t n;
+
+	return g->packets_fd >= 0 && read(g->packets_fd, &n, sizeof(n)) == sizeof(n);
 }
 
 int guest_release(struct guest *g, uint64_t packets, bool drop, struct kc_err *err)

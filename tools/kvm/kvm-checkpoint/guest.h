@@ -102,6 +102,7 @@ struct guest_slot {
  *	never.
  * @qemu_timeout_ms: how long QEMU may not answer once the guest is protected; 0: for as long as it
  *	lives.
+ * @watch_packets: guest.packets_fd is to tell of packets that are held back.
  * @idle: called now and then while QEMU works, see qmp_open(); or NULL.
  * @idle_ctx: for @idle.
  * @stopped: called in each guest_take() when the guest stands still and its disks are at rest; or
@@ -116,6 +117,7 @@ struct guest_opts {
 	const char *trusted_devices[16];
 	unsigned int nr_trusted_devices;
 	unsigned int pause_limit_ms, qemu_timeout_ms;
+	bool watch_packets;
 	int (*idle)(void *ctx);
 	void *idle_ctx;
 	void (*stopping)(void *ctx), (*stopped)(void *ctx);
@@ -143,6 +145,7 @@ struct guest {
 	int sock, buffer;		/* shared with QEMU */
 	bool no_take;			/* this QEMU has no x-checkpoint-take */
 	bool holds;			/* what it sends is held back */
+	int packets_fd;			/* an eventfd: there is something since the last state; or -1 */
 	struct dirty dirty;
 	struct guest_states states;
 	bool has_balloon, hints;	/* see hints.c */
@@ -240,6 +243,9 @@ static inline void guest_lease(struct guest *g, uint64_t until_us, bool first)
  * Return: 0; -EOPNOTSUPP if there is a card whose packets cannot be held; another negative errno.
  */
 int guest_hold(struct guest *g, unsigned int limit_ms, struct kc_err *err);
+
+/** guest_packets_wait() - was something held back since the last state?  It was asked: it is forgotten */
+bool guest_packets_wait(struct guest *g);
 
 /**
  * guest_release() - let go what was held back

@@ -43,6 +43,8 @@ static const char usage_text[] =
 "  --net commit|pass     what the guest sends is held back until the epoch that knows of it\n"
 "                        is acknowledged, or leaves at once (default commit with a\n"
 "                        standby, pass with a directory)\n"
+"  --packet-epochs       an epoch as soon as something is held back, if all before is\n"
+"                        acknowledged: shorter answers, more pauses\n"
 "  --net-limit TIME      for how long, if nothing is acknowledged (default: until the standby\n"
 "                        would have taken over, by its time limit and its fence's)\n"
 "  --disk replicate      writable disks are part of epochs (default with a standby)\n"
@@ -100,6 +102,8 @@ bool kc_sleep(struct protect *p, uint64_t until_us, int log_fd)
 		{ .fd = p->guest.qmp.fd, .events = POLLIN },
 		{ .fd = p->sink ? kc_sink_fd(p->sink) : -1, .events = POLLIN },
 		{ .fd = log_fd, .events = POLLIN },
+		/* Once it is known it is not waited for */
+		{ .fd = p->packets_wait ? -1 : p->guest.packets_fd, .events = POLLIN },
 	};
 	uint64_t now = kc_now_us(), due = p->sink ? kc_sink_due_us(p->sink) : UINT64_MAX;
 	int n;
@@ -108,7 +112,7 @@ bool kc_sleep(struct protect *p, uint64_t until_us, int log_fd)
 		due = until_us;
 	if (due > now + MAX_SLEEP_MS * 1000)
 		due = now + MAX_SLEEP_MS * 1000;
-	n = poll(fds, 4, due > now ? (due - now + 999) / 1000 : 0);
+	n = poll(fds, 5, due > now ? (due - now + 999) / 1000 : 0);
 	/* Before anybody looks for what it was: what comes after that wakes again. */
 	kc_wake_clear();
 	return n > 0 && fds[3].revents & POLLIN;
@@ -286,7 +290,7 @@ int cmd_protect(int argc, char **argv)
 {
 	enum {
 		QMP = 256, LEAVE_RAM, TO, INTERVAL, MAX_DIRTY, PAUSE_LIMIT, QEMU_TIMEOUT, LEASE, NET,
-		NET_LIMIT, DISK, TRUST, CONTROL, EPOCHS, JSON, HELP, SINK_OPTION,
+		NET_LIMIT, PACKET_EPOCHS, DISK, TRUST, CONTROL, EPOCHS, JSON, HELP, SINK_OPTION,
 	};
 	static const struct option options[] = {
 		{ "qmp", required_argument, NULL, QMP },
@@ -299,6 +303,7 @@ int cmd_protect(int argc, char **argv)
 		{ "lease", required_argument, NULL, LEASE },
 		{ "net", required_argument, NULL, NET },
 		{ "net-limit", required_argument, NULL, NET_LIMIT },
+		{ "packet-epochs", no_argument, NULL, PACKET_EPOCHS },
 		{ "disk", required_argument, NULL, DISK },
 		{ "trust-device", required_argument, NULL, TRUST },
 		{ "control", required_argument, NULL, CONTROL },
@@ -369,6 +374,9 @@ int cmd_protect(int argc, char **argv)
 			if (strcmp(optarg, "commit") && strcmp(optarg, "pass"))
 				return usage_error("--net can be commit or pass");
 			p.net = *optarg == 'c' ? NET_COMMIT : NET_PASS;
+			break;
+		case PACKET_EPOCHS:
+			p.guest_opts.watch_packets = true;
 			break;
 		case NET_LIMIT:
 			if (kc_parse_ms(optarg, &p.net_limit_ms))

@@ -102,6 +102,7 @@ struct protect {
 	bool waiting;		/* the guest cannot be resumed, for now */
 	uint64_t left_out;	/* pages of which the guest said so, up to the last epoch */
 	bool no_cards;		/* it has no network */
+	bool packets_wait;	/* something is held back for the next epoch */
 	struct net_mark marks[KC_SENT];
 	uint64_t released;	/* packets of which state are */
 	unsigned int net_ms;	/* for how long they are held without an acknowledgement, */

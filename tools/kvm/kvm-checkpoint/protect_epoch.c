@@ -31,16 +31,19 @@ enum where kc_epoch_wait(struct protect *p, uint64_t until_us, int *rc, struct k
 
 	for (;;) {
 		uint64_t now = kc_now_us();
-		bool ready, full;
+		bool ready, full, soon;
 
 		where = kc_link_look(p, rc, err);
 		if (where != OK)
 			return where;
-		ready = p->acked + 1 >= p->nr;
+		/* Who waits for packets waits for all epochs before them, and one more is in the way */
+		ready = p->acked + (g->packets_fd < 0) >= p->nr;
+		p->packets_wait = p->packets_wait || guest_packets_wait(g);
+		soon = p->packets_wait;
 		full = (watch && g->dirty.pages >= p->max_dirty) || kc_disks_full(p);
 		if (p->acked >= p->nr && kc_switch_requested)
 			return SWITCH;
-		if (ready && !kc_switch_requested && (now >= until_us || full))
+		if (ready && !kc_switch_requested && (now >= until_us || full || soon))
 			return OK;
 
 		/* When it is due, it waits for an acknowledgement. */
@@ -121,6 +124,9 @@ static enum where take_epoch(struct protect *p, int *rc, struct kc_err *err)
 	*rc = kc_net_hold(p, err);
 	if (*rc)
 		return GUEST;
+	/* Before it is taken: what comes after that is of another, and is told of again */
+	guest_packets_wait(&p->guest);
+	p->packets_wait = false;
 	do {
 		*rc = guest_take(&p->guest, &p->epoch, err);
 		if (!*rc || *rc == -EAGAIN)

@@ -23,7 +23,7 @@
  *	time	-> "time REALTIME MONOTONIC CLOCKSOURCE", in microseconds
  *	slots	-> "slots TIMES", after the host bridge was told as often to show the firmware's
  *		   shadow as RAM or as ROM, so that the VMM has to lay out all memory anew
- *	start N US	-> "start ok": churn_start(), see churn.h
+ *	start N US	-> "start N US ok": churn_start(), see churn.h
  *	churn	-> "churn ROUNDS BAD"
  *	mem	-> "mem TOTAL FREE", in MiB
  *	once N	-> "once N ok", after N MiB were written and given back; "once N file": of files
@@ -460,7 +460,7 @@ int main(void)
 		} else if (!strncmp(line, "slots", 5)) {
 			change_slots();
 		} else if (sscanf(line, "start %lu %lu", &n, &rate) == 2) {
-			fprintf(ctl, "start %s\n", churn_start(n, rate) ?: "ok");
+			fprintf(ctl, "start %lu %lu %s\n", n, rate, churn_start(n, rate) ?: "ok");
 		} else if (!strncmp(line, "churn", 5)) {
 			fprintf(ctl, "churn %lu %lu\n", churn_rounds(), churn_bad());
 		} else if (!strncmp(line, "mem", 3)) {

@@ -109,6 +109,7 @@ void start_qemu(struct qemu *q)
 	q->sent_fd = -1;
 	q->got_socket = -1;
 	q->got_buffer = -1;
+	q->got_notify = -1;
 	q->running = true;
 	q->tok = json_tokener_new();
 	q->listener = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
@@ -130,6 +131,7 @@ void close_monitor(struct qemu *q)
 	close_fd(&q->sent_fd);
 	close_fd(&q->got_socket);
 	close_fd(&q->got_buffer);
+	close_fd(&q->got_notify);
 	json_tokener_reset(q->tok);
 	q->mute = false;
 }
@@ -628,7 +630,8 @@ static void do_qmp_cont(struct qemu *q)
 
 static void do_getfd(struct qemu *q, const char *name)
 {
-	int *fd = strstr(name, "socket") ? &q->got_socket : &q->got_buffer;
+	int *fd = strstr(name, "socket") ? &q->got_socket :
+		  strstr(name, "packets") ? &q->got_notify : &q->got_buffer;
 
 	CHECK(q->sent_fd >= 0, "getfd without a file descriptor");
 	close_fd(fd);

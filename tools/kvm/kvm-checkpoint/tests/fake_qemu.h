@@ -72,7 +72,7 @@ struct fake_disk {
 extern struct qemu {
 	struct block blocks[NR_BLOCKS];
 	int listener, monitor, sock, buffer;
-	int sent_fd, got_socket, got_buffer;
+	int sent_fd, got_socket, got_buffer, got_notify;
 	struct json_tokener *tok;
 	bool attached, running, stopped, mute;
 	uint64_t generation;
@@ -128,6 +128,7 @@ extern struct qemu {
 	uint64_t hint_page, hint_pages;
 	uint64_t packets, released;
 	unsigned int released_all, dropped_all;
+	unsigned int notified;		/* how often the client was told that there are some */
 	pid_t client;
 } qemu;
 

@@ -142,6 +142,37 @@ void test_states_take(void)
 	states_epochs(true);
 }
 
+/* What is free is given back, as reports of free pages do: also by the standby */
+static const char *reports(struct qemu *q, const char *command)
+{
+	uint64_t now;
+
+	if (strcmp(command, STOP))
+		return NULL;
+	if (q->stops == 4) {
+		memset(q->blocks[0].ram + q->states_page * KC_PAGE_SIZE + gfn_of(q, 3000), 1, 2900);
+		memset(q->undefined + 3000, 1, 2900);
+		give_back(q, 3000, 2900);
+	}
+	now = blocks_of(path_of("ram/ram0"));
+	least = now < least ? now : least;
+	return NULL;
+}
+
+void test_states_reports(void)
+{
+	qemu.blocks[0].npages = 6000;
+	qemu.hook = reports;
+	least = UINT64_MAX;
+	start_qemu(&qemu);
+	start_states(&qemu, 5);
+	start_standby(path_of("ram"), "--no-fence", "--timeout", "2s", "--insecure");
+	protect_epochs(spec(), "20");
+	stop_standby(SIGTERM);
+	CHECK(snap_of_standby(path_of("ram")) == qemu.nr_snaps - 1, "it has another epoch");
+	CHECK(least < 5000, "the standby keeps %lu of 6000 pages", least);
+}
+
 /*
  * While it is copied another kernel takes the guest over, of whose pages the old table says that
  * they are not used, and which has none.

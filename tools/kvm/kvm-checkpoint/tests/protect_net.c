@@ -63,6 +63,53 @@ static void held_while_silent(void)
 	CHECK(qemu.holds_begun == 1, "it begins to hold packets %u times", qemu.holds_begun);
 }
 
+/* The guest has sent something since the last state: QEMU says so once */
+static void sends(void)
+{
+	const uint64_t one = 1;
+
+	CHECK(qemu.got_notify >= 0, "it does not want to know of packets");
+	CHECK(write(qemu.got_notify, &one, sizeof(one)) == sizeof(one), "it cannot be told");
+}
+
+/* There would be no epoch for an hour: each is one for packets, and its acknowledgement lets them go */
+void test_net_epochs(void)
+{
+	uint64_t before, i;
+
+	qemu.cards = ONE_CARD;
+	qemu.takes = true;
+	start_qemu(&qemu);
+	start_standby(path_of("ram"), "--no-fence", "--timeout", "0", "--insecure", "--control",
+		      path_of("ctl"));
+	start_protect(CHECKED, spec(), "--interval", "3600s", "--packet-epochs", NULL);
+	serve_until_log("protected since");
+	until_released(1);
+	for (i = 0; i < 20; i++) {
+		be_qemu_for(below(20));
+		before = qemu.packets;
+		sends();
+		until_released(before + 1);
+	}
+	CHECK(qemu.packets <= 1 + 2 * 20, "%" PRIu64 " epochs for 20 packets", qemu.packets);
+	be_qemu_for(200);
+	before = qemu.packets;
+	be_qemu_for(300);
+	CHECK(qemu.packets == before, "there are epochs without packets");
+
+	/* Not one after the other into a link that nothing comes back from */
+	freeze(standby);
+	sends();
+	be_qemu_for(300);
+	before = qemu.packets;
+	sends();
+	be_qemu_for(300);
+	CHECK(qemu.packets == before, "an epoch begins that others are in the way of");
+	kill(standby, SIGCONT);
+	until_released(before + 1);
+	finish(0);
+}
+
 void test_net(void)
 {
 	begin(NULL, NULL);

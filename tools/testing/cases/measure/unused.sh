@@ -3,7 +3,7 @@
 # shellcheck disable=SC2034 # MB, CPU, MORE and APPEND are for common
 # WHAT: What memory that the guest does not use costs: first copies, epochs and pauses, by how the host learns of it.
 . /bin/lib.sh
-MB=${MB:-1024}
+MB=1024
 SMP=1
 field() { sed "s/.*\"$1\"://; s/[,}].*//"; }
 p50() { sort -n | { n=0; while read -r x; do n=$((n + 1)); eval "v$n=$x"; done; eval "echo \${v$(((n + 1) / 2))}"; }; }
