@@ -241,6 +241,8 @@ void start_protect(struct protect *p, struct vm *vm, struct pair *x, const char 
 	a.v[a.n++] = "300s";
 	a.v[a.n++] = "--disk";
 	a.v[a.n++] = guest_has_ledger ? "node=virtio2" : "external";
+	if (packet_epochs)
+		a.v[a.n++] = "--packet-epochs";
 	if (net_option) {
 		a.v[a.n++] = "--net";
 		a.v[a.n++] = (char *)net_option;

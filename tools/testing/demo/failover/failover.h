@@ -42,6 +42,7 @@ extern bool guest_has_net;
 /* It has a database on a disk of its own, and clients; what is said of its network, NULL for nothing */
 extern bool guest_has_ledger;
 extern const char *net_option;
+extern bool packet_epochs;
 extern const char *interval;	/* of epochs, but for tests that say so */
 extern const char *old_qemu, *old_checkpoint;
 extern const char *max_dirty;	/* argument of --max-dirty, or NULL */

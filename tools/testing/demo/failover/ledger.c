@@ -396,31 +396,32 @@ bool test_latency(unsigned int n)
 {
 	static const char * const intervals[] = { "10ms", "25ms", "50ms", "100ms" };
 	uint64_t *us = calloc(n, sizeof(*us)), pause, every;
-	unsigned int i, pass;
+	static const char * const ways[] = { "--net commit", "--packet-epochs", "--net pass" };
+	unsigned int i;
 	bool ok;
 
 	ok = us && boot_ledger() && ask_questions(n, us);
 	if (ok) {
-		printf("TABLE\n%-24s %10s %10s %12s %12s\n", "us, a question's answer", "p50",
+		printf("TABLE\n%-26s %10s %10s %12s %12s\n", "us, a question's answer", "p50",
 		       "p99", "pause p50", "epochs every");
-		printf("%-24s %10lu %10lu\n", "not protected", us[n / 2], us[n * 99 / 100]);
+		printf("%-26s %10lu %10lu\n", "not protected", us[n / 2], us[n * 99 / 100]);
 	}
-	for (i = 0; ok && i < 2 * ARRAY_SIZE(intervals); i++) {
+	for (i = 0; ok && i < 3 * ARRAY_SIZE(intervals); i++) {
 		struct pair x = { .timeout_ms = 0, .safe = FENCE };
 		char name[40];
 
-		pass = i % 2;
-		net_option = pass ? "pass" : NULL;
-		ok = begin_with(&x, intervals[i / 2]) && ask_questions(n, us);
-		snprintf(name, sizeof(name), "%s, --net %s", intervals[i / 2],
-			 pass ? "pass" : "commit");
+		net_option = i % 3 == 2 ? "pass" : NULL;
+		packet_epochs = i % 3 == 1;
+		ok = begin_with(&x, intervals[i / 3]) && ask_questions(n, us);
+		snprintf(name, sizeof(name), "%s, %s", intervals[i / 3], ways[i % 3]);
 		median_epoch(&pause, &every);
 		if (ok)
-			printf("%-24s %10lu %10lu %12lu %12lu\n", name, us[n / 2],
+			printf("%-26s %10lu %10lu %12lu %12lu\n", name, us[n / 2],
 			       us[n * 99 / 100], pause, every);
 		end(&x);
 	}
 	net_option = NULL;
+	packet_epochs = false;
 	if (ok)
 		printf("END\n");
 	free(us);

@@ -38,6 +38,7 @@ unsigned int guest_rate = 400;
 unsigned int guest_tells;
 bool guest_has_net, guest_has_ledger;
 const char *net_option;
+bool packet_epochs;
 const char *interval = "50ms";
 const char *old_qemu, *old_checkpoint, *protect_with;
 const char *max_dirty, *chain;
