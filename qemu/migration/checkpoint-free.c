@@ -24,6 +24,9 @@
 #include "ram.h"
 #include "checkpoint.h"
 
+/* A guest that names pages again and again is not listened to any more */
+#define MAX_HINTS   (1 << 20)
+
 static bool discarded;
 
 static struct {
@@ -35,6 +38,11 @@ static struct {
 void checkpoint_memory_discarded(void)
 {
     discarded = true;
+}
+
+bool checkpoint_has_discarded(void)
+{
+    return discarded;
 }
 
 bool checkpoint_take_discarded(void)
@@ -87,7 +95,7 @@ bool checkpoint_free_page_hint(void *addr, size_t len)
     }
 
     QEMU_LOCK_GUARD(&hints.lock);
-    if (hints.pages) {
+    if (hints.pages && hints.pages->len < MAX_HINTS) {
         g_array_append_val(hints.pages, run);
     }
     return true;
@@ -124,7 +132,11 @@ bool checkpoint_ask_hints(CheckpointHintsAction action, Error **errp)
     case CHECKPOINT_HINTS_ACTION_START:
         g_array_free(checkpoint_take_hints(), true);
         qatomic_set(&hints.wanted, true);
-        return !precopy_notify(PRECOPY_NOTIFY_AFTER_BITMAP_SYNC, errp);
+        if (precopy_notify(PRECOPY_NOTIFY_AFTER_BITMAP_SYNC, errp)) {
+            qatomic_set(&hints.wanted, false);
+            return false;
+        }
+        return true;
     case CHECKPOINT_HINTS_ACTION_STOP:
         /* When this returns nobody is in the midst of one */
         return !precopy_notify(PRECOPY_NOTIFY_BEFORE_BITMAP_SYNC, errp);

@@ -453,6 +453,7 @@ CheckpointStopped *qmp_x_checkpoint_stop(bool has_limit_ms, uint32_t limit_ms,
     stopped->loadable = client.loadable;
     stopped->page_states = checkpoint_page_states();
     stopped->has_page_states = stopped->page_states;
+    stopped->discarded = checkpoint_has_discarded();
     stopped->has_lost = client.lost;
     stopped->lost = g_strdup(client.lost);
     return stopped;
@@ -641,6 +642,7 @@ CheckpointTaken *qmp_x_checkpoint_take(uint32_t limit_ms, bool has_lease_us,
 
     hold.stopped_ns = hold.since_ns = get_clock();
     checkpoint_brief_stop();
+    told.discarded = checkpoint_has_discarded();
     states = checkpoint_page_states();
     if (states) {
         told.states_block = states->block;

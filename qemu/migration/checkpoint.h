@@ -61,7 +61,8 @@ typedef struct CheckpointPages {
  * checkpoint-free.c
  */
 
-/* Whether memory was given back to the host since it was asked last */
+/* Whether memory was given back to the host since it was taken last */
+bool checkpoint_has_discarded(void);
 bool checkpoint_take_discarded(void);
 
 bool checkpoint_ask_hints(CheckpointHintsAction action, Error **errp);

@@ -34,6 +34,15 @@
 #include "ram.h"
 #include "page-states.h"
 
+static bool has_states(CPUState *cpu)
+{
+#if defined(CONFIG_KVM) && defined(TARGET_I386)
+    return kvm_enabled() && cpu && kvm_arch_has_page_states(cpu);
+#else
+    return false;
+#endif
+}
+
 static uint64_t states_msr(CPUState *cpu)
 {
 #if defined(CONFIG_KVM) && defined(TARGET_I386)
@@ -56,14 +65,15 @@ bool page_states_locate(PageStates *ps)
     hwaddr gpa;
 
     ps->nr = 0;
-    if (!kvm_enabled() || !first_cpu) {
+    ps->stopped = !runstate_is_running();
+    if (!has_states(first_cpu)) {
         return false;
     }
     /* A vCPU that runs has to come out for it */
-    if (runstate_is_running()) {
-        run_on_cpu(first_cpu, read_msr, RUN_ON_CPU_HOST_PTR(&msr));
-    } else {
+    if (ps->stopped) {
         msr = states_msr(first_cpu);
+    } else {
+        run_on_cpu(first_cpu, read_msr, RUN_ON_CPU_HOST_PTR(&msr));
     }
     if (!(msr & KVM_MSR_ENABLED)) {
         return false;
@@ -98,21 +108,35 @@ bool page_states_locate(PageStates *ps)
  * Migration
  */
 
+/* Of a guest that runs; it may be of a while ago, which the last sync makes up for */
+static PageStates running;
+
 typedef struct Filter {
     const PageStates *states;
-    bool stopped;
     int64_t more;
 } Filter;
 
-static bool is_unused(const PageStates *ps, uint64_t gfn)
+void page_states_prepare(void)
 {
-    return gfn < ps->nr && qatomic_read(&ps->table[gfn]) == KVM_PAGE_UNUSED;
+    running.nr = 0;
+    if (runstate_is_running()) {
+        page_states_locate(&running);
+    }
+}
+
+/* None of 8 pages is unused, or is known to be left out */
+static bool is_plain(const PageStates *ps, uint64_t gfn, RAMBlock *rb,
+                     uint64_t page)
+{
+    return gfn + 8 <= ps->nr && !ldq_he_p(ps->table + gfn) &&
+           find_next_bit(rb->left_out, page + 8, page) == page + 8;
 }
 
 /*
- * All of the RAM block that the guest has at these addresses.  While it runs
- * left_out gathers what is left out; when it stands still, what is unused is
- * taken from there: what stays is used.
+ * All of the RAM block that the guest has at these addresses.  A page that is left
+ * out stays noted until it is dirty and used: then it is sent after KVM has been
+ * told to protect it again (clear_bmap).  Before that its bit in KVM's log may be
+ * set already, and tell of nothing new.
  */
 static bool filter_range(Int128 start, Int128 len, const MemoryRegion *mr,
                          hwaddr offset_in_region, void *opaque)
@@ -122,60 +146,97 @@ static bool filter_range(Int128 start, Int128 len, const MemoryRegion *mr,
     uint64_t page = offset_in_region >> TARGET_PAGE_BITS;
     RAMBlock *rb = mr->ram ? mr->ram_block : NULL;
     Filter *f = opaque;
+    const PageStates *ps = f->states;
 
     if (!rb || !rb->bmap || !rb->left_out) {
         return false;
     }
     for (i = 0; i < n; i++) {
-        if (!is_unused(f->states, gfn + i)) {
+        if (i + 8 <= n && is_plain(ps, gfn + i, rb, page + i)) {
+            i += 7;
             continue;
         }
-        if (test_and_clear_bit(page + i, rb->bmap)) {
-            f->more--;
-        }
-        if (f->stopped) {
-            clear_bit(page + i, rb->left_out);
-        } else {
+        if (gfn + i < ps->nr &&
+            qatomic_read(&ps->table[gfn + i]) == KVM_PAGE_UNUSED) {
+            if (test_and_clear_bit(page + i, rb->bmap)) {
+                f->more--;
+            }
             set_bit(page + i, rb->left_out);
+            if (rb->now_used) {
+                clear_bit(page + i, rb->now_used);
+            }
+        } else if (test_bit(page + i, rb->bmap)) {
+            clear_bit(page + i, rb->left_out);
         }
     }
     return false;
 }
 
+/* The guest stands still: what was left out and is used has to be sent */
 static void take_in(RAMBlock *rb, Filter *f)
 {
     uint64_t npages = rb->used_length >> TARGET_PAGE_BITS, page;
 
-    for (page = find_first_bit(rb->left_out, npages); page < npages;
-         page = find_next_bit(rb->left_out, npages, page + 1)) {
+    for (page = find_first_bit(rb->now_used, npages); page < npages;
+         page = find_next_bit(rb->now_used, npages, page + 1)) {
         clear_bit(page, rb->left_out);
         if (!test_and_set_bit(page, rb->bmap)) {
             f->more++;
         }
     }
+    g_free(rb->now_used);
+    rb->now_used = NULL;
 }
 
-int64_t page_states_filter(const PageStates *ps)
+/* Its block may have been unplugged since it was located */
+static bool is_there(const PageStates *ps)
 {
-    Filter f = { .states = ps, .stopped = !runstate_is_running() };
+    RAMBlock *rb;
+
+    RAMBLOCK_FOREACH_MIGRATABLE(rb) {
+        if (rb == ps->block) {
+            return true;
+        }
+    }
+    return false;
+}
+
+int64_t page_states_filter(void)
+{
+    PageStates now = { .stopped = !runstate_is_running() };
+    Filter f = { .states = &now };
     RAMBlock *rb;
 
     /* Who asks for a page that was left out would wait for ever */
     if (migrate_postcopy_ram()) {
         return 0;
     }
-    RCU_READ_LOCK_GUARD();
-    if (ps->nr) {
-        RAMBLOCK_FOREACH_MIGRATABLE(rb) {
-            if (rb->bmap && !rb->left_out) {
-                rb->left_out = bitmap_new(rb->max_length >> TARGET_PAGE_BITS);
-            }
+    if (now.stopped) {
+        page_states_locate(&now);
+    } else {
+        now = running;
+    }
+    if (now.nr && !is_there(&now)) {
+        now.nr = 0;
+    }
+    RAMBLOCK_FOREACH_MIGRATABLE(rb) {
+        uint64_t max = rb->max_length >> TARGET_PAGE_BITS;
+
+        if (rb->bmap && !rb->left_out && now.nr) {
+            rb->left_out = bitmap_new(max);
         }
+        if (rb->bmap && rb->left_out && now.stopped) {
+            /* Unless the table says otherwise */
+            rb->now_used = bitmap_new(max);
+            bitmap_copy(rb->now_used, rb->left_out, max);
+        }
+    }
+    if (now.nr) {
         flatview_for_each_range(address_space_to_flatview(&address_space_memory),
                                 filter_range, &f);
     }
     RAMBLOCK_FOREACH_MIGRATABLE(rb) {
-        if (f.stopped && rb->bmap && rb->left_out) {
+        if (rb->now_used) {
             take_in(rb, &f);
         }
     }

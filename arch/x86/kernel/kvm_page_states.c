@@ -187,6 +187,13 @@ void __init kvm_page_states_init(void)
 	unsigned long nr = max_t(unsigned long, max_pfn, max_possible_pfn);
 	const char *why;
 
+	/*
+	 * What could be plugged in may be far more than there is: no more than 1/64 of memory for
+	 * a table. Without room for it, this is off from when it is plugged in.
+	 */
+	if (nr / (PAGE_SIZE / 64) > max_pfn)
+		nr = max_pfn;
+
 	if (!kvm_para_has_feature(KVM_FEATURE_PAGE_STATES))
 		return;
 

@@ -168,6 +168,8 @@ int guest_take_brief(struct guest *g, struct guest_epoch *e, struct kc_err *err)
 		g->opts.stopped(g->opts.idle_ctx);
 	t[1] = kc_now_us();
 	guest_take_states(g, told.states_block, told.states_page, told.states_nr);
+	/* Before the first copy: to read what was given back would be to take it back */
+	g->dirty.has_holes |= !!told.discarded;
 	e->was_running = true;
 	e->waits_for[0] = '\0';
 	strcpy(e->status, "paused");

@@ -192,13 +192,14 @@ int guest_copy_dirty(struct guest *g, struct copy *c, uint64_t max)
 				return -ENOMEM;
 		}
 		/* After that: what was given back is to be given back elsewhere, too */
-		guest_drop_unused(g, w->block, w->word);
+		guest_drop_unused(g, c, w->block, w->word);
 		while (*bits && max) {
 			uint64_t page = w->word * 64 + __builtin_ctzll(*bits);
 
 			c->pages[c->nr] = (struct copied_page){ w->block, page, c->nr, false };
 			memcpy(c->data + c->nr * KC_PAGE_SIZE,
 			       g->blocks[w->block].map + page * KC_PAGE_SIZE, KC_PAGE_SIZE);
+			guest_is_copied(g, w->block, page);
 			c->nr++;
 			*bits &= *bits - 1;
 			d->pages--;

@@ -279,7 +279,7 @@ int guest_collect(struct guest *g, struct kc_err *err)
 
 int guest_copy_running(struct guest *g, struct guest_epoch *e, uint64_t max, struct kc_err *err)
 {
-	e->copy.nr = e->copy.nr_holes = 0;
+	copy_reset(&e->copy);
 	if (guest_copy_dirty(g, &e->copy, max))
 		return kc_fail(err, ENOMEM, "no memory for copies of dirty pages");
 	copy_sort(&e->copy);
@@ -297,6 +297,14 @@ int guest_undo_copy(struct guest *g, struct copy *c)
 
 		rc = dirty_add(&g->dirty, h->block, h->page, h->n);
 		g->dirty.has_holes = true;
+	}
+	/* Whether the guest still stood still when they were left out is not known */
+	for (; c->nr_dropped && !rc; c->nr_dropped--) {
+		const struct dropped_word *w = &c->dropped[c->nr_dropped - 1];
+		uint64_t left;
+
+		for (left = w->bits; left && !rc; left &= left - 1)
+			rc = dirty_add(&g->dirty, w->block, w->word * 64 + __builtin_ctzll(left), 1);
 	}
 	return rc;
 }
@@ -478,7 +486,7 @@ int guest_take(struct guest *g, struct guest_epoch *e, struct kc_err *err)
 	char lost[200], blocked[200];
 	int rc;
 
-	e->copy.nr = e->copy.nr_holes = 0;
+	copy_reset(&e->copy);
 	e->resumed = false;
 	rc = guest_take_brief(g, e, err);
 	if (rc <= 0)
@@ -506,6 +514,8 @@ int guest_take(struct guest *g, struct guest_epoch *e, struct kc_err *err)
 	snprintf(blocked, sizeof(blocked), "%s", qmp_str(o, "blocked"));
 	loadable = qmp_bool(o, "loadable");
 	guest_read_states(g, o);
+	/* Before the first copy: to read what was given back would be to take it back */
+	g->dirty.has_holes |= qmp_bool(o, "discarded");
 	json_object_put(o);
 	if (*lost || !loadable)
 		return take_nothing(g, e, lost, blocked, err);

@@ -50,12 +50,20 @@ struct copied_hole {
 	size_t at;			/* copies from there on were made later */
 };
 
+/* Pages of a word that were not copied, as the guest does not use them */
+struct dropped_word {
+	uint32_t block;
+	uint64_t word, bits;
+};
+
 struct copy {
 	struct copied_page *pages;
 	uint8_t *data;
 	size_t nr, max;
 	struct copied_hole *holes;
 	size_t nr_holes, max_holes;
+	struct dropped_word *dropped;
+	size_t nr_dropped, max_dropped;
 };
 
 /* Pages that the guest has at addresses in a row */
@@ -299,18 +307,25 @@ bool guest_is_hole(struct guest_holes *h, int fd, uint64_t page);
 int guest_copy_dirty(struct guest *g, struct copy *c, uint64_t max);
 void copy_sort(struct copy *c);
 
+static inline void copy_reset(struct copy *c)
+{
+	c->nr = c->nr_holes = c->nr_dropped = 0;
+}
+
 /* states.c */
 
 /* Says the guest that it does not use it?  What that is worth, and when, see there. */
 bool guest_is_unused(const struct guest *g, uint32_t block, uint64_t page);
 /* Likewise; and if so, it is left out of a first copy */
 bool guest_skips(struct guest *g, uint32_t block, uint64_t page);
-/* Of dirty pages of a word: unused ones are not dirty any more */
-void guest_drop_unused(struct guest *g, uint32_t block, uint64_t word);
-/* Where there is a table: what is left out of a copy from now on is noted */
-int guest_note_skipped(struct guest *g, struct kc_err *err);
+/* Of dirty pages of a word: unused ones are not dirty any more; @c remembers them */
+void guest_drop_unused(struct guest *g, struct copy *c, uint32_t block, uint64_t word);
+/* A page that was left out is copied after all */
+void guest_is_copied(struct guest *g, uint32_t block, uint64_t page);
+/* What is left out of a copy from now on is noted; @again: besides what is noted already */
+int guest_note_skipped(struct guest *g, bool again, struct kc_err *err);
 void guest_forget_skipped(struct guest *g);
-/* In a pause: what was left out and is used now gets dirty */
+/* What was left out and is used now gets dirty: in a pause it is final */
 int guest_check_skipped(struct guest *g);
 /* Where QEMU says that the table is; @nr 0: nowhere */
 void guest_take_states(struct guest *g, uint64_t qemu_block, uint64_t page, uint64_t nr);

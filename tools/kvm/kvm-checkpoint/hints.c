@@ -38,8 +38,13 @@ static int ask(struct guest *g, const char *action, uint64_t *nr, uint64_t *offs
 
 static void set_bits(uint64_t *bits, uint64_t page, uint64_t n)
 {
-	for (; n; page++, n--)
-		bits[page / 64] |= 1ull << page % 64;
+	while (n) {
+		uint64_t first = page % 64, here = 64 - first < n ? 64 - first : n;
+
+		bits[page / 64] |= (here == 64 ? ~0ull : (1ull << here) - 1) << first;
+		page += here;
+		n -= here;
+	}
 }
 
 /* What it has said since the last time: how many runs, or a negative errno */
@@ -61,6 +66,9 @@ static int take(struct guest *g, const char *action, struct kc_err *err)
 			return kc_fail(err, ESTALE,
 				       "QEMU has hints of memory that was not there before: protect the guest anew");
 		set_bits(g->hinted[block], run.page, run.npages);
+		/* Who says a lot must not keep the standby from hearing of us */
+		if (!(i % 1024) && g->qmp.idle && g->qmp.idle(g->qmp.idle_ctx))
+			break;
 	}
 	return rc ? rc : nr > 0;
 }
@@ -107,11 +115,14 @@ int guest_begin_hints(struct guest *g, struct kc_err *err)
 			last = now;
 		if (last ? now - last > 2 * PAUSE_US || now - begun > END_US :
 		    now - begun > BEGIN_US)
-			return 0;
+			break;
 		if (g->qmp.idle && g->qmp.idle(g->qmp.idle_ctx))
-			return 0;
+			break;
 		usleep(PAUSE_US);
 	}
+	/* It need not go on */
+	rc = take(g, "stop", err);
+	return rc < 0 ? rc : 0;
 }
 
 bool guest_is_hinted(const struct guest *g, uint32_t block, uint64_t page)

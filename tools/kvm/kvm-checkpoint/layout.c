@@ -109,7 +109,8 @@ int guest_take_layout(struct guest *g, struct json_object *layout, struct kc_err
 	json_object_object_get_ex(layout, "devices", &devices);
 	json_object_object_get_ex(layout, "ranges", &ranges);
 	if (!json_object_is_type(blocks, json_type_array) ||
-	    !json_object_is_type(slots, json_type_array) || !qmp_u64(layout, "generation"))
+	    !json_object_is_type(slots, json_type_array) ||
+	    !json_object_is_type(ranges, json_type_array) || !qmp_u64(layout, "generation"))
 		return kc_fail(err, EPROTO,
 			       "QEMU's layout makes no sense: is its patch another version's?");
 	if (qmp_u64(layout, "page-size") != KC_PAGE_SIZE)

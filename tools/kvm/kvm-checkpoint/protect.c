@@ -474,6 +474,7 @@ int cmd_protect(int argc, char **argv)
 	kc_disks_free(&p);
 	free(p.epoch.copy.pages);
 	free(p.epoch.copy.holes);
+	free(p.epoch.copy.dropped);
 	free(p.epoch.state);
 	kc_status_free(p.status);
 	return status;

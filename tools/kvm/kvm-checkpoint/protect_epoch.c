@@ -341,7 +341,7 @@ enum where kc_epoch_first(struct protect *p, int *rc, struct kc_err *err)
 	if (*rc)
 		return SINK;
 	p->nr++;
-	*rc = guest_note_skipped(&p->guest, err);
+	*rc = guest_note_skipped(&p->guest, again, err);
 	if (!*rc && !again)
 		*rc = guest_begin_hints(&p->guest, err);
 	if (*rc)
@@ -365,6 +365,9 @@ enum where kc_epoch_first(struct protect *p, int *rc, struct kc_err *err)
 
 	for (pass = 0; pass < MAX_PASSES; pass++) {
 		*rc = guest_collect(&p->guest, err);
+		/* What is used by now need not wait for the pause */
+		if (!*rc && guest_check_skipped(&p->guest))
+			*rc = kc_fail(err, ENOMEM, "no memory for the list of dirty pages");
 		if (*rc)
 			return GUEST;
 		if (p->guest.dirty.pages <= FEW_PAGES || p->guest.dirty.pages > before / 10 * 9)

@@ -86,7 +86,7 @@ bool kc_sent_again(struct protect *p)
 		struct sent_epoch *e = &p->sent[i];
 
 		for (k = 0; e->nr > last && k < e->nr_pages; k++) {
-			p->guest.dirty.has_holes |= e->pages[k].n > 1;
+			p->guest.dirty.has_holes = true;
 			if (dirty_add(&p->guest.dirty, e->pages[k].block, e->pages[k].page,
 				      e->pages[k].n)) {
 				kc_sent_forget(p);

@@ -90,7 +90,7 @@ static int map_blocks(struct kc_ram *ram, bool create, void (*progress)(void *ct
 			return kc_ram_fail(err, ram, "map a block of RAM");
 		}
 		kc_no_dump(ram->map[i], size);
-		rc = kc_ram_find_holes(ram, i, err);
+		rc = kc_ram_find_holes(ram, i, create, err);
 		if (rc)
 			return rc;
 	}
@@ -320,11 +320,6 @@ void kc_ram_close(struct kc_ram *ram)
 const struct kc_guest *kc_ram_guest(const struct kc_ram *ram)
 {
 	return ram->has_guest ? &ram->guest : NULL;
-}
-
-void kc_ram_keep_memory(struct kc_ram *ram)
-{
-	ram->keeps_memory = true;
 }
 
 void kc_ram_set_trial(struct kc_ram *ram, const struct kc_ram_trial *trial)

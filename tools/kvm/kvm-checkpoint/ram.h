@@ -112,10 +112,10 @@ struct kc_ram_trial {
 };
 
 /*
- * All of the RAM stays allocated, also what the guest gives back.  Otherwise it may be that there is
- * no memory for it when the guest that goes on wants it again.
+ * All of the RAM is allocated from now on, also what the guest gave back or will.  Otherwise it may
+ * be that there is no memory for it when the guest that goes on wants it again.
  */
-void kc_ram_keep_memory(struct kc_ram *ram);
+int kc_ram_keep_memory(struct kc_ram *ram, struct kc_err *err);
 
 /* To be asked for each epoch from now on; stays valid. */
 void kc_ram_set_trial(struct kc_ram *ram, const struct kc_ram_trial *trial);

@@ -60,7 +60,7 @@ struct kc_ram {
 	int fd[KC_MAX_BLOCKS];
 	uint64_t *punched[KC_MAX_BLOCKS];	/* a bit for each page: it has no memory */
 	uint64_t nr_punched;
-	bool keeps_memory;	/* and none ever is without */
+	bool keeps_memory;	/* none is to be without */
 	int disk[KC_MAX_DISKS];	/* -1: not open */
 	char *disk_path[KC_MAX_DISKS];
 	unsigned int nr_paths;
@@ -97,8 +97,8 @@ int kc_ram_sync_disks(struct kc_ram *ram, struct kc_err *err);
 
 /* --- ram_pages.c: pages of blocks and disks, as of the last complete epoch -- */
 
-/* Of a block that was just mapped: what its file has no memory for */
-int kc_ram_find_holes(struct kc_ram *ram, uint32_t block, struct kc_err *err);
+/* Of a block that was just mapped: what its file has no memory for; @new: nothing was written yet */
+int kc_ram_find_holes(struct kc_ram *ram, uint32_t block, bool new, struct kc_err *err);
 /* A page of RAM, to be read */
 const void *kc_ram_page(const struct kc_ram *ram, uint32_t block, uint64_t page);
 /* Once that was done the page can be written */

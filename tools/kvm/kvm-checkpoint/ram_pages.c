@@ -18,7 +18,7 @@
 
 static bool is_punched(const struct kc_ram *ram, uint32_t block, uint64_t page)
 {
-	return ram->nr_punched && ram->punched[block] &&
+	return ram->nr_punched && block < KC_DISK_BLOCK && ram->punched[block] &&
 	       ram->punched[block][page / 64] & 1ull << page % 64;
 }
 
@@ -36,39 +36,61 @@ static void set_punched(struct kc_ram *ram, uint32_t block, uint64_t page, uint6
 	}
 }
 
-int kc_ram_find_holes(struct kc_ram *ram, uint32_t block, struct kc_err *err)
+int kc_ram_find_holes(struct kc_ram *ram, uint32_t block, bool new, struct kc_err *err)
 {
 	off_t size = ram->guest.blocks[block].npages * KC_PAGE_SIZE, at, end;
 
 	ram->punched[block] = calloc(ram->guest.blocks[block].npages / 64 + 1, sizeof(uint64_t));
 	if (!ram->punched[block])
 		return kc_fail(err, ENOMEM, "out of memory");
-	/* A file system that knows of none has none. */
-	for (at = 0; at < size; at = end) {
+	/*
+	 * A file system that knows of none has none.  Pages that are allocated and were never written
+	 * look like holes, too, and cost a look when they are: so in a new file they are not looked for.
+	 */
+	for (at = 0; !new && at < size; at = end) {
 		at = lseek(ram->fd[block], at, SEEK_HOLE);
 		if (at < 0 || at >= size)
 			break;
 		end = lseek(ram->fd[block], at, SEEK_DATA);
 		if (end < 0 || end > size)
 			end = size;
-		set_punched(ram, block, at / KC_PAGE_SIZE, end / KC_PAGE_SIZE - at / KC_PAGE_SIZE,
-			    true);
+		/* Whole pages: a part of one has data */
+		at = (at + KC_PAGE_SIZE - 1) / KC_PAGE_SIZE * KC_PAGE_SIZE;
+		if (at < end)
+			set_punched(ram, block, at / KC_PAGE_SIZE, (end - at) / KC_PAGE_SIZE, true);
 	}
+	return 0;
+}
+
+static int allocate(struct kc_ram *ram, uint32_t block, uint64_t page, uint64_t n,
+		    struct kc_err *err)
+{
+	int rc;
+
+	do {
+		rc = posix_fallocate(ram->fd[block], page * KC_PAGE_SIZE, n * KC_PAGE_SIZE);
+	} while (rc == EINTR);
+	if (rc)
+		return kc_fail(err, rc, "cannot allocate memory of block %s in %s again: %s",
+			       ram->guest.blocks[block].name, ram->path, strerror(rc));
+	set_punched(ram, block, page, n, false);
 	return 0;
 }
 
 int kc_ram_reserve(struct kc_ram *ram, uint32_t block, uint64_t page, struct kc_err *err)
 {
-	int rc;
+	return is_punched(ram, block, page) ? allocate(ram, block, page, 1, err) : 0;
+}
 
-	if (block >= KC_DISK_BLOCK || !is_punched(ram, block, page))
-		return 0;
-	rc = posix_fallocate(ram->fd[block], page * KC_PAGE_SIZE, KC_PAGE_SIZE);
-	if (rc)
-		return kc_fail(err, rc, "cannot allocate memory of block %s in %s again: %s",
-			       ram->guest.blocks[block].name, ram->path, strerror(rc));
-	set_punched(ram, block, page, 1, false);
-	return 0;
+int kc_ram_keep_memory(struct kc_ram *ram, struct kc_err *err)
+{
+	uint32_t i;
+	int rc = 0;
+
+	ram->keeps_memory = true;
+	for (i = 0; ram->has_guest && i < ram->guest.nr_blocks && !rc; i++)
+		rc = allocate(ram, i, 0, ram->guest.blocks[i].npages, err);
+	return rc;
 }
 
 const void *kc_ram_page(const struct kc_ram *ram, uint32_t block, uint64_t page)
@@ -116,13 +138,16 @@ int kc_ram_write_zeros(struct kc_ram *ram, uint32_t block, uint64_t page, uint64
 		       struct kc_err *err)
 {
 	static const uint8_t zeros[KC_PAGE_SIZE];
+	uint8_t old[KC_PAGE_SIZE];
 	int rc = 0;
 
 	for (; n && !rc; n--, page++) {
 		/* What is zero already needs no memory, and no room on a disk. */
-		if (block < KC_DISK_BLOCK && kc_is_zero_page(kc_ram_page(ram, block, page)))
+		if (is_punched(ram, block, page))
 			continue;
-		rc = kc_ram_write_page(ram, block, page, zeros, err);
+		rc = kc_ram_read_page(ram, block, page, old, err);
+		if (!rc && !kc_is_zero_page(old))
+			rc = kc_ram_write_page(ram, block, page, zeros, err);
 	}
 	return rc;
 }

@@ -103,8 +103,8 @@ static int write_end(struct kc_ram *ram, int fd, struct trailer *t, const char m
 static int settle_run(struct kc_ram *ram, const struct zero_run *z, bool punch,
 		      struct kc_err *err)
 {
-	const uint32_t *at = kc_ram_slot(ram, z->block, z->page);
-	uint64_t i, n;
+	uint32_t *at = kc_ram_slot(ram, z->block, z->page);
+	uint64_t i, n, k;
 	int rc = 0;
 
 	for (i = 0; i < z->npages && !rc; i += n) {
@@ -112,10 +112,11 @@ static int settle_run(struct kc_ram *ram, const struct zero_run *z, bool punch,
 
 		for (n = 1; i + n < z->npages && at[i + n] == at[i]; n++)
 			;
-		if (e.slot != SLOT_ZERO && e.slot != SLOT_HOLE) {
-			n = 1;
+		if (e.slot != SLOT_ZERO && e.slot != SLOT_HOLE)
 			continue;
-		}
+		/* Runs that overlap make no more entries than there are pages */
+		for (k = i; k < i + n; k++)
+			at[k] = SLOT_NONE;
 		e.npages = n;
 		if (!punch)
 			e.slot = SLOT_ZERO;

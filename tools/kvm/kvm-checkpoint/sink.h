@@ -320,7 +320,8 @@ int kc_epoch_page(struct kc_sink *sink, uint32_t block, uint64_t page, const voi
  * @hole: there is no memory behind them any more; a receiver need not have any either.
  * @err: why not.
  *
- * As that many kc_epoch_page(), but the time that it takes does not depend on @n.
+ * As that many kc_epoch_page(), in one record, and in no more time than it takes to look through the
+ * pages that are remembered for deltas.
  *
  * Return: 0 or a negative errno.
  */

@@ -524,8 +524,10 @@ int cmd_standby(int argc, char **argv)
 		kc_log(KC_LOG_ERROR, "%s", err.text[0] ? err.text : "out of memory");
 		goto out;
 	}
-	if (sb.keep_memory)
-		kc_ram_keep_memory(sb.ram);
+	if (sb.keep_memory && kc_ram_keep_memory(sb.ram, &err)) {
+		kc_log(KC_LOG_ERROR, "%s", err.text);
+		goto out;
+	}
 	g = kc_ram_guest(sb.ram);
 	if (kc_ram_flags(sb.ram) & KC_RAM_TAKEN_OVER) {
 		kc_log(KC_LOG_ERROR, "the guest in %s was taken over, its files are no checkpoint any more: when it needs them no more, remove %s",

@@ -10,7 +10,9 @@
  *
  * Of a guest that runs the table says nothing that lasts: it may be of a kernel that is gone a moment
  * later (kexec).  What was left out of a first copy is noted, therefore, and looked at once more in
- * the pause that ends it: what is used by then is copied then, written or not.
+ * the pause that ends it: what is used by then is copied then, written or not.  And if a pause comes
+ * to nothing, be it that the guest went on while this looked at its table, what was left out in it is
+ * dirty again.
  *
  * The table is the guest's own.  Whatever it says, nobody but the guest gets less than it should.
  */
@@ -66,30 +68,54 @@ bool guest_skips(struct guest *g, uint32_t block, uint64_t page)
 	return true;
 }
 
-void guest_drop_unused(struct guest *g, uint32_t block, uint64_t word)
+/* Room to remember one more word, or what is dropped would be lost if the epoch is */
+static bool has_room(struct copy *c)
 {
-	uint64_t *bits = &g->dirty.bits[block][word], left = *bits;
+	size_t max = c->max_dropped ? 2 * c->max_dropped : 256;
+	struct dropped_word *w;
 
-	if (!g->states.nr)
-		return;
-	for (; left; left &= left - 1) {
-		uint64_t page = word * 64 + __builtin_ctzll(left);
-
-		if (!guest_skips(g, block, page))
-			continue;
-		*bits &= ~(left & -left);
-		g->dirty.pages--;
-	}
+	if (c->nr_dropped < c->max_dropped)
+		return true;
+	w = realloc(c->dropped, max * sizeof(*w));
+	if (!w)
+		return false;
+	c->dropped = w;
+	c->max_dropped = max;
+	return true;
 }
 
-int guest_note_skipped(struct guest *g, struct kc_err *err)
+void guest_drop_unused(struct guest *g, struct copy *c, uint32_t block, uint64_t word)
+{
+	uint64_t *bits = &g->dirty.bits[block][word], left = *bits, dropped = 0;
+
+	if (!g->states.nr || !has_room(c))
+		return;
+	for (; left; left &= left - 1) {
+		if (guest_skips(g, block, word * 64 + __builtin_ctzll(left)))
+			dropped |= left & -left;
+	}
+	if (!dropped)
+		return;
+	*bits &= ~dropped;
+	g->dirty.pages -= __builtin_popcountll(dropped);
+	c->dropped[c->nr_dropped++] = (struct dropped_word){ block, word, dropped };
+}
+
+void guest_is_copied(struct guest *g, uint32_t block, uint64_t page)
+{
+	if (g->states.skipped[block])
+		g->states.skipped[block][page / 64] &= ~(1ull << page % 64);
+}
+
+int guest_note_skipped(struct guest *g, bool again, struct kc_err *err)
 {
 	unsigned int i;
 
-	guest_forget_skipped(g);
-	if (!g->states.nr)
-		return 0;
+	if (!again)
+		guest_forget_skipped(g);
 	for (i = 0; i < g->id.nr_blocks; i++) {
+		if (g->states.skipped[i])
+			continue;
 		g->states.skipped[i] = calloc(g->block_ids[i].npages / 64 + 1, sizeof(uint64_t));
 		if (!g->states.skipped[i]) {
 			guest_forget_skipped(g);
@@ -118,7 +144,7 @@ int guest_check_skipped(struct guest *g)
 	for (i = 0; i < g->id.nr_blocks; i++) {
 		uint64_t *skipped = g->states.skipped[i];
 
-		for (word = 0; skipped && word <= (g->block_ids[i].npages - 1) / 64; word++) {
+		for (word = 0; skipped && word * 64 < g->block_ids[i].npages; word++) {
 			for (left = skipped[word]; left && !rc; left &= left - 1) {
 				page = word * 64 + __builtin_ctzll(left);
 				if (guest_is_unused(g, i, page))

@@ -47,7 +47,7 @@
 
 #include "sink.h"
 
-#define KC_VERSION	3
+#define KC_VERSION	4
 #define KC_REC_HDR	8u
 #define KC_REC_MAX	(64u << 10)
 #define KC_REC_OPTIONAL	1u

@@ -326,9 +326,9 @@ static void do_stop(struct qemu *q, unsigned int limit_ms)
 	q->spoilt_by = NULL;
 	q->snaps_before = q->nr_snaps;
 	q->limit_us = ran && limit_ms ? kc_now_us() + limit_ms * 1000ull : 0;
-	answer(q, "{\"running\": %s, \"status\": \"%s\", \"loadable\": %s%s%s}",
+	answer(q, "{\"running\": %s, \"status\": \"%s\", \"loadable\": %s, \"discarded\": %s%s%s}",
 	       ran ? "true" : "false", q->stopped_as ? q->stopped_as : "paused",
-	       q->blocked ? "false" : "true", blocked, states_text(q));
+	       q->blocked ? "false" : "true", q->discarded ? "true" : "false", blocked, states_text(q));
 }
 
 /* The guest as it is now; its state says which of these it is */
@@ -520,7 +520,7 @@ static bool is_copied(struct qemu *q, uint64_t until_us)
 static void do_take(struct qemu *q, unsigned int limit_ms)
 {
 	struct told told = { .what = TOLD_STOPPED, .states_page = q->states_page,
-			     .states_nr = q->states_nr };
+			     .states_nr = q->states_nr, .discarded = q->discarded };
 	uint64_t until = kc_now_us() + limit_ms * 1000ull;
 	char more[200] = "";
 	bool copied;

@@ -9,6 +9,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -55,6 +56,25 @@ static void finish(void)
 	stop_standby(SIGTERM);
 	CHECK(of_one_epoch() == qemu.nr_snaps - 1, "the last epoch is missing");
 	CHECK(!qemu.disk.job && !qemu.disk.node, "it leaves QEMU mirroring");
+}
+
+/* Where the disk is zero, the standby's image need not have any room */
+void test_disk_sparse(void)
+{
+	struct stat st;
+
+	setenv("XDG_RUNTIME_DIR", dir, 1);
+	unsetenv("RUNTIME_DIRECTORY");
+	start_disk(&qemu, 8000);
+	memset(qemu.disk.data, 0, 8000 * KC_PAGE_SIZE);
+	start_qemu(&qemu);
+	with_standby();
+	start_protect(CHECKED, spec(), "--interval", "5ms", NULL);
+	serve_until_log("protected since");
+	CHECK(!stat(path_of("image"), &st), "there is no image");
+	CHECK(st.st_size == 8000l * KC_PAGE_SIZE && st.st_blocks < 6000 * 8,
+	      "of 8000 pages of zeros the image has %ld", (long)st.st_blocks / 8);
+	finish();
 }
 
 void test_disk(void)

@@ -115,6 +115,20 @@ void test_holes_kept(void)
 	CHECK(least >= 8192, "the standby keeps %lu of 8192 pages", least);
 }
 
+/* One that gave it back has it again when it is told to keep it */
+void test_holes_kept_later(void)
+{
+	unsigned int snap;
+
+	balloon_at_standby(NULL);
+	snap = qemu.nr_snaps - 1;
+	start_standby(path_of("ram"), "--no-fence", "--timeout", "2s", "--insecure", "--keep-memory");
+	CHECK(blocks_of(path_of("ram/ram0")) >= 8192, "it has %lu of 8192 pages",
+	      blocks_of(path_of("ram/ram0")));
+	stop_standby(SIGTERM);
+	CHECK(snap_of_standby(path_of("ram")) == snap, "it has another epoch");
+}
+
 /* --- Page states ------------------------------------------------------------ */
 
 static void states_epochs(bool takes)
@@ -140,6 +154,43 @@ void test_states(void)
 void test_states_take(void)
 {
 	states_epochs(true);
+}
+
+/*
+ * The guest went on while its table was looked at, and used pages of which it said that it does not
+ * by then: nothing comes of that epoch, and the next one has them.
+ */
+static bool goes_on_too_early(struct qemu *q, struct told *told)
+{
+	uint8_t *table = q->blocks[0].ram + q->states_page * KC_PAGE_SIZE + gfn_of(q, 0);
+	bool early = q->nr_snaps % 4 == 2;
+	uint64_t i;
+
+	for (i = 200; i < 260; i++) {
+		if (told->what == TOLD_SAVED) {
+			table[i] = q->nr_snaps % 4 == 3 ? 1 : table[i];
+			continue;
+		}
+		table[i] = 0;
+		if (early)
+			write_page(&q->blocks[0], i);
+		q->undefined[i] = q->undefined[i] && !early;
+	}
+	if (told->what == TOLD_SAVED && q->nr_snaps % 4 == 3)
+		q->spoilt_by = "run-state";
+	return true;
+}
+
+void test_states_spoilt(void)
+{
+	qemu.takes = true;
+	qemu.tells = goes_on_too_early;
+	qemu.blocks[0].npages = 1500;
+	start_qemu(&qemu);
+	start_states(&qemu, 1234);
+	protect_epochs(path_of("store"), "25");
+	check_store(&last);
+	CHECK(last > 25 && qemu.nr_taken == 26, "epochs are missing");
 }
 
 /* What is free is given back, as reports of free pages do: also by the standby */

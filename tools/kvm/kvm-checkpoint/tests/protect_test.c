@@ -536,7 +536,7 @@ static void test_disks(void)
 #define LAYOUT_OF(size, blocks, log, slots) \
 	"{\"return\": {\"generation\": 77, \"page-size\": " #size \
 	", \"dirty-log\": \"bitmap\", \"blocks\": [" blocks "], \"vm-log\": " log \
-	", \"slots\": [" slots "], \"devices\": []}}\n"
+	", \"slots\": [" slots "], \"devices\": [], \"ranges\": []}}\n"
 #define LAID_OUT(size, blocks) LAYOUT_OF(size, blocks, "false", "")
 #define LOGGED(blocks, slots) LAYOUT_OF(4096, blocks, "true", slots)
 #define BLOCK(name, pages, shared) \
@@ -562,7 +562,7 @@ static const struct garbage {
 	{ ATTACH, LAID_OUT(8192, BLOCK("a", 9, true)), "the guest's pages are not of 4096 bytes" },
 	{ ATTACH,
 	  "{\"return\": {\"generation\": 7, \"page-size\": 4096, \"blocks\": ["
-	  BLOCK("a", 9, true) "], \"slots\": [], \"devices\": 3}}\n",
+	  BLOCK("a", 9, true) "], \"slots\": [], \"devices\": 3, \"ranges\": []}}\n",
 	  "QEMU does not say which devices the guest has" },
 	{ ATTACH, LAID_OUT(4096, "1, []"), "MiB of the guest's memory are not shared" },
 	{ ATTACH, LAID_OUT(4096, BLOCK("a", 9, true) "," BLOCK("b", 2000, false)),
@@ -770,8 +770,10 @@ static const struct test tests[] = {
 	{ "protect_holes_late", test_holes_late },
 	{ "protect_holes_standby", test_holes_standby },
 	{ "protect_holes_kept", test_holes_kept },
+	{ "protect_holes_kept_later", test_holes_kept_later },
 	{ "protect_states", test_states },
 	{ "protect_states_take", test_states_take },
+	{ "protect_states_spoilt", test_states_spoilt },
 	{ "protect_states_reports", test_states_reports },
 	{ "protect_states_kexec", test_states_kexec },
 	{ "protect_states_outside", test_states_outside },
@@ -808,6 +810,7 @@ static const struct test tests[] = {
 	{ "protect_net_usage", test_net_usage },
 	{ "protect_disk", test_disk },
 	{ "protect_disk_take", test_disk_take },
+	{ "protect_disk_sparse", test_disk_sparse },
 	{ "protect_disk_blip", test_disk_blip },
 	{ "protect_disk_killed", test_disk_killed },
 	{ "protect_disk_job_ends", test_disk_job_ends },

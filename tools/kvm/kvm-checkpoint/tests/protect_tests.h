@@ -66,6 +66,7 @@ void test_net_usage(void);
 /* protect_disk.c */
 void test_disk(void);
 void test_disk_take(void);
+void test_disk_sparse(void);
 void test_disk_blip(void);
 void test_disk_killed(void);
 void test_disk_job_ends(void);
@@ -85,8 +86,10 @@ void test_holes(void);
 void test_holes_late(void);
 void test_holes_standby(void);
 void test_holes_kept(void);
+void test_holes_kept_later(void);
 void test_states(void);
 void test_states_take(void);
+void test_states_spoilt(void);
 void test_states_reports(void);
 void test_states_kexec(void);
 void test_states_outside(void);
