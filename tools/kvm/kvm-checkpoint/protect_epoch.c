@@ -37,7 +37,7 @@ enum where kc_epoch_wait(struct protect *p, uint64_t until_us, int *rc, struct k
 		if (where != OK)
 			return where;
 		/* Who waits for packets waits for all epochs before them, and one more is in the way */
-		ready = p->acked + (g->packets_fd < 0) >= p->nr;
+		ready = p->acked + (g->packets_fd < 0 || !g->holds) >= p->nr;
 		p->packets_wait = p->packets_wait || guest_packets_wait(g);
 		soon = p->packets_wait;
 		full = (watch && g->dirty.pages >= p->max_dirty) || kc_disks_full(p);

@@ -135,6 +135,26 @@ void guest_forget_skipped(struct guest *g)
 	}
 }
 
+/* All of 64 pages: most of what was left out is still unused, and there may be millions of them */
+static bool is_word_unused(const struct guest_states *s, uint32_t block, uint64_t page)
+{
+	const struct guest_range *r = s->nr ? find_range(s, block, page) : NULL;
+	uint64_t gfn, states[8];
+	unsigned int i;
+
+	if (!r || r->npages - (page - r->page) < 64)
+		return false;
+	gfn = r->gfn + (page - r->page);
+	if (gfn >= s->nr || s->nr - gfn < 64)
+		return false;
+	memcpy(states, s->table + gfn, sizeof(states));
+	for (i = 0; i < 8; i++) {
+		if (states[i] != UNUSED * 0x0101010101010101ull)
+			return false;
+	}
+	return true;
+}
+
 int guest_check_skipped(struct guest *g)
 {
 	uint64_t word, left, page;
@@ -145,7 +165,10 @@ int guest_check_skipped(struct guest *g)
 		uint64_t *skipped = g->states.skipped[i];
 
 		for (word = 0; skipped && word * 64 < g->block_ids[i].npages; word++) {
-			for (left = skipped[word]; left && !rc; left &= left - 1) {
+			left = skipped[word];
+			if (left && is_word_unused(&g->states, i, word * 64))
+				continue;
+			for (; left && !rc; left &= left - 1) {
 				page = word * 64 + __builtin_ctzll(left);
 				if (guest_is_unused(g, i, page))
 					continue;
