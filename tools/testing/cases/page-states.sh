@@ -6,7 +6,8 @@
 MB=160
 CPU=,kvm-page-states=on
 SAME=used
-APPEND="$APPEND demo.churn=800 demo.churn_us=5000"
+# What is allocated is written at once: else what is used and was not written yet may be anything
+APPEND="$APPEND demo.churn=800 demo.churn_us=5000 init_on_alloc=1"
 sum() { grep '"event":"epoch"' "/tmp/$1.json" | sed "s/.*\"$2\"://; s/,.*//" | { t=0; while read -r n; do t=$((t + n)); done; echo $t; }; }
 boot a
 up a

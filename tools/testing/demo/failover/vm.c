@@ -151,8 +151,9 @@ void args_of_qemu(struct args *a, unsigned int gen, const char *ram)
 	for (i = 0; i < ARRAY_SIZE(fixed); i++)
 		a->v[a->n++] = (char *)fixed[i];
 	a->v[a->n++] = "-append";
-	arg(a, "console=ttyS0 quiet panic=-1 tsc=reliable no_timer_check rcupdate.rcu_expedited=1 demo.work=8 demo.still=8 demo.rate=%u demo.ledger=%d demo.churn=%d demo.churn_us=20000",
-	    guest_rate, guest_has_ledger, guest_tells ? 300 : 0);
+	arg(a, "console=ttyS0 quiet panic=-1 tsc=reliable no_timer_check rcupdate.rcu_expedited=1 demo.work=8 demo.still=8 demo.rate=%u demo.ledger=%d demo.churn=%d demo.churn_us=20000%s",
+	    guest_rate, guest_has_ledger, guest_tells ? 300 : 0,
+	    guest_tells ? " init_on_alloc=1" : "");
 	if (guest_tells) {
 		if (guest_tells > 1) {
 			a->v[a->n++] = "-object";
