@@ -57,20 +57,6 @@ bool checkpoint_take_discarded(void)
  * Hints
  */
 
-static bool block_number(RAMBlock *of, uint32_t *nr)
-{
-    RAMBlock *rb;
-
-    *nr = 0;
-    RAMBLOCK_FOREACH_MIGRATABLE(rb) {
-        if (rb == of) {
-            return checkpoint_block_is_mapped(rb);
-        }
-        ++*nr;
-    }
-    return false;
-}
-
 /* By a thread of the balloon's */
 bool checkpoint_free_page_hint(void *addr, size_t len)
 {
@@ -83,7 +69,11 @@ bool checkpoint_free_page_hint(void *addr, size_t len)
     }
     RCU_READ_LOCK_GUARD();
     rb = qemu_ram_block_from_host(addr, false, &offset);
-    if (!rb || offset >= rb->used_length || !block_number(rb, &run.block)) {
+    if (!rb || offset >= rb->used_length) {
+        return true;
+    }
+    run.block = checkpoint_block_number(rb);
+    if (run.block == CHECKPOINT_NO_BLOCK) {
         return true;
     }
     /* Whole pages, all of them in it */

@@ -56,6 +56,20 @@ bool checkpoint_block_is_mapped(RAMBlock *rb)
     return qemu_ram_is_shared(rb) && rb->fd >= 0;
 }
 
+uint32_t checkpoint_block_number(const RAMBlock *of)
+{
+    uint32_t nr = 0;
+    RAMBlock *rb;
+
+    RAMBLOCK_FOREACH_MIGRATABLE(rb) {
+        if (rb == of) {
+            return checkpoint_block_is_mapped(rb) ? nr : CHECKPOINT_NO_BLOCK;
+        }
+        nr++;
+    }
+    return CHECKPOINT_NO_BLOCK;
+}
+
 /*
  * Dirty pages
  */
@@ -268,20 +282,6 @@ static uint64_t block_inode(RAMBlock *rb)
     return fstat(rb->fd, &st) < 0 ? 0 : st.st_ino;
 }
 
-static uint32_t block_number(const RAMBlock *of)
-{
-    uint32_t nr = 0;
-    RAMBlock *rb;
-
-    RAMBLOCK_FOREACH_MIGRATABLE(rb) {
-        if (rb == of) {
-            return nr;
-        }
-        nr++;
-    }
-    return UINT32_MAX;
-}
-
 /* Firmware comes and goes in smaller ones, and has no pages that are free */
 #define MIN_RANGE   (1 * MiB)
 
@@ -292,12 +292,11 @@ static bool add_range(Int128 start, Int128 len, const MemoryRegion *mr,
     CheckpointRange *range;
     uint32_t nr;
 
-    if (!mr->ram || !mr->ram_block || int128_get64(len) < MIN_RANGE ||
-        !checkpoint_block_is_mapped(mr->ram_block)) {
+    if (!mr->ram || !mr->ram_block || int128_get64(len) < MIN_RANGE) {
         return false;
     }
-    nr = block_number(mr->ram_block);
-    if (nr != UINT32_MAX) {
+    nr = checkpoint_block_number(mr->ram_block);
+    if (nr != CHECKPOINT_NO_BLOCK) {
         range = g_new0(CheckpointRange, 1);
         range->gfn = int128_get64(start) >> TARGET_PAGE_BITS;
         range->pages = int128_get64(len) >> TARGET_PAGE_BITS;
@@ -355,8 +354,8 @@ CheckpointPageStates *checkpoint_page_states(void)
         return NULL;
     }
     RCU_READ_LOCK_GUARD();
-    nr = block_number(ps.block);
-    if (nr == UINT32_MAX || !checkpoint_block_is_mapped(ps.block)) {
+    nr = checkpoint_block_number(ps.block);
+    if (nr == CHECKPOINT_NO_BLOCK) {
         return NULL;
     }
     states = g_new0(CheckpointPageStates, 1);

@@ -18,6 +18,11 @@
 /* Whether the client can map the block; what it cannot is part of the state */
 bool checkpoint_block_is_mapped(RAMBlock *rb);
 
+#define CHECKPOINT_NO_BLOCK UINT32_MAX
+
+/* The block's number for a client that can map it, or CHECKPOINT_NO_BLOCK */
+uint32_t checkpoint_block_number(const RAMBlock *of);
+
 /**
  * checkpoint_collect_pages - Take the pages that QEMU knows to be written
  *

@@ -77,8 +77,8 @@ static int take(struct guest *g, struct guest_epoch *e, uint64_t t[], bool *stal
 	int rc;
 
 	rc = harvest(g, stale, err);
-	if (!rc && guest_check_skipped(g))
-		rc = kc_fail(err, ENOMEM, "no memory for the list of dirty pages");
+	if (!rc)
+		rc = guest_check_skipped(g, err);
 	t[2] = kc_now_us();
 	if (!rc)
 		rc = copy_pages(g, e, err);

@@ -15,7 +15,7 @@ int dirty_add(struct dirty *d, uint32_t block, uint64_t page, uint64_t n)
 	while (n) {
 		uint64_t word = page / 64, first = page % 64;
 		uint64_t here = 64 - first < n ? 64 - first : n;
-		uint64_t mask = (here == 64 ? ~0ull : (1ull << here) - 1) << first;
+		uint64_t mask = kc_word_mask(first, here);
 		uint64_t *bits = &d->bits[block][word];
 
 		if (!*bits) {
@@ -46,6 +46,31 @@ void dirty_forget(struct dirty *d)
 		d->bits[d->words[i].block][d->words[i].word] = 0;
 	d->nr_words = 0;
 	d->pages = 0;
+}
+
+int guest_new_bits(const struct guest *g, uint64_t *bits[])
+{
+	unsigned int i;
+
+	for (i = 0; i < g->id.nr_blocks; i++) {
+		if (!bits[i])
+			bits[i] = calloc(g->block_ids[i].npages / 64 + 1, sizeof(uint64_t));
+		if (!bits[i]) {
+			guest_free_bits(bits);
+			return -ENOMEM;
+		}
+	}
+	return 0;
+}
+
+void guest_free_bits(uint64_t *bits[])
+{
+	unsigned int i;
+
+	for (i = 0; i < KC_MAX_BLOCKS; i++) {
+		free(bits[i]);
+		bits[i] = NULL;
+	}
 }
 
 /* Room for n pages; what is there stays */
@@ -163,7 +188,7 @@ static int take_holes(struct guest *g, struct copy *c, const struct dirty_word *
 		n = *until - page < n ? *until - page : n;
 		if (add_hole(c, w->block, page, n))
 			return -ENOMEM;
-		mask = (n == 64 ? ~0ull : (1ull << n) - 1) << first;
+		mask = kc_word_mask(first, n);
 		*bits &= ~mask;
 		left &= ~mask;
 		g->dirty.pages -= n;

@@ -318,8 +318,9 @@ static int take_paused(struct guest *g, struct guest_epoch *e, uint64_t t[], str
 	rc = guest_harvest_known(g, err);
 	if (rc && rc != -ESTALE)
 		return rc;
-	if (guest_check_skipped(g))
-		return kc_fail(err, ENOMEM, "no memory for the list of dirty pages");
+	rc = guest_check_skipped(g, err);
+	if (rc)
+		return rc;
 	t[2] = kc_now_us();
 	if (guest_copy_dirty(g, &e->copy, UINT64_MAX))
 		return kc_fail(err, ENOMEM, "no memory for copies of dirty pages");

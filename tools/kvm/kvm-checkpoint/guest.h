@@ -292,6 +292,9 @@ bool guest_died(struct guest *g);
 
 /* dirty.c */
 void dirty_forget(struct dirty *d);
+/* A bit for each page of each block, all clear, where there is none yet; and none any more */
+int guest_new_bits(const struct guest *g, uint64_t *bits[]);
+void guest_free_bits(uint64_t *bits[]);
 int dirty_add(struct dirty *d, uint32_t block, uint64_t page, uint64_t n);
 
 /*
@@ -326,7 +329,7 @@ void guest_is_copied(struct guest *g, uint32_t block, uint64_t page);
 int guest_note_skipped(struct guest *g, bool again, struct kc_err *err);
 void guest_forget_skipped(struct guest *g);
 /* What was left out and is used now gets dirty: in a pause it is final */
-int guest_check_skipped(struct guest *g);
+int guest_check_skipped(struct guest *g, struct kc_err *err);
 /* Where QEMU says that the table is; @nr 0: nowhere */
 void guest_take_states(struct guest *g, uint64_t qemu_block, uint64_t page, uint64_t nr);
 void guest_read_states(struct guest *g, struct json_object *o);

@@ -41,7 +41,7 @@ static void set_bits(uint64_t *bits, uint64_t page, uint64_t n)
 	while (n) {
 		uint64_t first = page % 64, here = 64 - first < n ? 64 - first : n;
 
-		bits[page / 64] |= (here == 64 ? ~0ull : (1ull << here) - 1) << first;
+		bits[page / 64] |= kc_word_mask(first, here);
 		page += here;
 		n -= here;
 	}
@@ -76,28 +76,19 @@ static int take(struct guest *g, const char *action, struct kc_err *err)
 /* Nothing of what it has said counts any more */
 static void forget(struct guest *g)
 {
-	unsigned int i;
-
-	for (i = 0; i < KC_MAX_BLOCKS; i++) {
-		free(g->hinted[i]);
-		g->hinted[i] = NULL;
-	}
+	guest_free_bits(g->hinted);
 }
 
 int guest_begin_hints(struct guest *g, struct kc_err *err)
 {
 	uint64_t begun = kc_now_us(), last = 0, nr, offset;
-	unsigned int i;
 	int rc;
 
 	forget(g);
 	if (!g->has_balloon)
 		return 0;
-	for (i = 0; i < g->id.nr_blocks; i++) {
-		g->hinted[i] = calloc(g->block_ids[i].npages / 64 + 1, sizeof(uint64_t));
-		if (!g->hinted[i])
-			return kc_fail(err, ENOMEM, "no memory for the list of free pages");
-	}
+	if (guest_new_bits(g, g->hinted))
+		return kc_fail(err, ENOMEM, "no memory for the list of free pages");
 	rc = ask(g, "start", &nr, &offset, err);
 	if (rc) {
 		/* A balloon that cannot be asked, or a QEMU */

@@ -366,8 +366,8 @@ enum where kc_epoch_first(struct protect *p, int *rc, struct kc_err *err)
 	for (pass = 0; pass < MAX_PASSES; pass++) {
 		*rc = guest_collect(&p->guest, err);
 		/* What is used by now need not wait for the pause */
-		if (!*rc && guest_check_skipped(&p->guest))
-			*rc = kc_fail(err, ENOMEM, "no memory for the list of dirty pages");
+		if (!*rc)
+			*rc = guest_check_skipped(&p->guest, err);
 		if (*rc)
 			return GUEST;
 		if (p->guest.dirty.pages <= FEW_PAGES || p->guest.dirty.pages > before / 10 * 9)

@@ -24,14 +24,18 @@ static bool is_punched(const struct kc_ram *ram, uint32_t block, uint64_t page)
 
 static void set_punched(struct kc_ram *ram, uint32_t block, uint64_t page, uint64_t n, bool on)
 {
-	uint64_t *bits = ram->punched[block];
+	uint64_t here, mask;
 
-	for (; n; page++, n--) {
-		uint64_t bit = 1ull << page % 64;
+	for (; n; page += here, n -= here) {
+		uint64_t *word = &ram->punched[block][page / 64];
 
-		if (!(bits[page / 64] & bit) == on) {
-			bits[page / 64] ^= bit;
-			ram->nr_punched += on ? 1 : -1;
+		here = 64 - page % 64 < n ? 64 - page % 64 : n;
+		mask = kc_word_mask(page % 64, here);
+		ram->nr_punched -= __builtin_popcountll(*word & mask);
+		*word &= ~mask;
+		if (on) {
+			ram->nr_punched += here;
+			*word |= mask;
 		}
 	}
 }

@@ -153,7 +153,7 @@ static int check_place(struct kc_rx *rx, uint16_t block, uint64_t page, uint64_t
 		uint64_t mask;
 
 		here = here < n ? here : n;
-		mask = (here == 64 ? ~0ull : (1ull << here) - 1) << page % 64;
+		mask = kc_word_mask(page % 64, here);
 		rx->nr_seen += __builtin_popcountll(mask & ~*word);
 		*word |= mask;
 		page += here;

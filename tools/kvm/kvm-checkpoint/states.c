@@ -109,30 +109,15 @@ void guest_is_copied(struct guest *g, uint32_t block, uint64_t page)
 
 int guest_note_skipped(struct guest *g, bool again, struct kc_err *err)
 {
-	unsigned int i;
-
 	if (!again)
 		guest_forget_skipped(g);
-	for (i = 0; i < g->id.nr_blocks; i++) {
-		if (g->states.skipped[i])
-			continue;
-		g->states.skipped[i] = calloc(g->block_ids[i].npages / 64 + 1, sizeof(uint64_t));
-		if (!g->states.skipped[i]) {
-			guest_forget_skipped(g);
-			return kc_fail(err, ENOMEM, "no memory for the list of unused pages");
-		}
-	}
-	return 0;
+	return guest_new_bits(g, g->states.skipped) ?
+	       kc_fail(err, ENOMEM, "no memory for the list of unused pages") : 0;
 }
 
 void guest_forget_skipped(struct guest *g)
 {
-	unsigned int i;
-
-	for (i = 0; i < KC_MAX_BLOCKS; i++) {
-		free(g->states.skipped[i]);
-		g->states.skipped[i] = NULL;
-	}
+	guest_free_bits(g->states.skipped);
 }
 
 /* All of 64 pages: most of what was left out is still unused, and there may be millions of them */
@@ -155,7 +140,7 @@ static bool is_word_unused(const struct guest_states *s, uint32_t block, uint64_
 	return true;
 }
 
-int guest_check_skipped(struct guest *g)
+int guest_check_skipped(struct guest *g, struct kc_err *err)
 {
 	uint64_t word, left, page;
 	unsigned int i;
@@ -177,7 +162,7 @@ int guest_check_skipped(struct guest *g)
 			}
 		}
 	}
-	return rc;
+	return rc ? kc_fail(err, -rc, "no memory for the list of dirty pages") : 0;
 }
 
 void guest_take_states(struct guest *g, uint64_t qemu_block, uint64_t page, uint64_t nr)

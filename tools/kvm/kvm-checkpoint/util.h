@@ -102,4 +102,10 @@ void kc_no_dump(void *addr, size_t len);
 void kc_core_without_memory(void);
 void kc_core_as_before(void);
 
+/* In a map of bits: @n of them from @first on, all in one word; @n is 1 to 64 - @first */
+static inline uint64_t kc_word_mask(unsigned int first, unsigned int n)
+{
+	return (n == 64 ? ~0ull : (1ull << n) - 1) << first;
+}
+
 #endif

@@ -162,6 +162,9 @@ static void test_records(void)
 	len = kc_put_state(buf, &(struct kc_state){ 12, KC_STATE_STOPPED << 1, 13 });
 	CHECK(kc_get_rec(buf, len, &rec, &err) == (ssize_t)len && get_any(&rec) == -EPROTO,
 	      "unknown flags of a device state are taken");
+	len = kc_put_zero(buf, &(struct kc_zero){ 1, 2, 1, KC_ZERO_HOLE << 1 });
+	CHECK(kc_get_rec(buf, len, &rec, &err) == (ssize_t)len && get_any(&rec) == -EPROTO,
+	      "unknown flags of zeros are taken");
 }
 
 static void test_pages(void)

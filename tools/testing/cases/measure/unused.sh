@@ -7,6 +7,7 @@ MB=1024
 SMP=1
 field() { sed "s/.*\"$1\"://; s/[,}].*//"; }
 p50() { sort -n | { n=0; while read -r x; do n=$((n + 1)); eval "v$n=$x"; done; eval "echo \${v$(((n + 1) / 2))}"; }; }
+total() { t=0; while read -r x; do t=$((t + x)); done; echo $t; }
 mean() { t=0 n=0; while read -r x; do t=$((t + x)) n=$((n + 1)); done; [ $n = 0 ] || echo $((t / n)); }
 
 # copied NAME PORT OPTION...: it is protected; pages and KiB of the first copy, and milliseconds
@@ -79,23 +80,21 @@ B="-device virtio-balloon-pci,id=b0"
 }
 
 say "--- a balloon takes 7/8 of the memory of a guest that has used all of it"
-balloon() {
-	CPU=$2 MORE="$B$3"
-	boot g $MORE
-	up g
-	ask g "once $((MB * 8 / 10))" >/dev/null
-	say "$1: $(copied g 7004)"
-	a=$(date +%s)
-	qmp g "{'execute': 'balloon', 'arguments': {'value': $((MB / 8 * 1048576))}}" >/dev/null
-	wait_for 200 sh -c "tool qmp /tmp/g.mon \"{'execute': 'human-monitor-command', 'arguments': {'command-line': 'info balloon'}}\" | grep -q actual=$((MB / 8))"
-	say "$1: $(($(date +%s) - a)) s; pages copied $(grep '"event":"epoch"' /tmp/g.json | sed 1d | field pages | { t=0; while read -r x; do t=$((t + x)); done; echo $t; })," \
-	    "given back $(grep '"event":"epoch"' /tmp/g.json | sed 1d | field hole_pages | { t=0; while read -r x; do t=$((t + x)); done; echo $t; })," \
-	    "KiB on the wire $((($(grep '"event":"epoch"' /tmp/g.json | tail -n 1 | field wire_bytes) - $(grep '"event":"epoch"' /tmp/g.json | head -n 1 | field wire_bytes)) / 1024))," \
-	    "pause p50 $(grep '"event":"epoch"' /tmp/g.json | field pause_us | p50) us, longest $(grep '"event":"epoch"' /tmp/g.json | field pause_us | sort -n | tail -n 1)"
-	ends g 7004
-	kill -9 "$(cat /tmp/g.pid)"
-	sleep 1
-	rm -f /dev/shm/g.ram /tmp/g.*
-}
-balloon "balloon" "" ""
+CPU='' MORE=$B
+# shellcheck disable=SC2086
+boot g $MORE
+up g
+ask g "once $((MB * 8 / 10))" >/dev/null
+say "balloon: $(copied g 7004)"
+a=$(date +%s)
+qmp g "{'execute': 'balloon', 'arguments': {'value': $((MB / 8 * 1048576))}}" >/dev/null
+wait_for 200 sh -c "tool qmp /tmp/g.mon \"{'execute': 'human-monitor-command', 'arguments': {'command-line': 'info balloon'}}\" | grep -q actual=$((MB / 8))"
+say "balloon: $(($(date +%s) - a)) s; pages copied $(grep '"event":"epoch"' /tmp/g.json | sed 1d | field pages | total)," \
+    "given back $(grep '"event":"epoch"' /tmp/g.json | sed 1d | field hole_pages | total)," \
+    "KiB on the wire $((($(grep '"event":"epoch"' /tmp/g.json | tail -n 1 | field wire_bytes) - $(grep '"event":"epoch"' /tmp/g.json | head -n 1 | field wire_bytes)) / 1024))," \
+    "pause p50 $(grep '"event":"epoch"' /tmp/g.json | field pause_us | p50) us, longest $(grep '"event":"epoch"' /tmp/g.json | field pause_us | sort -n | tail -n 1)"
+ends g 7004
+kill -9 "$(cat /tmp/g.pid)"
+sleep 1
+rm -f /dev/shm/g.ram /tmp/g.*
 good "measured"
