@@ -178,12 +178,7 @@ static int check_disks(struct guest *g, struct kc_err *err)
 		if (!json_object_object_get_ex(d, "inserted", &inserted) ||
 		    qmp_bool(inserted, "ro") || !is_chosen(&g->opts, d, inserted))
 			continue;
-		if (g->opts.replicate_disks)
-			rc = add_disk(g, d, inserted, err);
-		else
-			rc = kc_fail(err, EOPNOTSUPP,
-				     "disk %s is writable: its contents are not replicated to a directory, and a guest that is resumed from an epoch would find a disk of later.  Make it read-only, or say --disk external if storage goes back to the same epoch by other means",
-				     disk_name(d, inserted));
+		rc = add_disk(g, d, inserted, err);
 	}
 	json_object_put(disks);
 	if (!rc && g->id.nr_disks < g->opts.nr_disks)

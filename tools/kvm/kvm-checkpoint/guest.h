@@ -101,7 +101,6 @@ struct guest_slot {
  * struct guest_opts - how a guest is protected
  * @qmp: path of QEMU's monitor.
  * @external_disks: writable disks are taken care of.
- * @replicate_disks: writable disks are part of epochs, see protect_disks.c.
  * @disks: names of those that are, if not all; the others are taken care of.
  * @nr_disks: how many names.
  * @trusted_devices: patterns of types of devices that have no state but what QEMU has.
@@ -119,7 +118,7 @@ struct guest_slot {
  */
 struct guest_opts {
 	const char *qmp;
-	bool external_disks, replicate_disks;
+	bool external_disks;
 	const char *disks[KC_MAX_DISKS];
 	unsigned int nr_disks;
 	const char *trusted_devices[16];

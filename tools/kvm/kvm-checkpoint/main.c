@@ -100,7 +100,7 @@ static const char *kind(const struct kc_store_file *f)
 static void list_json(const struct kc_store *st)
 {
 	struct json_object *o = json_object_new_object(), *files = json_object_new_array(), *f;
-	struct json_object *blocks = json_object_new_array();
+	struct json_object *blocks = json_object_new_array(), *disks = json_object_new_array();
 	uint64_t bytes;
 	char uuid[37];
 	size_t i;
@@ -118,6 +118,14 @@ static void list_json(const struct kc_store *st)
 		json_object_array_add(blocks, f);
 	}
 	json_object_object_add(o, "blocks", blocks);
+	for (i = 0; i < st->guest.nr_disks; i++) {
+		f = json_object_new_object();
+		json_object_object_add(f, "name", json_object_new_string(st->guest.disks[i].name));
+		bytes = st->guest.disks[i].npages * KC_PAGE_SIZE;
+		json_object_object_add(f, "bytes", json_object_new_uint64(bytes));
+		json_object_array_add(disks, f);
+	}
+	json_object_object_add(o, "disks", disks);
 	for (i = 0; i < st->nr_files; i++) {
 		const struct kc_store_file *s = &st->files[i];
 
@@ -146,6 +154,9 @@ static void list_text(const struct kc_store *st)
 		printf("guest %s %s, %" PRIu64 " MiB\n", uuid, st->guest.name,
 		       kc_guest_pages(&st->guest) >> 8);
 	}
+	for (i = 0; i < st->guest.nr_disks; i++)
+		printf("disk%zu %s, %" PRIu64 " MiB\n", i, st->guest.disks[i].name,
+		       st->guest.disks[i].npages >> 8);
 	if (st->nr_files)
 		printf("%12s  %-9s  %12s  %12s  %s\n", "epoch", "kind", "base", "bytes", "time");
 	for (i = 0; i < st->nr_files; i++) {
@@ -236,18 +247,21 @@ static void restore_usage(FILE *f)
 	fprintf(f,
 		"usage: kvm-checkpoint restore [OPTION]... DIR [-- QEMU [ARG]...]\n"
 		"\n"
-		"Writes the RAM and device state of an epoch to files, and starts QEMU on them if a\n"
-		"command is given.\n"
+		"Writes the RAM, device state and disks of an epoch to files, and starts QEMU on them if\n"
+		"a command is given.\n"
 		"\n"
 		"  --epoch N            which (default: the last sound one)\n"
 		"  --ram-dir DIR        where to; must not hold a checkpoint yet\n"
 		"                       (default /dev/shm/kvm-restore)\n"
+		"  --disk PATH          where a disk goes to: a file that is not there yet, or a block\n"
+		"                       device of its size; once for each disk, as list shows them\n"
 		"  --bare-exec          add nothing to QEMU's command: it loads {state} by itself\n"
 		"  --capability NAME    migration capability to set before the state is loaded\n"
 		"  --load-timeout TIME  for QEMU to have loaded the state (default 30s)\n"
 		"\n"
 		"In QEMU's command are replaced: {ramN} or {ram:NAME} by the path of a block of RAM,\n"
-		"{sizeN} by its size, {state} by that of the device state, {epoch} by its number.\n");
+		"{sizeN} by its size, {diskN} by the path of a disk, {state} by that of the device\n"
+		"state, {epoch} by its number.\n");
 }
 
 /* Start QEMU on what was restored and stay until it ends. */
@@ -276,16 +290,19 @@ int cmd_restore(int argc, char **argv)
 	static const struct option options[] = {
 		{ "epoch", 1, NULL, 'e' },
 		{ "ram-dir", 1, NULL, 'r' },
+		{ "disk", 1, NULL, 'd' },
 		{ "bare-exec", 0, NULL, 'b' },
 		{ "capability", 1, NULL, 'C' },
 		{ "load-timeout", 1, NULL, 'L' },
 		{ "help", 0, NULL, 'h' },
 		{ NULL, 0, NULL, 0 }
 	};
-	char *ram[KC_MAX_BLOCKS + 1] = { NULL }, *caps[8] = { NULL }, *state = NULL, *real;
+	char *ram[KC_MAX_BLOCKS + 1] = { NULL }, *disks[KC_MAX_DISKS] = { NULL };
+	char *caps[8] = { NULL }, *state = NULL, *real;
 	struct kc_launch l = { .capabilities = caps, .ram = ram, .timeout_ms = 30000 };
 	const char *out = "/dev/shm/kvm-restore";
-	unsigned int nr_caps = 0, looks = 0;
+	const char *disk_args[KC_MAX_DISKS];
+	unsigned int nr_caps = 0, nr_disks = 0, looks = 0;
 	struct kc_store st;
 	struct kc_err err;
 	uint64_t want = 0, nr;
@@ -300,6 +317,11 @@ int cmd_restore(int argc, char **argv)
 			return bad_argument("restore", "epoch", optarg);
 		case 'r':
 			out = optarg;
+			break;
+		case 'd':
+			if (nr_disks == KC_MAX_DISKS)
+				return bad_usage("restore", "--disk: these are too many");
+			disk_args[nr_disks++] = optarg;
 			break;
 		case 'b':
 			l.bare = true;
@@ -332,7 +354,7 @@ int cmd_restore(int argc, char **argv)
 	do {
 		if (kc_store_read(argv[optind], &st, &err))
 			return fail(&err);
-		rc = kc_store_restore(&st, want, out, &nr, &l.stopped, &err);
+		rc = kc_store_restore(&st, want, out, disk_args, nr_disks, &nr, &l.stopped, &err);
 		if (rc == -ESTALE)
 			kc_store_free(&st);
 	} while (look_again(rc, &looks, &err));
@@ -342,6 +364,12 @@ int cmd_restore(int argc, char **argv)
 	for (i = 0; i < st.guest.nr_blocks && !rc; i++) {
 		if (asprintf(&ram[i], "%s/ram%u", real, i) < 0)
 			rc = kc_fail(&err, ENOMEM, "out of memory");
+	}
+	for (i = 0; i < nr_disks && !rc; i++) {
+		disks[i] = realpath(disk_args[i], NULL);
+		l.disks[i] = disks[i];
+		if (!disks[i])
+			rc = kc_fail(&err, errno, "cannot find %s: %s", disk_args[i], strerror(errno));
 	}
 	if (!rc && asprintf(&state, "%s/state", real) < 0)
 		rc = kc_fail(&err, ENOMEM, "out of memory");
@@ -357,12 +385,17 @@ int cmd_restore(int argc, char **argv)
 		for (i = 0; i < st.guest.nr_blocks; i++)
 			printf("ram %s %" PRIu64 " %s\n", st.guest.blocks[i].name,
 			       st.guest.blocks[i].npages * KC_PAGE_SIZE, ram[i]);
+		for (i = 0; i < nr_disks; i++)
+			printf("disk %s %" PRIu64 " %s\n", st.guest.disks[i].name,
+			       st.guest.disks[i].npages * KC_PAGE_SIZE, disks[i]);
 		printf("state %s\n", state);
 		if (l.stopped)
 			printf("stopped\n");
 	}
 	for (i = 0; i < KC_MAX_BLOCKS; i++)
 		free(ram[i]);
+	for (i = 0; i < nr_disks; i++)
+		free(disks[i]);
 	free(state);
 	free(real);
 	kc_store_free(&st);

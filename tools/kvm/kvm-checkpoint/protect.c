@@ -47,7 +47,7 @@ static const char usage_text[] =
 "                        acknowledged: shorter answers, more pauses\n"
 "  --net-limit TIME      for how long, if nothing is acknowledged (default: until the standby\n"
 "                        would have taken over, by its time limit and its fence's)\n"
-"  --disk replicate      writable disks are part of epochs (default with a standby)\n"
+"  --disk replicate      writable disks are part of epochs (default)\n"
 "  --disk node=NAME      this one is, and storage of the others is taken care of; may be\n"
 "                        said several times\n"
 "  --disk external       none is: storage is taken care of\n"
@@ -430,14 +430,11 @@ int cmd_protect(int argc, char **argv)
 		return usage_error("--lease has to be four times --interval at least");
 	if (replicate && p.guest_opts.external_disks)
 		return usage_error("--disk external and other disks exclude each other");
-	if (replicate && p.to && !to_standby(&p))
-		return usage_error("disks are replicated to a standby only: --to tcp:HOST:PORT");
 	if (!p.to)
 		return usage_error("--to is missing: tcp:HOST:PORT of a standby, or a directory");
 	if (kc_sink_check(p.to, &p.opts, &err))
 		return usage_error(err.text);
 
-	p.guest_opts.replicate_disks = to_standby(&p);
 	p.guest_opts.stopping = kc_disks_stopping;
 	p.guest_opts.stopped = kc_disks_cut;
 	p.disks.cut_end = &p.disks.cut;

@@ -10,21 +10,13 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <inttypes.h>
-#include <linux/fs.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/ioctl.h>
-#include <sys/stat.h>
 #include <unistd.h>
 
+#include "image.h"
 #include "ram_internal.h"
-
-/* Bytes of an image that QEMU (block/file-posix.c) locks: what it does with it, and lets nobody do */
-static const unsigned char locks[] = {
-	100, 101,	/* reads, writes */
-	201, 203,	/* nobody else writes, nor changes its size */
-};
 
 static void link_name(char name[16], unsigned int disk)
 {
@@ -74,57 +66,6 @@ int kc_ram_set_disks(struct kc_ram *ram, const char *const *paths, unsigned int 
 	return 0;
 }
 
-static int lock_image(int fd, unsigned int i, struct kc_ram *ram, struct kc_err *err)
-{
-	size_t k;
-
-	for (k = 0; k < sizeof(locks); k++) {
-		struct flock l = { .l_type = F_RDLCK, .l_whence = SEEK_SET, .l_start = locks[k],
-				   .l_len = 1 };
-
-		if (fcntl(fd, F_OFD_SETLK, &l) && (errno == EAGAIN || errno == EACCES))
-			return kc_fail(err, EBUSY, "%s is in use by another program",
-				       ram->disk_path[i]);
-	}
-	/* QEMU takes those that it does not share last, and looks for others' */
-	for (k = 0; k < 2; k++) {
-		struct flock l = { .l_type = F_WRLCK, .l_whence = SEEK_SET,
-				   .l_start = k ? 201 : 101, .l_len = 1 };
-
-		if (!fcntl(fd, F_OFD_GETLK, &l) && l.l_type != F_UNLCK)
-			return kc_fail(err, EBUSY, "%s is in use by another program",
-				       ram->disk_path[i]);
-	}
-	return 0;
-}
-
-static int64_t image_size(int fd)
-{
-	struct stat st;
-	uint64_t size;
-
-	if (fstat(fd, &st))
-		return -1;
-	if (S_ISREG(st.st_mode))
-		return st.st_size;
-	return S_ISBLK(st.st_mode) && !ioctl(fd, BLKGETSIZE64, &size) ? (int64_t)size : -1;
-}
-
-static bool is_raw(int fd)
-{
-	static const char * const others[] = { "QFI\xfb", "QED", "vhdx", "conectix", "KDMV" };
-	char head[8] = "";
-	size_t i;
-
-	if (pread(fd, head, sizeof(head), 0) < 0)
-		return true;
-	for (i = 0; i < sizeof(others) / sizeof(others[0]); i++) {
-		if (!memcmp(head, others[i], strlen(others[i])))
-			return false;
-	}
-	return true;
-}
-
 /* @new: it is no one's disk yet */
 static int open_image(struct kc_ram *ram, unsigned int i, bool new, struct kc_err *err)
 {
@@ -136,13 +77,13 @@ static int open_image(struct kc_ram *ram, unsigned int i, bool new, struct kc_er
 	fd = open(path, O_RDWR | O_CLOEXEC);
 	if (fd < 0)
 		return kc_fail(err, errno, "cannot open disk image %s: %s", path, strerror(errno));
-	rc = lock_image(fd, i, ram, err);
-	size = image_size(fd);
+	rc = kc_image_lock(fd, path, err);
+	size = kc_image_size(fd);
 	if (!rc && new && !size && ftruncate(fd, want))
 		rc = kc_fail(err, errno, "cannot make disk image %s: %s", path, strerror(errno));
 	else if (!rc && new && !size)
 		size = want;
-	if (!rc && new && !is_raw(fd))
+	if (!rc && new && !kc_image_is_raw(fd))
 		rc = kc_fail(err, EOPNOTSUPP,
 			     "disk image %s is not raw: only raw images and block devices are kept at a standby",
 			     path);

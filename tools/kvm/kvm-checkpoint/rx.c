@@ -18,8 +18,8 @@ struct kc_rx {
 	bool open;
 	struct kc_begin begin;
 	uint64_t records, pages;
-	/* Of each block a bit for each page that a full epoch has brought, NULL in others. */
-	uint64_t *seen[KC_MAX_BLOCKS];
+	/* Of each block and disk a bit for each page that a full epoch has brought, NULL in others. */
+	uint64_t *seen[KC_MAX_INDEX];
 	uint64_t nr_seen;
 
 	/* Whole pages, the last one filled up with zeros. */
@@ -66,7 +66,7 @@ static void reset(struct kc_rx *rx)
 {
 	uint32_t i;
 
-	for (i = 0; i < KC_MAX_BLOCKS; i++) {
+	for (i = 0; i < KC_MAX_INDEX; i++) {
 		free(rx->seen[i]);
 		rx->seen[i] = NULL;
 	}
@@ -92,11 +92,27 @@ uint64_t kc_rx_pages(const struct kc_rx *rx)
 	return rx->pages;
 }
 
+/* Of a full epoch nothing may be missing. */
+static int expect_all(struct kc_rx *rx, struct kc_err *err)
+{
+	uint64_t npages;
+	uint32_t i;
+
+	for (i = 0; i < KC_MAX_INDEX; i++) {
+		npages = kc_guest_block_pages(rx->guest, kc_block_of_index(i));
+		if (!npages)
+			continue;
+		rx->seen[i] = calloc((npages + 63) / 64, 8);
+		if (!rx->seen[i])
+			return kc_fail(err, ENOMEM, "out of memory");
+	}
+	return 0;
+}
+
 static int begin(struct kc_rx *rx, const struct kc_rec *rec, struct kc_err *err)
 {
 	uint64_t last = rx->ops->last(rx->ctx);
 	struct kc_begin *b = &rx->begin;
-	uint32_t i;
 	int rc;
 
 	rc = kc_get_begin(rec, b, err);
@@ -111,11 +127,9 @@ static int begin(struct kc_rx *rx, const struct kc_rec *rec, struct kc_err *err)
 			       (unsigned long long)b->nr, (unsigned long long)b->base,
 			       (unsigned long long)last);
 	if (b->flags == KC_EPOCH_FULL) {
-		for (i = 0; i < rx->guest->nr_blocks; i++) {
-			rx->seen[i] = calloc((rx->guest->blocks[i].npages + 63) / 64, 8);
-			if (!rx->seen[i])
-				return kc_fail(err, ENOMEM, "out of memory");
-		}
+		rc = expect_all(rx, err);
+		if (rc)
+			return rc;
 	}
 	rx->nr_seen = 0;
 	rx->records = 0;
@@ -143,13 +157,16 @@ static int check_place(struct kc_rx *rx, uint16_t block, uint64_t page, uint64_t
 			       "the stream is corrupt: pages %llu+%llu of a block with %llu",
 			       (unsigned long long)page, (unsigned long long)n,
 			       (unsigned long long)npages);
-	if (block == KC_STATE_BLOCK)
-		return 0;
-	if (block >= KC_DISK_BLOCK)
-		return rx->ops->part ? 0 :
-		       kc_fail(err, EPROTO, "the stream has disks where there can be none");
-	while (rx->seen[block] && n) {
-		uint64_t *word = &rx->seen[block][page / 64], here = 64 - page % 64;
+	return 0;
+}
+
+/* These pages are whole now, whatever they were before. */
+static void note_seen(struct kc_rx *rx, uint16_t block, uint64_t page, uint64_t n)
+{
+	uint64_t *seen = rx->seen[kc_block_index(block)];
+
+	while (seen && n) {
+		uint64_t *word = &seen[page / 64], here = 64 - page % 64;
 		uint64_t mask;
 
 		here = here < n ? here : n;
@@ -159,7 +176,6 @@ static int check_place(struct kc_rx *rx, uint16_t block, uint64_t page, uint64_t
 		page += here;
 		n -= here;
 	}
-	return 0;
 }
 
 /* A page of the device state as of the last complete epoch. */
@@ -200,6 +216,7 @@ static int take_page(struct kc_rx *rx, const struct kc_rec *rec, struct kc_err *
 		return 0;
 	}
 	rx->pages++;
+	note_seen(rx, p.block, p.page, 1);
 	return rx->ops->page(rx->ctx, p.block, p.page, rx->page, err);
 }
 
@@ -218,6 +235,7 @@ static int take_zero(struct kc_rx *rx, const struct kc_rec *rec, struct kc_err *
 		return 0;
 	}
 	rx->pages += z.npages;
+	note_seen(rx, z.block, z.page, z.npages);
 	return rx->ops->zero(rx->ctx, &z, err);
 }
 
@@ -279,7 +297,8 @@ static int commit(struct kc_rx *rx, const struct kc_rec *rec, struct kc_err *err
 		what = "its device state is missing";
 	else if (!kc_sum_is(XXH3_64bits(rx->state, rx->announced.len) == rx->announced.xxh))
 		what = "its device state is not what was sent";
-	else if (rx->begin.flags == KC_EPOCH_FULL && rx->nr_seen != kc_guest_pages(rx->guest))
+	else if (rx->begin.flags == KC_EPOCH_FULL &&
+		 rx->nr_seen != kc_guest_pages(rx->guest) + kc_guest_disk_pages(rx->guest))
 		what = "pages are missing";
 	if (what)
 		return kc_fail(err, EPROTO, "epoch %llu is not sound: %s",

@@ -183,6 +183,16 @@ uint64_t kc_guest_pages(const struct kc_guest *g)
 	return n;
 }
 
+uint64_t kc_guest_disk_pages(const struct kc_guest *g)
+{
+	uint64_t n = 0;
+	uint32_t i;
+
+	for (i = 0; i < g->nr_disks; i++)
+		n += g->disks[i].npages;
+	return n;
+}
+
 void kc_uuid_text(const uint8_t u[16], char out[37])
 {
 	snprintf(out, 37, "%02x%02x%02x%02x-%02x%02x-%02x%02x-%02x%02x-%02x%02x%02x%02x%02x%02x",

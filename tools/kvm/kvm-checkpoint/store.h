@@ -6,7 +6,7 @@
  * is whole unless the disk damages it, which its checksum tells.  An increment names the epoch that
  * it builds upon; following these leads to a full epoch.  Files hold no differences between
  * versions of a page: so two files can be merged by taking records as they are, and a damaged page
- * is one page.
+ * is one page.  Only of disks there are parts of pages, which merging puts together.
  *
  * What is older than the epochs to keep is merged into a full epoch now and then, which replaces
  * the last increment in it by rename; only then are the others removed.
@@ -53,7 +53,7 @@ ssize_t kc_store_chain(const struct kc_store *store, uint64_t nr, size_t **chain
 		       struct kc_err *err);
 
 /**
- * struct kc_store_ops - what to do with the pages of a chain
+ * struct kc_store_ops - what to do with the pages of a chain, and parts of pages of disks
  *
  * Each returns 0 or a negative errno.  @file is an index into the chain, @offset that of the
  * record.
@@ -62,6 +62,8 @@ struct kc_store_ops {
 	int (*page)(void *ctx, size_t file, uint64_t offset, uint16_t block, uint64_t page,
 		    const void *data, struct kc_err *err);
 	int (*zero)(void *ctx, uint16_t block, uint64_t page, uint64_t n, struct kc_err *err);
+	int (*part)(void *ctx, size_t file, uint64_t offset, const struct kc_part *part,
+		    struct kc_err *err);
 };
 
 /**
@@ -89,16 +91,20 @@ int kc_store_verify(const struct kc_store *store, uint64_t *last, size_t *lost, 
 extern bool kc_store_progress;
 
 /**
- * kc_store_restore() - write the RAM and device state of an epoch to files
+ * kc_store_restore() - write the RAM, device state and disks of an epoch to files
  * @nr: its number, 0 for the last sound one.
  * @out: directory for ram0, ram1, ... and state; made if it is not there.
+ * @disks: a path for each disk: a file that is not there yet, or a block device of its size.
+ * @nr_disks: how many, just as many as the guest has.
  * @got: the number.
  * @stopped: whether the guest was not running then.
  *
  * Return: 0, -ESTALE as of kc_store_replay(), and then nothing was restored; or another negative
- * errno.
+ * errno.  Files that this made are removed again if it fails; of what was on a block device nothing
+ * may be left.
  */
-int kc_store_restore(const struct kc_store *store, uint64_t nr, const char *out, uint64_t *got,
-		     bool *stopped, struct kc_err *err);
+int kc_store_restore(const struct kc_store *store, uint64_t nr, const char *out,
+		     const char *const *disks, unsigned int nr_disks, uint64_t *got, bool *stopped,
+		     struct kc_err *err);
 
 #endif

@@ -32,16 +32,25 @@ int kc_store_merge(const char *path, uint64_t nr, uint64_t *bytes, struct kc_err
 
 #define KC_AT_ZERO 1ull
 #define KC_AT_SHIFT 42
+#define KC_AT_PARTS (1ull << 63)
+
+/* Part of a page: where its record is, and where what it was written to is, as in kc_place_at() */
+struct kc_place_part {
+	uint64_t at, before;
+};
 
 /**
  * struct kc_place - where the pages of a chain are
- * @at: for each page 0 if it was nowhere yet, KC_AT_ZERO, or the number in the chain + 1, shifted
- *	left by KC_AT_SHIFT, and the offset of its record.
+ * @at: by kc_block_index() and groups of pages; a group that is nowhere, or all zero, has no
+ *	memory of its own: what is kept is in proportion to what is not zero.
+ * @parts: of pages that have some.
  * @fds: files of the chain that are open.
  */
 struct kc_place {
 	const struct kc_guest *guest;
-	uint64_t *at[KC_MAX_BLOCKS];
+	uint64_t **at[KC_MAX_INDEX];
+	struct kc_place_part *parts;
+	size_t nr_parts, room;
 	struct kc_devices state;
 	size_t nr_fds;
 	int *fds;
@@ -58,10 +67,25 @@ extern const struct kc_store_ops kc_place_ops;
 int kc_place_page(void *ctx, size_t file, uint64_t offset, uint16_t block, uint64_t page,
 		  const void *data, struct kc_err *err);
 int kc_place_zero(void *ctx, uint16_t block, uint64_t page, uint64_t n, struct kc_err *err);
-
-/* Read the PAGE record at a place into @buf. */
-int kc_place_read(struct kc_place *pl, const struct kc_store *st, const size_t *chain, uint64_t at,
-		  uint8_t buf[KC_REC_HDR + KC_PAGE_HDR + KC_PAGE_SIZE], struct kc_rec *rec,
+int kc_place_part(void *ctx, size_t file, uint64_t offset, const struct kc_part *part,
 		  struct kc_err *err);
+
+/*
+ * Where a page is: 0 if it was nowhere yet, KC_AT_ZERO, KC_AT_PARTS and an index into pl->parts, or
+ * the number in the chain + 1, shifted left by KC_AT_SHIFT, and the offset of its record.
+ */
+uint64_t kc_place_at(const struct kc_place *pl, uint16_t block, uint64_t page);
+
+/* Of a PAGE, and more than a PART is. */
+#define KC_PAGE_REC_MAX (KC_REC_HDR + KC_PAGE_HDR + KC_PAGE_SIZE)
+
+/* Read the record of @type that is whole and at a place into @buf. */
+int kc_place_read(struct kc_place *pl, const struct kc_store *st, const size_t *chain, uint64_t at,
+		  uint16_t type, uint8_t buf[KC_PAGE_REC_MAX], struct kc_rec *rec,
+		  struct kc_err *err);
+
+/* The contents of a page, wherever it is. */
+int kc_place_get(struct kc_place *pl, const struct kc_store *st, const size_t *chain,
+		 uint16_t block, uint64_t page, uint8_t out[KC_PAGE_SIZE], struct kc_err *err);
 
 #endif

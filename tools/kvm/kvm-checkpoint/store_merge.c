@@ -21,32 +21,62 @@ static int merge_put(FILE *f, XXH3_state_t *sum, uint64_t *records, const void *
 	return fwrite(data, 1, len, f) == len ? 0 : -1;
 }
 
-static int merge_block(struct kc_place *pl, const struct kc_store *st, const size_t *chain,
-		       uint16_t block, FILE *f, XXH3_state_t *sum, uint64_t *records,
-		       struct kc_err *err)
+/* A page of @p's block and number into a record; returns its length. */
+static size_t put_page(struct kc_packer *pk, struct kc_page *p, const uint8_t *data, uint8_t *buf)
 {
-	uint8_t buf[KC_REC_HDR + KC_PAGE_HDR + KC_PAGE_SIZE];
-	uint64_t page, n, npages = pl->guest->blocks[block].npages;
-	struct kc_zero z = { .block = block };
-	struct kc_rec rec;
+	struct kc_zero z = { .block = p->block, .page = p->page, .npages = 1 };
 	size_t len;
+
+	if (p->block != KC_STATE_BLOCK && kc_is_zero_page(data))
+		return kc_put_zero(buf, &z);
+	kc_pack(pk, 1, p, data);
+	len = kc_put_page(buf, p);
+	memcpy(buf + len, p->data, p->len);
+	return len + p->len;
+}
+
+/* The record of a page that is not zero; returns its length, or a negative errno. */
+static ssize_t merge_page(struct kc_place *pl, const struct kc_store *st, const size_t *chain,
+			  uint16_t block, uint64_t page, struct kc_packer *pk,
+			  uint8_t buf[KC_PAGE_REC_MAX], struct kc_err *err)
+{
+	struct kc_page p = { .block = block, .page = page };
+	uint64_t at = kc_place_at(pl, block, page);
+	uint8_t whole[KC_PAGE_SIZE];
+	struct kc_rec rec;
 	int rc;
 
+	if (at & KC_AT_PARTS) {
+		rc = kc_place_get(pl, st, chain, block, page, whole, err);
+		return rc ? rc : (ssize_t)put_page(pk, &p, whole, buf);
+	}
+	rc = kc_place_read(pl, st, chain, at, KC_PAGE, buf, &rec, err);
+	return rc ? rc : (ssize_t)(KC_REC_HDR + rec.len);
+}
+
+static int merge_block(struct kc_place *pl, const struct kc_store *st, const size_t *chain,
+		       uint16_t block, struct kc_packer *pk, FILE *f, XXH3_state_t *sum,
+		       uint64_t *records, struct kc_err *err)
+{
+	uint64_t page, n, npages = kc_guest_block_pages(pl->guest, block);
+	struct kc_zero z = { .block = block };
+	uint8_t buf[KC_PAGE_REC_MAX];
+	ssize_t len;
+
 	for (page = 0; page < npages; page += n) {
-		if (!pl->at[block][page])
+		if (!kc_place_at(pl, block, page))
 			return kc_fail(err, EPROTO, "a page is nowhere");
 		n = 1;
-		if (pl->at[block][page] == KC_AT_ZERO) {
-			while (page + n < npages && pl->at[block][page + n] == KC_AT_ZERO)
+		if (kc_place_at(pl, block, page) == KC_AT_ZERO) {
+			while (page + n < npages && kc_place_at(pl, block, page + n) == KC_AT_ZERO)
 				n++;
 			z.page = page;
 			z.npages = n;
 			len = kc_put_zero(buf, &z);
 		} else {
-			rc = kc_place_read(pl, st, chain, pl->at[block][page], buf, &rec, err);
-			if (rc)
-				return rc;
-			len = KC_REC_HDR + rec.len;
+			len = merge_page(pl, st, chain, block, page, pk, buf, err);
+			if (len < 0)
+				return len;
 		}
 		if (merge_put(f, sum, records, buf, len))
 			return kc_fail(err, errno, "cannot write: %s", strerror(errno));
@@ -54,20 +84,17 @@ static int merge_block(struct kc_place *pl, const struct kc_store *st, const siz
 	return 0;
 }
 
-static int merge_state(struct kc_place *pl, FILE *f, XXH3_state_t *sum, uint64_t *records,
-		       struct kc_err *err)
+static int merge_state(struct kc_place *pl, struct kc_packer *pk, FILE *f, XXH3_state_t *sum,
+		       uint64_t *records, struct kc_err *err)
 {
 	struct kc_state state = { .len = pl->state.len,
 				  .flags = pl->state.stopped ? KC_STATE_STOPPED : 0,
 				  .xxh = XXH3_64bits(pl->state.data, pl->state.len) };
-	uint8_t buf[KC_REC_HDR + KC_PAGE_HDR + KC_PAGE_SIZE], page[KC_PAGE_SIZE];
-	struct kc_packer *pk = kc_packer_new(KC_CODEC_LZ4, 1, 0);
+	uint8_t buf[KC_PAGE_REC_MAX], page[KC_PAGE_SIZE];
 	struct kc_page p = { .block = KC_STATE_BLOCK };
 	size_t len, n;
-	int rc = 0;
+	int rc;
 
-	if (!pk)
-		return kc_fail(err, ENOMEM, "out of memory");
 	len = kc_put_state(buf, &state);
 	rc = merge_put(f, sum, records, buf, len);
 	for (p.page = 0; p.page < KC_STATE_PAGES(pl->state.len) && !rc; p.page++) {
@@ -75,12 +102,9 @@ static int merge_state(struct kc_place *pl, FILE *f, XXH3_state_t *sum, uint64_t
 		memset(page, 0, sizeof(page));
 		memcpy(page, pl->state.data + p.page * KC_PAGE_SIZE,
 		       n < KC_PAGE_SIZE ? n : KC_PAGE_SIZE);
-		kc_pack(pk, 1, &p, page);
-		len = kc_put_page(buf, &p);
-		memcpy(buf + len, p.data, p.len);
-		rc = merge_put(f, sum, records, buf, len + p.len);
+		len = put_page(pk, &p, page, buf);
+		rc = merge_put(f, sum, records, buf, len);
 	}
-	kc_packer_free(pk);
 	return rc ? kc_fail(err, errno, "cannot write: %s", strerror(errno)) : 0;
 }
 
@@ -89,14 +113,16 @@ static int merge_file(struct kc_place *pl, const struct kc_store *st, const size
 {
 	static const uint8_t nobody[16];
 	struct kc_begin b = { .nr = nr, .flags = KC_EPOCH_FULL };
-	struct kc_commit c = { .nr = nr, .pages = kc_guest_pages(&st->guest) };
+	struct kc_commit c = { .nr = nr, .pages = kc_guest_pages(&st->guest) +
+						  kc_guest_disk_pages(&st->guest) };
+	struct kc_packer *pk = kc_packer_new(KC_CODEC_LZ4, 1, 0);
 	uint8_t *buf = malloc(KC_REC_HDR + KC_REC_MAX);
 	XXH3_state_t *sum = XXH3_createState();
 	XXH128_canonical_t canonical;
 	uint32_t i;
 	int rc = -ENOMEM;
 
-	if (!buf || !sum) {
+	if (!buf || !sum || !pk) {
 		kc_fail(err, ENOMEM, "out of memory");
 		goto out;
 	}
@@ -106,10 +132,10 @@ static int merge_file(struct kc_place *pl, const struct kc_store *st, const size
 		rc = merge_put(f, sum, &c.records, buf, kc_put_begin(buf, &b));
 	if (rc)
 		rc = kc_fail(err, errno, "cannot write: %s", strerror(errno));
-	for (i = 0; i < st->guest.nr_blocks && !rc; i++)
-		rc = merge_block(pl, st, chain, i, f, sum, &c.records, err);
+	for (i = 0; i < KC_MAX_INDEX && !rc; i++)
+		rc = merge_block(pl, st, chain, kc_block_of_index(i), pk, f, sum, &c.records, err);
 	if (!rc)
-		rc = merge_state(pl, f, sum, &c.records, err);
+		rc = merge_state(pl, pk, f, sum, &c.records, err);
 	if (rc)
 		goto out;
 	XXH128_canonicalFromHash(&canonical, XXH3_128bits_digest(sum));
@@ -120,6 +146,7 @@ static int merge_file(struct kc_place *pl, const struct kc_store *st, const size
 out:
 	free(buf);
 	XXH3_freeState(sum);
+	kc_packer_free(pk);
 	return rc;
 }
 

@@ -58,6 +58,13 @@ static int replay_zero(void *ctx, const struct kc_zero *z, struct kc_err *err)
 	       r->ops->zero(r->ctx, z->block, z->page, z->npages, err) : 0;
 }
 
+static int replay_part(void *ctx, const struct kc_part *part, struct kc_err *err)
+{
+	struct replay *r = ctx;
+
+	return r->ops && r->ops->part ? r->ops->part(r->ctx, r->file, r->offset, part, err) : 0;
+}
+
 static int replay_commit(void *ctx, uint64_t nr, const struct kc_devices *state,
 			 struct kc_err *err)
 {
@@ -82,6 +89,7 @@ static const struct kc_rx_ops replay_ops = {
 	.base_state = replay_base_state,
 	.page = replay_page,
 	.zero = replay_zero,
+	.part = replay_part,
 	.commit = replay_commit,
 	.abort = replay_abort,
 };

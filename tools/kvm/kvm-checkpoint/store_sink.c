@@ -283,6 +283,7 @@ static int scan_open(struct store_sink *ss, struct kc_err *err)
 {
 	struct kc_page p;
 	struct kc_zero z;
+	struct kc_part part;
 	struct kc_rec rec;
 	struct kc_io *io;
 	uint64_t at;
@@ -310,6 +311,8 @@ static int scan_open(struct store_sink *ss, struct kc_err *err)
 		else if (rec.type == KC_ZERO && !kc_get_zero(&rec, &z, err) &&
 			 z.block != KC_STATE_BLOCK)
 			rc = kc_place_zero(&ss->place, z.block, z.page, z.npages, err);
+		else if (rec.type == KC_PART && !kc_get_part(&rec, &part, err))
+			rc = kc_place_part(&ss->place, ss->nr_chain, at, &part, err);
 		if (rc)
 			break;
 	}
@@ -321,11 +324,8 @@ static int scan_open(struct store_sink *ss, struct kc_err *err)
 static int store_digests(struct kc_sink *s, uint32_t block, uint64_t first, uint32_t n,
 			 uint8_t *out, struct kc_err *err)
 {
-	uint8_t buf[KC_REC_HDR + KC_PAGE_HDR + KC_PAGE_SIZE], page[KC_PAGE_SIZE];
 	struct store_sink *ss = of(s);
-	struct kc_page p;
-	struct kc_rec rec;
-	uint64_t at;
+	uint8_t page[KC_PAGE_SIZE];
 	ssize_t nr;
 	int rc = 0;
 
@@ -347,16 +347,9 @@ static int store_digests(struct kc_sink *s, uint32_t block, uint64_t first, uint
 		rc = scan_open(ss, err);
 	}
 	for (; n && !rc; n--, first++, out += KC_DIGEST_SIZE) {
-		at = ss->place.at[block][first];
-		memset(page, 0, sizeof(page));
-		if (at > KC_AT_ZERO) {
-			rc = kc_place_read(&ss->place, &ss->store, ss->chain, at, buf, &rec, err);
-			if (!rc)
-				rc = kc_get_page(&rec, &p, err);
-			if (!rc)
-				rc = kc_unpack(ss->place.up, &p, NULL, page, err);
-		}
-		kc_page_digest(page, out);
+		rc = kc_place_get(&ss->place, &ss->store, ss->chain, block, first, page, err);
+		if (!rc)
+			kc_page_digest(page, out);
 	}
 	/* It is closed by another. */
 	if (ss->placed && ss->place.fds)

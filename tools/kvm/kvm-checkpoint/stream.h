@@ -200,9 +200,23 @@ int kc_guest_copy(struct kc_guest *to, const struct kc_guest *from);
 void kc_guest_free(struct kc_guest *guest);
 /* 0 if epochs of @b fit to those of @a, -EEXIST and what differs if not. */
 int kc_guest_same(const struct kc_guest *a, const struct kc_guest *b, struct kc_err *err);
+/* Of its RAM, and of its disks */
 uint64_t kc_guest_pages(const struct kc_guest *guest);
+uint64_t kc_guest_disk_pages(const struct kc_guest *guest);
 /* Of a block or a disk, 0 if there is none of this number */
 uint64_t kc_guest_block_pages(const struct kc_guest *guest, uint32_t block);
+/* Where something is kept of each block and disk: disks come after all blocks. */
+#define KC_MAX_INDEX (KC_MAX_BLOCKS + KC_MAX_DISKS)
+static inline uint32_t kc_block_index(uint32_t block)
+{
+	return block < KC_DISK_BLOCK ? block : KC_MAX_BLOCKS + block - KC_DISK_BLOCK;
+}
+
+static inline uint32_t kc_block_of_index(uint32_t index)
+{
+	return index < KC_MAX_BLOCKS ? index : KC_DISK_BLOCK + index - KC_MAX_BLOCKS;
+}
+
 void kc_uuid_text(const uint8_t uuid[16], char out[37]);
 
 /*
@@ -289,7 +303,7 @@ struct kc_rx_ops {
 	const struct kc_devices *(*base_state)(void *ctx);
 	int (*page)(void *ctx, uint16_t block, uint64_t page, const void *data, struct kc_err *err);
 	int (*zero)(void *ctx, const struct kc_zero *z, struct kc_err *err);
-	/* Some bytes of a page of a disk; NULL for who knows no disks. */
+	/* Some bytes of a page of a disk. */
 	int (*part)(void *ctx, const struct kc_part *part, struct kc_err *err);
 	/* All is there and verified: keep it, for good. */
 	int (*commit)(void *ctx, uint64_t nr, const struct kc_devices *state, struct kc_err *err);

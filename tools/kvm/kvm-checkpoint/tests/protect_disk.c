@@ -94,6 +94,34 @@ void test_disk_take(void)
 	finish();
 }
 
+/* Each epoch of a directory has the disk of its moment, also of one that continues another's. */
+void test_disk_store(void)
+{
+	unsigned int i, last, n;
+
+	setenv("XDG_RUNTIME_DIR", dir, 1);
+	unsetenv("RUNTIME_DIRECTORY");
+	start_disk(&qemu, DISK_PAGES);
+	start_qemu(&qemu);
+	for (i = 0; i < 3; i++) {
+		unlink(path_of("log"));
+		write_text(path_of("log"), 0600, "");
+		start_protect(CHECKED, path_of("store"), "--interval", "5ms", NULL);
+		serve_until_log("protected since");
+		be_qemu_for(100);
+		kill(qemu.client, i == 1 ? SIGKILL : SIGTERM);
+		if (i == 1)
+			CHECK(waitpid(qemu.client, NULL, 0) == qemu.client, "it does not die");
+		else
+			CHECK(serve() == 0, "it does not end as it was told to");
+		be_qemu_for(30);
+	}
+	n = check_store(&last);
+	CHECK(n > 5, "only %u epochs", n);
+	CHECK(!run("verify", path_of("store"), NULL), "verify finds something");
+	printf("# %u epochs with their disks\n", n);
+}
+
 /* The standby is killed at any moment: what it has is always of one epoch. */
 void test_disk_blip(void)
 {
@@ -273,7 +301,6 @@ void test_disk_refused(void)
 	start_standby(path_of("ram"), "--no-fence", "--timeout", "0", "--insecure");
 	must_fail(protect(CHECKED, spec()), "the standby was given 0 images by --disk PATH");
 	stop_standby(SIGTERM);
-	must_fail(protect(CHECKED, path_of("store")), "not replicated to a directory");
 	CHECK(protect(CHECKED, path_of("store"), "--epochs", "1", "--disk", "external") == 0,
 	      "--disk external does not help");
 	must_fail(protect(CHECKED, spec(), "--disk", "node=vdb"), "has only 0 of the 1 disks");
@@ -403,7 +430,6 @@ void test_disk_usage(void)
 {
 	CHECK(run("protect", "--qmp", "x", "--to", "tcp:a:1", "--disk", "some", NULL) == 2 &&
 	      run("protect", "--qmp", "x", "--to", "tcp:a:1", "--disk", "node=", NULL) == 2 &&
-	      run("protect", "--qmp", "x", "--to", "dir", "--disk", "replicate", NULL) == 2 &&
 	      run("protect", "--qmp", "x", "--to", "tcp:a:1", "--disk", "replicate", "--disk",
 		  "external", NULL) == 2, "it takes what makes no sense");
 	CHECK(run("standby", "--listen", "127.0.0.1:1", "--insecure", "--no-fence", "--disk", "",

@@ -811,6 +811,7 @@ static const struct test tests[] = {
 	{ "protect_disk", test_disk },
 	{ "protect_disk_take", test_disk_take },
 	{ "protect_disk_sparse", test_disk_sparse },
+	{ "protect_disk_store", test_disk_store },
 	{ "protect_disk_blip", test_disk_blip },
 	{ "protect_disk_killed", test_disk_killed },
 	{ "protect_disk_job_ends", test_disk_job_ends },

@@ -67,6 +67,7 @@ void test_net_usage(void);
 void test_disk(void);
 void test_disk_take(void);
 void test_disk_sparse(void);
+void test_disk_store(void);
 void test_disk_blip(void);
 void test_disk_killed(void);
 void test_disk_job_ends(void);

@@ -165,15 +165,24 @@ unsigned int check_store(unsigned int *last)
 	struct kc_store st;
 	char nr[32];
 	size_t i;
+	int rc;
 
 	OK(kc_store_read(store, &st, &err));
 	for (i = 0; i < st.nr_files; i++) {
 		snprintf(nr, sizeof(nr), "%" PRIu64, st.files[i].nr);
 		remove_tree(path_of("restored"));
 		unlink(path_of("log"));
-		CHECK(!run("restore", "--epoch", nr, "--ram-dir", path_of("restored"), store, NULL),
-		      "cannot restore epoch %s", nr);
+		unlink(path_of("restored-disk"));
+		if (qemu.disk.npages)
+			rc = run("restore", "--epoch", nr, "--ram-dir", path_of("restored"),
+				 "--disk", path_of("restored-disk"), store, NULL);
+		else
+			rc = run("restore", "--epoch", nr, "--ram-dir", path_of("restored"), store,
+				 NULL);
+		CHECK(!rc, "cannot restore epoch %s", nr);
 		snap = which_snap(path_of("restored"), "state", log_has("\nstopped\n"));
+		if (qemu.disk.npages)
+			check_image(path_of("restored-disk"), snap);
 		CHECK(!i || snap > *last, "epoch %s is older than the one before", nr);
 		*last = snap;
 	}

@@ -17,9 +17,10 @@
 #include "sim.h"
 
 struct kc_block blocks[2] = { { "pc.ram", 700 }, { "/objects/ram1", 61 } };
+struct kc_disk disks[1] = { { "vda", 90 } };
 struct kc_guest guest = {
 	.uuid = { 1, 2, 3 }, .name = "test guest", .page_size = KC_PAGE_SIZE, .nr_blocks = 2,
-	.blocks = blocks, .fingerprint = { 9 },
+	.blocks = blocks, .disks = disks, .fingerprint = { 9 },
 };
 
 static void sim_write(struct sim *g)
@@ -53,6 +54,39 @@ static void sim_write(struct sim *g)
 	}
 }
 
+static void forget_writes(struct sim *g)
+{
+	while (g->nr_writes)
+		free(g->writes[--g->nr_writes].data);
+}
+
+/* Some sectors here and there, some in the same places; sometimes much, sometimes what is zero. */
+static void sim_write_disk(struct sim *g)
+{
+	uint64_t size = disks[0].npages * KC_PAGE_SIZE;
+	struct sim_write *w = &g->writes[g->nr_writes++];
+	uint64_t kind = rnd(&g->disk_rng) % 8;
+	uint32_t i;
+
+	w->offset = rnd(&g->disk_rng) % (kind < 4 ? 16 : size / 512) * 512;
+	w->len = (1 + rnd(&g->disk_rng) % (kind == 7 ? 100 : 9)) * 512;
+	if (kind == 6) {
+		w->offset -= w->offset % KC_PAGE_SIZE;
+		w->len = KC_PAGE_SIZE;
+	}
+	if (w->len > size - w->offset)
+		w->len = size - w->offset;
+	w->data = rnd(&g->disk_rng) % 5 ? malloc(w->len) : NULL;
+	for (i = 0; w->data && i < w->len; i += 512) {
+		memset(w->data + i, rnd(&g->disk_rng), 512);
+		w->data[i + rnd(&g->disk_rng) % 512] = rnd(&g->disk_rng);
+	}
+	if (w->data)
+		memcpy(g->disk + w->offset, w->data, w->len);
+	else
+		memset(g->disk + w->offset, 0, w->len);
+}
+
 /* Not running when the epoch was taken. */
 bool sim_stopped(uint64_t epoch)
 {
@@ -76,6 +110,9 @@ void sim_step(struct sim *g)
 	}
 	if (!(rnd(&g->rng) % 5))
 		g->state_len = rnd(&g->rng) % STATE_ROOM;
+	forget_writes(g);
+	for (i = rnd(&g->disk_rng) % MAX_WRITES; guest.nr_disks && i; i--)
+		sim_write_disk(g);
 	g->epoch++;
 }
 
@@ -84,7 +121,8 @@ void sim_init(struct sim *g)
 	unsigned int i;
 
 	memset(g, 0, sizeof(*g));
-	g->rng = seed;
+	g->rng = g->disk_rng = seed;
+	g->disk = guest.nr_disks ? calloc(disks[0].npages, KC_PAGE_SIZE) : NULL;
 	g->state_len = 40000;
 	for (i = 0; i < 2; i++) {
 		g->ram[i] = calloc(blocks[i].npages, KC_PAGE_SIZE);
@@ -96,6 +134,8 @@ void sim_init(struct sim *g)
 
 void sim_free(struct sim *g)
 {
+	forget_writes(g);
+	free(g->disk);
 	free(g->ram[0]);
 	free(g->ram[1]);
 	free(g->dirty[0]);
@@ -110,6 +150,42 @@ void sim_goto(struct sim *g, uint64_t epoch)
 	}
 	while (g->epoch < epoch)
 		sim_step(g);
+}
+
+/* What of it differs, and then it is as it is */
+static int resync_disk(struct sim *g, struct kc_sink *s)
+{
+	uint8_t digests[KC_DIGESTS_CHUNK * KC_DIGEST_SIZE], own[KC_DIGEST_SIZE];
+	uint64_t i;
+	int rc;
+
+	rc = kc_sink_digests(s, KC_DISK_BLOCK, 0, disks[0].npages, digests, &err);
+	for (i = 0; i < disks[0].npages && !rc; i++) {
+		const uint8_t *p = g->disk + i * KC_PAGE_SIZE;
+
+		kc_page_digest(p, own);
+		if (memcmp(own, digests + i * KC_DIGEST_SIZE, sizeof(own)))
+			rc = kc_epoch_disk(s, 0, i * KC_PAGE_SIZE, p, KC_PAGE_SIZE, &err);
+	}
+	return rc;
+}
+
+/* Its first copy is that of any moment, the writes since then follow */
+static int send_disk(struct sim *g, struct kc_sink *s, unsigned int flags)
+{
+	unsigned int i;
+	int rc = 0;
+
+	if (!guest.nr_disks)
+		return 0;
+	if (flags == KC_EPOCH_RESYNC)
+		return resync_disk(g, s);
+	if (flags)
+		rc = kc_epoch_disk(s, 0, 0, g->disk, disks[0].npages * KC_PAGE_SIZE, &err);
+	for (i = 0; i < g->nr_writes && !rc; i++)
+		rc = kc_epoch_disk(s, 0, g->writes[i].offset, g->writes[i].data, g->writes[i].len,
+				   &err);
+	return rc;
 }
 
 /* Hand over the epoch as it is: all of it, what differs, or what is dirty. */
@@ -137,6 +213,8 @@ int sim_send(struct sim *g, struct kc_sink *s, unsigned int flags)
 			rc = kc_epoch_page(s, b, i, p, &err);
 		}
 	}
+	if (!rc)
+		rc = send_disk(g, s, flags);
 	if (!rc)
 		rc = kc_epoch_state(s, g->state, g->state_len, sim_stopped(g->epoch), &err);
 	return rc ? rc : kc_epoch_commit(s, &err);
@@ -166,6 +244,20 @@ void compare(struct sim *g, const char *where, const char *state_name)
 	read_all(path, &buf, &len);
 	CHECK(len == g->state_len && !memcmp(buf, g->state, len),
 	      "%s is not the device state of epoch %" PRIu64, path, g->epoch);
+	free(buf);
+}
+
+void compare_disk(struct sim *g, const char *image)
+{
+	uint8_t *buf;
+	size_t len;
+	uint64_t i;
+
+	read_all(image, &buf, &len);
+	CHECK(len == disks[0].npages * KC_PAGE_SIZE, "%s has %zu bytes", image, len);
+	for (i = 0; i < disks[0].npages; i++)
+		CHECK(!memcmp(buf + i * KC_PAGE_SIZE, g->disk + i * KC_PAGE_SIZE, KC_PAGE_SIZE),
+		      "page %" PRIu64 " of %s is not that of epoch %" PRIu64, i, image, g->epoch);
 	free(buf);
 }
 
@@ -226,12 +318,19 @@ void restore_and_compare(const char *store, uint64_t epoch, struct sim *g)
 	snprintf(nr, sizeof(nr), "%" PRIu64, epoch);
 	remove_tree(path_of("restored"));
 	unlink(path_of("log"));
-	CHECK(!run("restore", "--epoch", nr, "--ram-dir", path_of("restored"), store, NULL),
-	      "cannot restore epoch %s", nr);
+	unlink(path_of("restored-disk"));
+	if (guest.nr_disks)
+		CHECK(!run("restore", "--epoch", nr, "--ram-dir", path_of("restored"), "--disk",
+			   path_of("restored-disk"), store, NULL), "cannot restore epoch %s", nr);
+	else
+		CHECK(!run("restore", "--epoch", nr, "--ram-dir", path_of("restored"), store, NULL),
+		      "cannot restore epoch %s", nr);
 	CHECK(log_has("\nstopped\n") == sim_stopped(epoch),
 	      "does not know whether the guest was stopped at epoch %s", nr);
 	sim_goto(g, epoch);
 	compare(g, path_of("restored"), "state");
+	if (guest.nr_disks)
+		compare_disk(g, path_of("restored-disk"));
 }
 
 void resync(const char *to)

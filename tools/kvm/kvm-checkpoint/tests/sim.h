@@ -11,8 +11,20 @@
 
 #define STATE_ROOM 60000u
 
+/* What the guest wrote to its disk, and with which contents; NULL: zeros */
+struct sim_write {
+	uint64_t offset;
+	uint32_t len;
+	uint8_t *data;
+};
+
+#define MAX_WRITES 16u
+
 struct sim {
-	uint64_t rng, epoch;
+	uint64_t rng, disk_rng, epoch;
+	uint8_t *disk;			/* if guest.nr_disks is 1 */
+	struct sim_write writes[MAX_WRITES];
+	unsigned int nr_writes;
 	uint8_t *ram[2];
 	bool *dirty[2];
 	uint8_t state[STATE_ROOM];
@@ -20,6 +32,8 @@ struct sim {
 };
 
 extern struct kc_block blocks[2];
+/* Part of the guest if a test says guest.nr_disks = 1, before all else */
+extern struct kc_disk disks[1];
 extern struct kc_guest guest;
 
 /* Before its first epoch. */
@@ -36,6 +50,8 @@ int sim_send(struct sim *g, struct kc_sink *s, unsigned int flags);
 
 /* The files hold the guest as it is in @g. */
 void compare(struct sim *g, const char *where, const char *state_name);
+/* The image holds the guest's disk as it is in @g. */
+void compare_disk(struct sim *g, const char *image);
 void compare_standby(struct sim *g, const char *ram_dir);
 void restore_and_compare(const char *store, uint64_t epoch, struct sim *g);
 

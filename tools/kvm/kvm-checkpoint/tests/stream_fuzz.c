@@ -15,7 +15,7 @@
 #include "launch.h"
 #include "ram.h"
 #include "status.h"
-#include "store.h"
+#include "store_internal.h"
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 int LLVMFuzzerInitialize(int *argc, char ***argv);
@@ -64,7 +64,7 @@ int LLVMFuzzerInitialize(int *argc, char ***argv)
 struct mem {
 	const struct kc_guest *guest;
 	uint64_t last;
-	uint8_t *pages[KC_MAX_BLOCKS];
+	uint8_t *pages[KC_MAX_INDEX];	/* by kc_block_index() */
 	struct kc_devices state;
 	bool open;
 };
@@ -88,7 +88,7 @@ static int mem_begin(void *ctx, const struct kc_begin *b, struct kc_err *err)
 
 static const void *mem_base(void *ctx, uint16_t block, uint64_t page)
 {
-	return ((struct mem *)ctx)->pages[block] + page * KC_PAGE_SIZE;
+	return ((struct mem *)ctx)->pages[kc_block_index(block)] + page * KC_PAGE_SIZE;
 }
 
 static const struct kc_devices *mem_base_state(void *ctx)
@@ -103,7 +103,7 @@ static int mem_page(void *ctx, uint16_t block, uint64_t page, const void *data, 
 	(void)err;
 	if (!m->open)
 		abort();
-	memcpy(m->pages[block] + page * KC_PAGE_SIZE, data, KC_PAGE_SIZE);
+	memcpy(m->pages[kc_block_index(block)] + page * KC_PAGE_SIZE, data, KC_PAGE_SIZE);
 	return 0;
 }
 
@@ -114,7 +114,20 @@ static int mem_zero(void *ctx, const struct kc_zero *z, struct kc_err *err)
 	(void)err;
 	if (!m->open)
 		abort();
-	memset(m->pages[z->block] + z->page * KC_PAGE_SIZE, 0, z->npages * KC_PAGE_SIZE);
+	memset(m->pages[kc_block_index(z->block)] + z->page * KC_PAGE_SIZE, 0,
+	       z->npages * KC_PAGE_SIZE);
+	return 0;
+}
+
+static int mem_part(void *ctx, const struct kc_part *p, struct kc_err *err)
+{
+	struct mem *m = ctx;
+
+	(void)err;
+	if (!m->open)
+		abort();
+	memcpy(m->pages[kc_block_index(p->block)] + p->page * KC_PAGE_SIZE + p->offset, p->data,
+	       p->len);
 	return 0;
 }
 
@@ -142,7 +155,8 @@ static void mem_abort(void *ctx)
 
 static const struct kc_rx_ops mem_ops = {
 	.last = mem_last, .begin = mem_begin, .base = mem_base, .base_state = mem_base_state,
-	.page = mem_page, .zero = mem_zero, .commit = mem_commit, .abort = mem_abort,
+	.page = mem_page, .zero = mem_zero, .part = mem_part, .commit = mem_commit,
+	.abort = mem_abort,
 };
 
 /* --- Ways in -------------------------------------------------------------- */
@@ -191,17 +205,13 @@ static void receive(const uint8_t *data, size_t size, bool with_files)
 	struct kc_rec rec;
 	struct kc_err err;
 	struct kc_rx *rx;
-	uint64_t pages;
 	uint32_t i;
 
 	if (kc_io_record(io, 0, &rec, &err) || kc_get_hello(&rec, &hello, &err)) {
 		kc_io_close(io);
 		return;
 	}
-	pages = kc_guest_pages(&hello.guest);
-	for (i = 0; i < hello.guest.nr_disks; i++)
-		pages += hello.guest.disks[i].npages;
-	if (pages > MAX_PAGES)
+	if (kc_guest_pages(&hello.guest) + kc_guest_disk_pages(&hello.guest) > MAX_PAGES)
 		goto out;
 	if (with_files) {
 		snprintf(sub, sizeof(sub), "%s/ram", dir);
@@ -210,8 +220,9 @@ static void receive(const uint8_t *data, size_t size, bool with_files)
 			abort();
 		rx = kc_rx_new(kc_ram_guest(ram), &kc_ram_ops, ram);
 	} else {
-		for (i = 0; i < hello.guest.nr_blocks; i++)
-			m.pages[i] = calloc(hello.guest.blocks[i].npages, KC_PAGE_SIZE);
+		for (i = 0; i < KC_MAX_INDEX; i++)
+			m.pages[i] = calloc(kc_guest_block_pages(&hello.guest, kc_block_of_index(i)),
+					    KC_PAGE_SIZE);
 		m.guest = &hello.guest;
 		rx = kc_rx_new(&hello.guest, &mem_ops, &m);
 	}
@@ -219,7 +230,7 @@ static void receive(const uint8_t *data, size_t size, bool with_files)
 	kc_rx_free(rx);
 	if (m.open)
 		abort();
-	for (i = 0; i < hello.guest.nr_blocks; i++)
+	for (i = 0; i < KC_MAX_INDEX; i++)
 		free(m.pages[i]);
 	free(m.state.data);
 	if (ram) {
@@ -237,6 +248,36 @@ out:
 	kc_io_close(io);
 }
 
+/* What restoring and merging do with epoch @i, which @chain leads to. */
+static void out_of_directory(const struct kc_store *st, const size_t *chain, size_t n, size_t i)
+{
+	static char names[KC_MAX_DISKS][160];
+	const char *disks[KC_MAX_DISKS];
+	uint8_t page[KC_PAGE_SIZE];
+	struct kc_place pl = { 0 };
+	struct kc_err err;
+	uint64_t got, k;
+	uint32_t d;
+	bool stopped;
+
+	for (d = 0; d < st->guest.nr_disks; d++) {
+		snprintf(names[d], sizeof(names[d]), "%s/disk%zu-%u", dir, i, d);
+		disks[d] = names[d];
+	}
+	snprintf(file, sizeof(file), "%s/out%zu", dir, i);
+	kc_store_restore(st, st->files[i].nr, file, disks, st->guest.nr_disks, &got, &stopped, &err);
+	if (!kc_place_init(&pl, &st->guest, n, &err) &&
+	    !kc_store_replay(st, chain, n, &kc_place_ops, &pl, NULL, NULL, &err)) {
+		for (d = 0; d < KC_MAX_INDEX; d++) {
+			uint32_t b = kc_block_of_index(d);
+
+			for (k = 0; k < kc_guest_block_pages(&st->guest, b); k++)
+				kc_place_get(&pl, st, chain, b, k, page, &err);
+		}
+	}
+	kc_place_free(&pl);
+}
+
 /* All epochs of a stream as files of a directory. */
 static void directory(const uint8_t *data, size_t size)
 {
@@ -244,8 +285,7 @@ static void directory(const uint8_t *data, size_t size)
 	struct kc_store st;
 	struct kc_err err;
 	struct kc_rec rec;
-	uint64_t nr = 0, got;
-	bool stopped;
+	uint64_t nr = 0;
 	ssize_t n;
 	int fd;
 
@@ -276,11 +316,8 @@ static void directory(const uint8_t *data, size_t size)
 		n = kc_store_chain(&st, st.files[i].nr, &chain, &err);
 		if (n < 0)
 			continue;
-		if (kc_guest_pages(&st.guest) <= MAX_PAGES) {
-			kc_store_replay(&st, chain, n, NULL, NULL, NULL, NULL, &err);
-			snprintf(file, sizeof(file), "%s/out%zu", dir, i);
-			kc_store_restore(&st, st.files[i].nr, file, &got, &stopped, &err);
-		}
+		if (kc_guest_pages(&st.guest) + kc_guest_disk_pages(&st.guest) <= MAX_PAGES)
+			out_of_directory(&st, chain, n, i);
 		free(chain);
 	}
 	kc_store_free(&st);

@@ -118,3 +118,9 @@ void test_kill_directory(void)
 	printf("# %u kills, %u with merged epochs, %" PRIu64 " epochs\n", round, merged, n[0]);
 	sim_free(&g);
 }
+
+void test_kill_directory_disk(void)
+{
+	guest.nr_disks = 1;
+	test_kill_directory();
+}

@@ -30,7 +30,7 @@ void test_resync_directory(void)
 	sim_free(&g);
 }
 
-void test_merging(void)
+static void merging(void)
 {
 	struct kc_store st;
 	struct kc_sink *s;
@@ -77,6 +77,24 @@ void test_merging(void)
 	      "restores what is not there");
 	sim_free(&g);
 	sim_free(&check);
+}
+
+void test_merging(void)
+{
+	merging();
+}
+
+/* Parts of pages on parts of pages, which merging puts together and digests have to */
+void test_store_disk(void)
+{
+	guest.nr_disks = 1;
+	merging();
+}
+
+void test_resync_disk(void)
+{
+	guest.nr_disks = 1;
+	test_resync_directory();
 }
 
 void test_damage_directory(void)
@@ -509,4 +527,45 @@ void test_open_store(void)
 		SKIP("only root can give a directory away");
 	CHECK(!chown(path_of("store"), 12345, -1), "chown");
 	must_refuse(path_of("store"), &opts, &guest, EPERM, "belongs to");
+}
+
+/* Where a disk may be restored to, and what is left of it when that fails */
+void test_restore_disk(void)
+{
+	char file[64];
+	struct kc_sink *s;
+	struct sim g;
+
+	guest.nr_disks = 1;
+	sim_init(&g);
+	s = must_open(path_of("store"));
+	sim_step(&g);
+	OK(sim_send(&g, s, KC_EPOCH_FULL));
+	sim_step(&g);
+	OK(sim_send(&g, s, 0));
+	kc_sink_close(s);
+	CHECK(!run("list", path_of("store"), NULL) && log_has("disk0 vda, 0 MiB"), "list");
+	CHECK(run("restore", "--ram-dir", path_of("out"), path_of("store"), NULL) == 1 &&
+	      log_has("have 1 disks: say --disk PATH 1 times"), "restores without its disk");
+	CHECK(run("restore", "--ram-dir", path_of("out"), "--disk", path_of("a"), "--disk",
+		  path_of("b"), path_of("store"), NULL) == 1, "restores more disks than there are");
+	CHECK(!exists(path_of("out")) && !exists(path_of("a")), "it leaves something");
+	/* It may be somebody's. */
+	write_text(path_of("image"), 0600, "mine");
+	CHECK(run("restore", "--ram-dir", path_of("out"), "--disk", path_of("image"),
+		  path_of("store"), NULL) == 1 && log_has("image exists"), "overwrites a file");
+	CHECK(exists(path_of("image")) && !exists(path_of("out/ram0")), "it removes, or leaves");
+	CHECK(run("restore", "--ram-dir", path_of("out"), "--disk", path_of("none/image"),
+		  path_of("store"), NULL) == 1 && log_has("cannot write to"), "where there is none");
+	/* Of a damaged epoch nothing is left. */
+	snprintf(file, sizeof(file), "store/epoch-%020u.kc", 2);
+	CHECK(!truncate(path_of(file), 5000), "cannot truncate");
+	CHECK(run("restore", "--epoch", "2", "--ram-dir", path_of("out"), "--disk", path_of("new"),
+		  path_of("store"), NULL) == 1, "restores half an epoch");
+	CHECK(!exists(path_of("new")) && !exists(path_of("out/ram0")), "it leaves half an epoch");
+	CHECK(!run("restore", "--ram-dir", path_of("out"), "--disk", path_of("new"),
+		   path_of("store"), NULL) && log_has("disk vda 368640 /"), "does not restore");
+	sim_goto(&g, 1);
+	compare_disk(&g, path_of("new"));
+	sim_free(&g);
 }

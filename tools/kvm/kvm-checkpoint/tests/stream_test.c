@@ -865,6 +865,9 @@ static const struct test tests[] = {
 	{ "digests_ahead", test_digests_ahead },
 	{ "resync_directory", test_resync_directory },
 	{ "merging", test_merging },
+	{ "store_disk", test_store_disk },
+	{ "resync_disk", test_resync_disk },
+	{ "restore_disk", test_restore_disk },
 	{ "damage", test_damage },
 	{ "damage_directory", test_damage_directory },
 	{ "changing_directory", test_changing_directory },
@@ -907,6 +910,7 @@ static const struct test tests[] = {
 	{ "kill_standby", test_kill_standby },
 	{ "kill_primary", test_kill_primary },
 	{ "kill_directory", test_kill_directory },
+	{ "kill_directory_disk", test_kill_directory_disk },
 };
 
 static void setup(void)
@@ -935,18 +939,21 @@ static int make_corpus(const char *to)
 	blocks[0].npages = 3;
 	blocks[1].npages = 1;
 	kc_sink_defaults(&opts);
-	for (i = 0; i < 4; i++) {
+	disks[0].npages = 2;
+	for (i = 0; i < 8; i++) {
+		/* The second half with a disk */
+		guest.nr_disks = i / 4;
 		opts.codec = i % 2 ? KC_CODEC_ZSTD : KC_CODEC_LZ4;
 		sim_init(&g);
 		g.state_len = 5000;
 		buf = catch_stream(&g, i == 2 ? 1 : 2, &len);
-		snprintf(path, sizeof(path), "%s/stream-%d", to, i);
+		snprintf(path, sizeof(path), "%s/stream-%s%d", to, i / 4 ? "disk-" : "", i % 4);
 		f = fopen(path, "w");
 		if (!f) {
 			perror(path);
 			return 1;
 		}
-		fputc(i, f);
+		fputc(i % 4, f);
 		fwrite(buf, 1, len, f);
 		fclose(f);
 		free(buf);

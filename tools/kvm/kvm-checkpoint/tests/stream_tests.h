@@ -8,6 +8,9 @@
 /* stream_store.c */
 void test_resync_directory(void);
 void test_merging(void);
+void test_store_disk(void);
+void test_resync_disk(void);
+void test_restore_disk(void);
 void test_damage_directory(void);
 void test_changing_directory(void);
 void test_read_while_merged(void);
@@ -25,6 +28,7 @@ void test_full_holes(void);
 void test_kill_standby(void);
 void test_kill_primary(void);
 void test_kill_directory(void);
+void test_kill_directory_disk(void);
 
 /* stream_failover.c */
 void test_failover(void);
