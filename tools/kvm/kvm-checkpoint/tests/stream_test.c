@@ -911,6 +911,10 @@ static const struct test tests[] = {
 	{ "kill_primary", test_kill_primary },
 	{ "kill_directory", test_kill_directory },
 	{ "kill_directory_disk", test_kill_directory_disk },
+	{ "crash_standby", test_crash_standby },
+	{ "crash_standby_trial", test_crash_standby_trial },
+	{ "crash_standby_bad", test_crash_standby_bad },
+	{ "crash_directory", test_crash_directory },
 };
 
 static void setup(void)

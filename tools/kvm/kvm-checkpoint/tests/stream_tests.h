@@ -30,6 +30,12 @@ void test_kill_primary(void);
 void test_kill_directory(void);
 void test_kill_directory_disk(void);
 
+/* stream_crash.c */
+void test_crash_standby(void);
+void test_crash_standby_trial(void);
+void test_crash_standby_bad(void);
+void test_crash_directory(void);
+
 /* stream_failover.c */
 void test_failover(void);
 void test_failover_reasons(void);
