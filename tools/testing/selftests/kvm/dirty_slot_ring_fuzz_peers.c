@@ -70,8 +70,7 @@ static int call_broken(int fd, unsigned long cmd, void *argp, int ret)
 		return 0;
 	if (cmd == KVM_DIRTY_VM_LOG_HARVEST)
 		return ret ?: vm_call_broken(argp);
-	if (cmd != KVM_DIRTY_SLOT_LOG_HARVEST || ret || !args->nr_runs || !once_in(8) ||
-	    args->runs == (uintptr_t)argp)
+	if (cmd != KVM_DIRTY_SLOT_LOG_HARVEST || ret || !args->nr_runs || !once_in(8))
 		return ret;
 
 	runs = (void *)(uintptr_t)args->runs;
@@ -89,6 +88,15 @@ static int call_broken(int fd, unsigned long cmd, void *argp, int ret)
 		before_fd = fd;
 	}
 	return ret;
+}
+
+/* What the kernel writes to the array is over the address of the array then. */
+static bool runs_over_args(unsigned long cmd, const void *argp)
+{
+	const struct kvm_dirty_slot_runs *args = argp;
+
+	return cmd == KVM_DIRTY_SLOT_LOG_HARVEST && argp == arena &&
+	       args->runs == (uintptr_t)argp;
 }
 
 int call(int fd, unsigned long cmd, void *argp)
@@ -141,6 +149,7 @@ int some_ex(void)
 
 int fd_call(int *fds, int ex, unsigned long cmd, void *argp)
 {
+	bool over = unlikely(opt.how) && runs_over_args(cmd, argp);
 	int fd = fd_of(fds, ex), ret;
 
 	nr_ops++;
@@ -149,7 +158,7 @@ int fd_call(int *fds, int ex, unsigned long cmd, void *argp)
 		ret = ioctl(fd, cmd, argp);
 	else
 		ret = ask(ex, RPC_IOCTL, fd, cmd, argp);
-	return unlikely(opt.how) ? call_broken(fd, cmd, argp, ret) : ret;
+	return unlikely(opt.how) && !over ? call_broken(fd, cmd, argp, ret) : ret;
 }
 
 void fd_close(int *fds, int ex)
