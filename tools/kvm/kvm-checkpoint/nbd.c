@@ -58,7 +58,7 @@ struct nbd {
 
 	pthread_mutex_t lock;
 	pthread_cond_t room;
-	bool accepts, hurry, stopping, failed;
+	bool accepts, hurry, never_waits, stopping, failed;
 	unsigned int round;
 	struct nbd_write *first, **last;
 	uint64_t bytes;
@@ -218,9 +218,11 @@ static uint32_t take_in(struct conn *c, struct nbd_write *w)
 
 	pthread_mutex_lock(&n->lock);
 	while (n->accepts && c->round == n->round && !n->hurry && !n->stopping &&
-	       n->bytes >= n->limit)
+	       !n->never_waits && n->bytes >= n->limit)
 		pthread_cond_wait(&n->room, &n->lock);
-	if (!n->accepts || n->stopping || c->round != n->round) {
+	/* Once one has failed, those after it are of no use. */
+	if (!n->accepts || n->stopping || c->round != n->round ||
+	    (n->never_waits && (n->failed || n->bytes >= n->limit))) {
 		n->failed |= c->round == n->round;
 		pthread_mutex_unlock(&n->lock);
 		free(w);
@@ -482,6 +484,7 @@ void nbd_accept(struct nbd *n, bool accept)
 	forget(n);
 	n->round++;
 	n->accepts = accept;
+	n->never_waits = false;
 	n->failed = false;
 	pthread_cond_broadcast(&n->room);
 	pthread_mutex_unlock(&n->lock);
@@ -491,6 +494,14 @@ void nbd_hurry(struct nbd *n, bool hurry)
 {
 	pthread_mutex_lock(&n->lock);
 	n->hurry = hurry;
+	pthread_cond_broadcast(&n->room);
+	pthread_mutex_unlock(&n->lock);
+}
+
+void nbd_never_wait(struct nbd *n, bool never)
+{
+	pthread_mutex_lock(&n->lock);
+	n->never_waits = never;
 	pthread_cond_broadcast(&n->room);
 	pthread_mutex_unlock(&n->lock);
 }

@@ -16,6 +16,7 @@
 /**
  * struct nbd_write - one write, or zeros
  * @next: the next one.
+ * @epoch: for the owner.
  * @disk: to which disk.
  * @offset: where, in bytes.
  * @len: how many bytes.
@@ -23,6 +24,7 @@
  */
 struct nbd_write {
 	struct nbd_write *next;
+	uint64_t epoch;
 	unsigned int disk;
 	uint64_t offset;
 	uint32_t len;
@@ -58,6 +60,9 @@ void nbd_accept(struct nbd *n, bool accept);
 
 /** nbd_hurry() - the limit does not count: QEMU stops the guest, or the guest stands still */
 void nbd_hurry(struct nbd *n, bool hurry);
+
+/** nbd_never_wait() - or at the limit writes fail, rather than wait; for when nobody may take them */
+void nbd_never_wait(struct nbd *n, bool never);
 
 /** nbd_take() - all writes that have come, in order; the caller free()s each */
 struct nbd_write *nbd_take(struct nbd *n);

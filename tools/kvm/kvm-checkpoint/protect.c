@@ -438,6 +438,7 @@ int cmd_protect(int argc, char **argv)
 	p.guest_opts.stopping = kc_disks_stopping;
 	p.guest_opts.stopped = kc_disks_cut;
 	p.disks.cut_end = &p.disks.cut;
+	p.disks.kept_end = &p.disks.kept;
 	kc_core_without_memory();
 	if (kc_wake_fd() < 0) {
 		kc_log(KC_LOG_ERROR, "cannot make an eventfd: %s", strerror(errno));

@@ -66,7 +66,13 @@ struct disks {
 	bool mirrored;		/* QEMU's jobs were begun, or some of them */
 	bool compare;		/* only what differs is sent */
 	unsigned int jobs_ended;	/* of the QMP connection, when they were begun */
-	struct nbd_write *cut, **cut_end;	/* of the epoch that was taken last */
+	/* Of the epoch that was taken last, or all that is to be sent once more */
+	struct nbd_write *cut, **cut_end;
+	uint64_t cut_bytes;
+	/* Sent, and not acknowledged, by epochs; all of them since the one that is kept_from */
+	struct nbd_write *kept, **kept_end;
+	uint64_t kept_bytes, kept_from;
+	bool keeps;
 	struct known known;
 };
 
@@ -215,7 +221,17 @@ void kc_net_end(struct protect *p, bool drop);
 
 /* An epoch of a new sink is open: QEMU begins to mirror; @compare: only what differs is sent of that */
 int kc_disks_begin(struct protect *p, bool compare, struct kc_err *err);
-/* The sink is gone */
+/*
+ * With a new sink: what it lacks is sent once more, and QEMU's mirror goes on.  False if that cannot
+ * be, and kc_disks_begin() is needed.
+ */
+bool kc_disks_again(struct protect *p);
+/* The link is lost: what is written meanwhile is kept, as long as there is room for it */
+void kc_disks_unlinked(struct protect *p);
+/* There is no link: was it too much? */
+void kc_disks_look(struct protect *p);
+void kc_disks_acked(struct protect *p);
+/* There is no mirror any more, and nothing is kept */
 void kc_disks_lost(struct protect *p);
 void kc_disks_free(struct protect *p);
 /* -ECONNRESET if something was written that did not come here */

@@ -42,6 +42,67 @@ static void drop_cut(struct protect *p)
 	free_writes(p->disks.cut);
 	p->disks.cut = NULL;
 	p->disks.cut_end = &p->disks.cut;
+	p->disks.cut_bytes = 0;
+}
+
+static void drop_kept(struct protect *p)
+{
+	free_writes(p->disks.kept);
+	p->disks.kept = NULL;
+	p->disks.kept_end = &p->disks.kept;
+	p->disks.kept_bytes = 0;
+}
+
+static uint64_t bytes_of(const struct nbd_write *w)
+{
+	return sizeof(*w) + (w->zeros ? 0 : w->len);
+}
+
+/* All of a list, to what was cut */
+static void append_cut(struct protect *p, struct nbd_write *w)
+{
+	struct disks *d = &p->disks;
+
+	*d->cut_end = w;
+	for (; w; w = w->next) {
+		d->cut_bytes += bytes_of(w);
+		d->cut_end = &w->next;
+	}
+}
+
+/* One that was sent, or was to be: until its epoch is acknowledged it may have to be once more. */
+static void keep(struct protect *p, struct nbd_write *w)
+{
+	struct disks *d = &p->disks;
+
+	if (!d->keeps) {
+		free(w);
+		return;
+	}
+	w->next = NULL;
+	w->epoch = p->nr;
+	*d->kept_end = w;
+	d->kept_end = &w->next;
+	d->kept_bytes += bytes_of(w);
+	if (d->kept_bytes < MAX_BYTES)
+		return;
+	/* A receiver that has this epoch has all that is dropped. */
+	drop_kept(p);
+	d->kept_from = p->nr;
+}
+
+void kc_disks_acked(struct protect *p)
+{
+	struct disks *d = &p->disks;
+	struct nbd_write *w;
+
+	while ((w = d->kept) && w->epoch <= p->acked) {
+		d->kept = w->next;
+		d->kept_bytes -= bytes_of(w);
+		free(w);
+	}
+	if (!d->kept)
+		d->kept_end = &d->kept;
 }
 
 /* --- QEMU's jobs ---------------------------------------------------------- */
@@ -155,6 +216,10 @@ int kc_disks_begin(struct protect *p, bool compare, struct kc_err *err)
 			return -errno;
 	}
 	drop_cut(p);
+	drop_kept(p);
+	/* Nobody could keep all of a disk: if this epoch is lost it is copied again. */
+	p->disks.kept_from = p->nr;
+	p->disks.keeps = false;
 	nbd_accept(p->disks.nbd, false);
 	rc = end_jobs(p, err);
 	if (rc)
@@ -180,9 +245,67 @@ void kc_disks_lost(struct protect *p)
 	p->disks.mirrored = false;
 	nbd_accept(p->disks.nbd, false);
 	drop_cut(p);
+	drop_kept(p);
 	/* Whoever begins them again tries this again, too */
 	if (p->guest.qmp.fd >= 0 && !p->guest.qmp.asked_us)
 		end_jobs(p, &err);
+}
+
+void kc_disks_unlinked(struct protect *p)
+{
+	struct kc_err why;
+
+	if (!p->disks.keeps || kc_disks_check(p, &why))
+		kc_disks_lost(p);
+	else
+		nbd_never_wait(p->disks.nbd, true);
+}
+
+void kc_disks_look(struct protect *p)
+{
+	/* Each write fails now, and QEMU tells of each: it had better write to its own disk alone. */
+	if (p->disks.mirrored && nbd_failed(p->disks.nbd)) {
+		kc_log(KC_LOG_INFO,
+		       "more was written to disks than can be kept while the link is lost: they will be compared");
+		kc_disks_lost(p);
+	}
+}
+
+/*
+ * What the sink lacks: what was sent after its last epoch, then what was cut for one that was not
+ * sent, or not all of it, then what has come since.  A write that it has already may be among
+ * these if all after it are, too.
+ */
+bool kc_disks_again(struct protect *p)
+{
+	uint64_t last = kc_sink_last_epoch(p->sink);
+	struct disks *d = &p->disks;
+	struct nbd_write *cut = d->cut;
+	struct kc_err why;
+
+	if (!has_disks(p))
+		return true;
+	/* The first epoch may have arrived, or not. */
+	if (!d->mirrored || !d->keeps || kc_disks_check(p, &why) ||
+	    !kc_sink_continues(p->sink) || last < d->kept_from)
+		return false;
+	while (d->kept && d->kept->epoch <= last) {
+		struct nbd_write *w = d->kept;
+
+		d->kept = w->next;
+		free(w);
+	}
+	d->cut = NULL;
+	d->cut_end = &d->cut;
+	d->cut_bytes = 0;
+	append_cut(p, d->kept);
+	append_cut(p, cut);
+	d->kept = NULL;
+	d->kept_end = &d->kept;
+	d->kept_bytes = 0;
+	d->compare = false;
+	nbd_never_wait(d->nbd, false);
+	return true;
 }
 
 void kc_disks_free(struct protect *p)
@@ -190,6 +313,7 @@ void kc_disks_free(struct protect *p)
 	if (p->disks.nbd)
 		nbd_accept(p->disks.nbd, false);
 	drop_cut(p);
+	drop_kept(p);
 	nbd_stop(p->disks.nbd);
 	p->disks.nbd = NULL;
 }
@@ -305,22 +429,27 @@ static int send_writes(struct protect *p, struct nbd_write *w, struct kc_err *er
 	unsigned int n = 0;
 	int rc = 0;
 
-	while (w && !rc) {
+	while (w) {
 		struct nbd_write *next = w->next;
 
-		rc = send_write(p, w, err);
+		/* Also what is not sent as the sink has failed is of this epoch, which is lost. */
+		if (!rc)
+			rc = send_write(p, w, err);
 		if (!rc && !(++n % 64))
 			rc = kc_link_poll(p, err);
-		free(w);
+		keep(p, w);
 		w = next;
 	}
-	free_writes(w);
 	return rc;
 }
 
+/* What was cut is older than what has come since. */
 int kc_disks_pump(struct protect *p, struct kc_err *err)
 {
-	return p->disks.mirrored ? send_writes(p, nbd_take(p->disks.nbd), err) : 0;
+	if (!p->disks.mirrored)
+		return 0;
+	append_cut(p, nbd_take(p->disks.nbd));
+	return kc_disks_send(p, err);
 }
 
 void kc_disks_stopping(void *ctx)
@@ -335,14 +464,10 @@ void kc_disks_stopping(void *ctx)
 void kc_disks_cut(void *ctx)
 {
 	struct protect *p = ctx;
-	struct nbd_write **end = p->disks.cut_end;
 
 	if (!p->disks.mirrored)
 		return;
-	*end = nbd_take(p->disks.nbd);
-	while (*end)
-		end = &(*end)->next;
-	p->disks.cut_end = end;
+	append_cut(p, nbd_take(p->disks.nbd));
 	nbd_hurry(p->disks.nbd, false);
 }
 
@@ -352,10 +477,12 @@ int kc_disks_send(struct protect *p, struct kc_err *err)
 
 	p->disks.cut = NULL;
 	p->disks.cut_end = &p->disks.cut;
+	p->disks.cut_bytes = 0;
 	return send_writes(p, w, err);
 }
 
 bool kc_disks_full(struct protect *p)
 {
-	return p->disks.mirrored && nbd_bytes(p->disks.nbd) >= MAX_BYTES / 2;
+	return p->disks.mirrored &&
+	       nbd_bytes(p->disks.nbd) + p->disks.cut_bytes >= MAX_BYTES / 2;
 }

@@ -346,7 +346,7 @@ enum where kc_epoch_first(struct protect *p, int *rc, struct kc_err *err)
 		*rc = guest_begin_hints(&p->guest, err);
 	if (*rc)
 		return GUEST;
-	*rc = kc_disks_begin(p, compare, err);
+	*rc = kc_disks_again(p) ? 0 : kc_disks_begin(p, compare, err);
 	if (*rc)
 		return GUEST;
 	if (!again)
@@ -417,6 +417,7 @@ enum where kc_epoch_first(struct protect *p, int *rc, struct kc_err *err)
 	if (*rc)
 		return SINK;
 	p->disks.compare = false;
+	p->disks.keeps = true;
 	if (!again)
 		p->known_from = p->nr;
 	p->idle = !p->epoch.was_running;

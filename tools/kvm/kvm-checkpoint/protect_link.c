@@ -27,6 +27,7 @@ int kc_link_poll(struct protect *p, struct kc_err *err)
 
 		p->acked = acked;
 		kc_sent_acked(p);
+		kc_disks_acked(p);
 		p->was_acked = true;
 		p->pause_ms = 0;
 		p->told = 0;
@@ -114,9 +115,23 @@ static void tell(struct protect *p, int error, const char *text, const char *wha
 	kc_log(KC_LOG_WARN, "%s; the guest runs on%s", text, what);
 }
 
+static void close_link(struct protect *p)
+{
+	kc_net_stuck(p);
+	if (p->sink)
+		kc_status_sink(p->status, NULL);
+	kc_status_peer(p->status, NULL);
+	kc_sink_close(p->sink);
+	p->sink = NULL;
+	p->lost = 0;
+	*p->no_epochs = '\0';	/* the next one is to hear of it */
+	p->first.nr = 0;
+}
+
 bool kc_link_failed(struct protect *p, int error, const struct kc_err *err)
 {
-	kc_link_close(p);
+	close_link(p);
+	kc_disks_unlinked(p);
 	if (!may_pass(p, error))
 		return false;
 	if (kc_sink_is_temporary(error)) {
@@ -139,6 +154,8 @@ enum where kc_link_look(struct protect *p, int *rc, struct kc_err *err)
 	*rc = qmp_poll(&p->guest.qmp, err);
 	if (*rc)
 		return GUEST;
+	if (!p->sink)
+		kc_disks_look(p);
 	*rc = p->sink ? kc_link_poll(p, err) : 0;
 	if (*rc)
 		return SINK;
@@ -230,16 +247,8 @@ enum where kc_link_open(struct protect *p, int *rc, struct kc_err *err)
 
 void kc_link_close(struct protect *p)
 {
-	kc_net_stuck(p);
 	kc_disks_lost(p);
-	if (p->sink)
-		kc_status_sink(p->status, NULL);
-	kc_status_peer(p->status, NULL);
-	kc_sink_close(p->sink);
-	p->sink = NULL;
-	p->lost = 0;
-	*p->no_epochs = '\0';	/* the next one is to hear of it */
-	p->first.nr = 0;
+	close_link(p);
 }
 
 bool kc_link_end(struct protect *p, enum kc_end why)

@@ -109,6 +109,7 @@ static void mirror(struct qemu *q, uint64_t offset, uint32_t len, bool zeros)
 		return;
 	error = d->fd < 0 ? -1 : nbd_request(d->fd, zeros ? 6 : 1, offset, len,
 					     zeros ? NULL : d->data + offset);
+	d->mirrored += len;
 	if (!error)
 		return;
 	if (error < 0)

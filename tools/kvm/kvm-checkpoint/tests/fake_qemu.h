@@ -62,7 +62,7 @@ enum { TOLD_STOPPED = 1, TOLD_SAVED };
 
 /* A disk, and the job that mirrors it */
 struct fake_disk {
-	uint64_t npages, copied;
+	uint64_t npages, copied, mirrored;	/* bytes that came to the server, or not */
 	uint8_t *data;			/* NULL: there is none */
 	int fd;
 	bool node, job, ready, paused;

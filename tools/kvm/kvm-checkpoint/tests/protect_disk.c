@@ -147,6 +147,46 @@ void test_disk_blip(void)
 			step(&qemu, 1);
 		}
 	}
+	CHECK(qemu.disk.begun == 1, "the disk was copied %u times", qemu.disk.begun);
+	finish();
+}
+
+static void write_disk(uint64_t bytes)
+{
+	uint64_t end = kc_now_us() + LIMIT_US;
+
+	while (qemu.disk.mirrored < bytes && !qemu.disk.paused) {
+		CHECK(kc_now_us() < end, "it takes too long to write");
+		disk_writes(&qemu);
+	}
+}
+
+/* While the link is lost much is written, or more than can be kept. */
+void test_disk_long_blip(void)
+{
+	uint64_t end = kc_now_us() + 2 * LIMIT_US, much = 20ull << 20;
+	unsigned int i;
+
+	begin();
+	be_qemu_for(50);
+	for (i = 1; i <= 3; i++) {
+		stop_standby(i == 2 ? SIGTERM : SIGKILL);
+		be_qemu_for(20);
+		qemu.disk.mirrored = 0;
+		write_disk(i == 3 ? 400ull << 20 : much);
+		CHECK(qemu.disk.paused == (i == 3), "it keeps %" PRIu64 " bytes", qemu.disk.mirrored);
+		with_standby();
+		while (times_in(path_of("protect.log"), "protected since") <= i) {
+			CHECK(kc_now_us() < end && !waitpid(qemu.client, NULL, WNOHANG),
+			      "it is not protected again");
+			step(&qemu, 1);
+		}
+		be_qemu_for(50);
+		CHECK(qemu.disk.begun == 1 + (i == 3), "the disk was copied %u times",
+		      qemu.disk.begun);
+	}
+	CHECK(times_in(path_of("protect.log"), "more was written to disks than can be kept") == 1,
+	      "it does not say why it compares");
 	finish();
 }
 

@@ -525,7 +525,7 @@ static void test_disks(void)
 	qemu.disks = "[{\"device\": \"cd0\", \"inserted\": {\"ro\": true}}, "
 		     "{\"device\": \"\", \"qdev\": \"vda\", \"inserted\": {\"ro\": false}}]";
 	must_fail(protect(CHECKED, path_of("store"), "--epochs", "1"),
-		  "disk vda is writable: its contents are not replicated");
+		  "disk vda has 0 bytes: only disks whose size is a multiple of 4096");
 	CHECK(qemu.attaches == 1, "it attached first");
 	CHECK(protect(CHECKED, path_of("store"), "--epochs", "1", "--disk", "external") == 0,
 	      "--disk external does not help");
@@ -813,6 +813,7 @@ static const struct test tests[] = {
 	{ "protect_disk_sparse", test_disk_sparse },
 	{ "protect_disk_store", test_disk_store },
 	{ "protect_disk_blip", test_disk_blip },
+	{ "protect_disk_long_blip", test_disk_long_blip },
 	{ "protect_disk_killed", test_disk_killed },
 	{ "protect_disk_job_ends", test_disk_job_ends },
 	{ "protect_disk_job_ends_again", test_disk_job_ends_again },
