@@ -255,7 +255,7 @@ void kc_disks_unlinked(struct protect *p)
 {
 	struct kc_err why;
 
-	if (!p->disks.keeps || kc_disks_check(p, &why))
+	if (!p->disks.mirrored || !p->disks.keeps || kc_disks_check(p, &why))
 		kc_disks_lost(p);
 	else
 		nbd_never_wait(p->disks.nbd, true);

@@ -317,17 +317,12 @@ static enum where copy_disks(struct protect *p, int *rc, struct kc_err *err)
 	}
 }
 
-enum where kc_epoch_first(struct protect *p, int *rc, struct kc_err *err)
+/* An epoch is open, and what is written from now on is known; or was, if it goes on with an older one */
+static enum where begin_first(struct protect *p, bool compare, bool again, int *rc,
+			      struct kc_err *err)
 {
-	unsigned int flags = kc_sink_start(p->sink), pass;
-	bool compare = flags & KC_EPOCH_RESYNC, again;
-	uint64_t sent = 0, unused = 0, differed, before = UINT64_MAX;
 	uint64_t last = kc_sink_last_epoch(p->sink);
-	enum where where = OK;
-	struct kc_err why;
-	int ended;
 
-	again = compare && kc_sent_again(p);
 	*rc = guest_collect(&p->guest, err);
 	if (*rc)
 		return GUEST;
@@ -337,31 +332,23 @@ enum where kc_epoch_first(struct protect *p, int *rc, struct kc_err *err)
 
 	if (p->nr < last)
 		p->nr = last;
-	*rc = kc_epoch_begin(p->sink, p->nr + 1, flags, err);
+	*rc = kc_epoch_begin(p->sink, p->nr + 1, kc_sink_start(p->sink), err);
 	if (*rc)
 		return SINK;
 	p->nr++;
 	*rc = guest_note_skipped(&p->guest, again, err);
 	if (!*rc && !again)
 		*rc = guest_begin_hints(&p->guest, err);
-	if (*rc)
-		return GUEST;
-	*rc = kc_disks_again(p) ? 0 : kc_disks_begin(p, compare, err);
-	if (*rc)
-		return GUEST;
-	if (!again)
-		where = copy_all(p, compare, &sent, &unused, rc, err);
-	/* Whatever comes of it, the guest gets its pages back */
-	ended = guest_end_hints(&p->guest, where == OK ? err : &why);
-	if (ended && where == OK) {
-		*rc = ended;
-		return GUEST;
-	}
-	if (where == OK)
-		where = copy_disks(p, rc, err);
-	if (where != OK)
-		return where;
-	differed = again ? p->guest.dirty.pages : sent;
+	if (!*rc && !kc_disks_again(p))
+		*rc = kc_disks_begin(p, compare, err);
+	return *rc ? GUEST : OK;
+}
+
+/* What was written meanwhile, until there is little of it, or no less than before */
+static enum where copy_rest(struct protect *p, uint64_t *sent, int *rc, struct kc_err *err)
+{
+	uint64_t before = UINT64_MAX;
+	unsigned int pass;
 
 	for (pass = 0; pass < MAX_PASSES; pass++) {
 		*rc = guest_collect(&p->guest, err);
@@ -383,12 +370,60 @@ enum where kc_epoch_first(struct protect *p, int *rc, struct kc_err *err)
 			*rc = send_pages(p, err);
 			if (*rc)
 				return SINK;
-			sent += p->epoch.copy.nr;
+			*sent += p->epoch.copy.nr;
 			*rc = kc_disks_pump(p, err);
 			if (*rc)
 				return SINK;
 		}
 	}
+	return OK;
+}
+
+/* As take_epoch(), until there can be one */
+static enum where take_first(struct protect *p, int *rc, struct kc_err *err)
+{
+	enum where where;
+
+	while ((where = take_epoch(p, rc, err)) == NOT_NOW) {
+		where = kc_link_look(p, rc, err);
+		if (where != OK)
+			break;
+		*rc = kc_disks_pump(p, err);
+		if (*rc)
+			return SINK;
+		usleep(AGAIN_US);
+	}
+	return where;
+}
+
+enum where kc_epoch_first(struct protect *p, int *rc, struct kc_err *err)
+{
+	bool compare = kc_sink_start(p->sink) & KC_EPOCH_RESYNC;
+	bool again = compare && kc_sent_again(p);
+	uint64_t sent = 0, unused = 0, differed;
+	enum where where;
+	struct kc_err why;
+	int ended;
+
+	where = begin_first(p, compare, again, rc, err);
+	if (where != OK)
+		return where;
+	if (!again)
+		where = copy_all(p, compare, &sent, &unused, rc, err);
+	/* Whatever comes of it, the guest gets its pages back */
+	ended = guest_end_hints(&p->guest, where == OK ? err : &why);
+	if (ended && where == OK) {
+		*rc = ended;
+		return GUEST;
+	}
+	if (where == OK)
+		where = copy_disks(p, rc, err);
+	if (where != OK)
+		return where;
+	differed = again ? p->guest.dirty.pages : sent;
+	where = copy_rest(p, &sent, rc, err);
+	if (where != OK)
+		return where;
 
 	/*
 	 * That it has arrived may never be known here, and then it is taken over from.  If there is
@@ -396,15 +431,7 @@ enum where kc_epoch_first(struct protect *p, int *rc, struct kc_err *err)
 	 */
 	if (p->lease_ms)
 		guest_lease(&p->guest, kc_boot_us() + p->lease_ms * 1000ull, true);
-	while ((where = take_epoch(p, rc, err)) == NOT_NOW) {
-		where = kc_link_look(p, rc, err);
-		if (where != OK)
-			return where;
-		*rc = kc_disks_pump(p, err);
-		if (*rc)
-			return SINK;
-		usleep(AGAIN_US);
-	}
+	where = take_first(p, rc, err);
 	if (where != OK)
 		return where;
 	guest_forget_skipped(&p->guest);

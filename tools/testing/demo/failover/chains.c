@@ -18,6 +18,13 @@ static pid_t start_restore(unsigned int gen, uint64_t epoch)
 	arg(&a, "%lu", epoch);
 	a.v[a.n++] = "--ram-dir";
 	arg(&a, "/dev/shm/standby-%u", gen);
+	if (guest_has_ledger) {
+		char path[64];
+
+		ledger_image(gen, path);
+		a.v[a.n++] = "--disk";
+		arg(&a, "%s", path);
+	}
 	a.v[a.n++] = (char *)chain;
 	a.v[a.n++] = "--";
 	args_of_qemu(&a, gen, "{ram0}");

@@ -248,6 +248,8 @@ bool test_stale(unsigned int n);
 /* For a QEMU of this generation: its network, and the image of its disk */
 void ledger_tap(unsigned int gen);
 void ledger_image(unsigned int gen, char path[64]);
+/* What a guest that goes on gets in place of its disk, for a control; or NULL */
+extern const char *wrong_disk;
 
 /* --- kills.c -------------------------------------------------------------- */
 
@@ -282,6 +284,8 @@ bool test_early(unsigned int n);
 bool test_measure(unsigned int n);
 bool test_ledger(unsigned int n);
 bool test_ledger_control(unsigned int n);
+bool test_archives(unsigned int n);
+bool test_archives_control(unsigned int n);
 bool test_latency(unsigned int n);
 bool test_switches(unsigned int n);
 bool test_copies(unsigned int n);

@@ -345,6 +345,110 @@ bool test_ledger_control(unsigned int times)
 	return ok;
 }
 
+/* --- Epochs of a directory ------------------------------------------------- */
+
+const char *wrong_disk;
+
+static void remove_image(unsigned int gen)
+{
+	char path[64];
+
+	ledger_image(gen, path);
+	unlink(path);
+}
+
+/* Until so many more are there */
+static bool wait_epochs(unsigned int n)
+{
+	uint64_t want = last_acked() + n;
+	bool ok = true;
+
+	while (ok && last_acked() < want)
+		ok = watch_guest(&vm, 50);
+	return ok;
+}
+
+/*
+ * It goes on from an epoch of a directory, on the disk of that epoch: all is there that clients were
+ * told of before the epoch was taken, nothing twice, and the file system is sound.
+ */
+static bool one_archive(uint64_t *epoch)
+{
+	unsigned int gen = ++last_gen, before = vm.gen;
+	char dir[64], all[70], dead[64];
+	struct pair x = { .timeout_ms = 0 };
+	long told[CLIENTS], lost;
+	uint64_t newest;
+	struct protect p;
+	bool ok;
+
+	reset_log();
+	snprintf(dir, sizeof(dir), "/dev/shm/standby-chain-%u", gen);
+	chain = dir;
+	start_protect(&p, &vm, &x, interval, 0);
+	ok = wait_synced(&p, &vm, 1) && start_clients() && wait_epochs(10);
+	what_they_know(told);
+	/* The next two may have been taken already. */
+	newest = last_acked();
+	*epoch = newest + random_from(3, 7);
+	ok = ok && wait_epochs(random_from(10, 20));
+	leave(&vm);
+	remove_ram(vm.ram);
+	kill_now(&standby, true);
+	wait_protect(&p);
+	end_clients();
+	if (wrong_disk) {
+		ledger_image(before, dead);
+		wrong_disk = dead;
+	}
+	ok = ok && go_on_from(gen, *epoch) && check_ledger(told, &lost) &&
+	     (wrong_disk || check_disk());
+	remove_image(before);
+	chain = NULL;
+	snprintf(all, sizeof(all), "%s/all", dir);
+	remove_ram(all);
+	return ok;
+}
+
+bool test_archives(unsigned int times)
+{
+	uint64_t epoch;
+	unsigned int n;
+	bool ok = boot_ledger();
+
+	for (n = 0; ok && n < times; n++) {
+		ok = one_archive(&epoch);
+		if (ok)
+			note("goes on from epoch %lu of a directory: memory, database and file system are sound",
+			     epoch);
+	}
+	remove_image(vm.gen);
+	end_guest();
+	return ok;
+}
+
+/* The disk that the guest leaves behind when it dies is of another moment than its memory. */
+bool test_archives_control(unsigned int times)
+{
+	uint64_t epoch;
+	unsigned int n;
+	bool ok = true;
+
+	for (n = 0; ok && n < times; n++) {
+		if (!boot_ledger())
+			return false;
+		wrong_disk = "";
+		ok = one_archive(&epoch);
+		wrong_disk = NULL;
+		remove_image(vm.gen);
+		end_guest();
+	}
+	if (ok)
+		return fail("on the disk of a dead primary %u guests went on as if nothing was wrong", n);
+	note("on the disk of a dead primary guest %u does not go on, as is to be expected", n);
+	return true;
+}
+
 /* --- How long an answer takes ---------------------------------------------- */
 
 static int compare_times(const void *a, const void *b)

@@ -170,7 +170,8 @@ void args_of_qemu(struct args *a, unsigned int gen, const char *ram)
 		ledger_tap(gen);
 		ledger_image(gen, path);
 		a->v[a->n++] = "-drive";
-		arg(a, "if=virtio,format=raw,file=%s", *ram == '{' ? "{disk0}" : path);
+		arg(a, "if=virtio,format=raw,file=%s",
+		    *ram != '{' ? path : wrong_disk ? wrong_disk : "{disk0}");
 		a->v[a->n++] = "-netdev";
 		arg(a, "tap,id=net0,ifname=tap%u,script=no,downscript=no,vhost=off", gen);
 		a->v[a->n++] = "-device";
