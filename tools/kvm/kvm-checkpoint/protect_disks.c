@@ -103,6 +103,9 @@ void kc_disks_acked(struct protect *p)
 	}
 	if (!d->kept)
 		d->kept_end = &d->kept;
+	/* What a receiver that was set back to an older one lacks is gone. */
+	if (p->acked > d->kept_from)
+		d->kept_from = p->acked;
 }
 
 /* --- QEMU's jobs ---------------------------------------------------------- */

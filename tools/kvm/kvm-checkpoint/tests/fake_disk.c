@@ -147,6 +147,14 @@ void disk_writes(struct qemu *q)
 	mirror(q, offset, len, zeros);
 }
 
+void disk_fills(struct qemu *q)
+{
+	uint64_t size = q->disk.npages * KC_PAGE_SIZE;
+
+	memset(q->disk.data, rnd(&rng_state), size);
+	mirror(q, 0, size, false);
+}
+
 /* A part of the initial copy */
 void disk_copies(struct qemu *q)
 {

@@ -155,6 +155,8 @@ void do_hints(struct qemu *q, const char *action);
 /* Before that: it has a disk */
 void start_disk(struct qemu *q, uint64_t npages);
 void disk_writes(struct qemu *q);
+/* All of it, with one byte */
+void disk_fills(struct qemu *q);
 void disk_copies(struct qemu *q);
 bool disk_obeys(struct qemu *q, const char *command, struct json_object *args);
 /* Somebody cancels it */

@@ -151,6 +151,41 @@ void test_disk_blip(void)
 	finish();
 }
 
+/* A standby that comes back with an older epoch, and with its image of then: what it lacks is gone. */
+void test_disk_set_back(void)
+{
+	uint64_t end = kc_now_us() + LIMIT_US;
+	char command[4 * PATH_MAX];
+	unsigned int conts;
+
+	begin();
+	be_qemu_for(50);
+	stop_standby(SIGKILL);
+	snprintf(command, sizeof(command), "cp -a %s %s && cp -a %s %s", path_of("ram"),
+		 path_of("old"), path_of("image"), path_of("old-image"));
+	CHECK(!system(command), "cannot copy");
+	with_standby();
+	while (times_in(path_of("protect.log"), "protected since") < 2) {
+		CHECK(kc_now_us() < end, "it is not protected again");
+		step(&qemu, 1);
+	}
+	for (conts = qemu.conts; qemu.conts < conts + 10;) {
+		disk_writes(&qemu);
+		step(&qemu, 1);
+	}
+	stop_standby(SIGKILL);
+	remove_tree(path_of("ram"));
+	CHECK(!rename(path_of("old"), path_of("ram")) &&
+	      !rename(path_of("old-image"), path_of("image")), "cannot rename");
+	with_standby();
+	while (times_in(path_of("protect.log"), "protected since") < 3) {
+		CHECK(kc_now_us() < end, "it is not protected again");
+		step(&qemu, 1);
+	}
+	CHECK(qemu.disk.begun == 2, "the disk was copied %u times", qemu.disk.begun);
+	finish();
+}
+
 static void write_disk(uint64_t bytes)
 {
 	uint64_t end = kc_now_us() + LIMIT_US;
@@ -158,6 +193,7 @@ static void write_disk(uint64_t bytes)
 	while (qemu.disk.mirrored < bytes && !qemu.disk.paused) {
 		CHECK(kc_now_us() < end, "it takes too long to write");
 		disk_writes(&qemu);
+		disk_fills(&qemu);
 	}
 }
 

@@ -813,6 +813,7 @@ static const struct test tests[] = {
 	{ "protect_disk_sparse", test_disk_sparse },
 	{ "protect_disk_store", test_disk_store },
 	{ "protect_disk_blip", test_disk_blip },
+	{ "protect_disk_set_back", test_disk_set_back },
 	{ "protect_disk_long_blip", test_disk_long_blip },
 	{ "protect_disk_killed", test_disk_killed },
 	{ "protect_disk_job_ends", test_disk_job_ends },

@@ -69,6 +69,7 @@ void test_disk_take(void);
 void test_disk_sparse(void);
 void test_disk_store(void);
 void test_disk_blip(void);
+void test_disk_set_back(void);
 void test_disk_long_blip(void);
 void test_disk_killed(void);
 void test_disk_job_ends(void);
