@@ -100,7 +100,9 @@ int kc_net_look(struct protect *p, struct kc_err *err)
 	if (packets > p->released) {
 		rc = guest_release(&p->guest, packets, false, err);
 		p->released = packets;
-		p->net_stuck_us = 0;
+		/* If that was the last word before the link was lost, time goes on. */
+		if (p->sink)
+			p->net_stuck_us = 0;
 	} else if (p->net_stuck_us && !p->lease_ms &&
 		   kc_now_us() - p->net_stuck_us >= p->net_ms * 1000ull) {
 		kc_log(KC_LOG_WARN,

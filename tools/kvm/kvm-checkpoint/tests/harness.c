@@ -179,7 +179,7 @@ bool log_has(const char *text)
 
 void wait_log(const char *text)
 {
-	uint64_t end = kc_now_us() + 20000000;
+	uint64_t end = kc_now_us() + 60000000;
 
 	while (!log_has(text)) {
 		CHECK(kc_now_us() < end, "\"%s\" never appeared in the log", text);

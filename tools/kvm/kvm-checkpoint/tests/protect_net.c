@@ -2,6 +2,7 @@
 /*
  * What the guest sends leaves QEMU when the epoch that knows of it is acknowledged, and not before.
  */
+#include <poll.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -178,6 +179,30 @@ void test_net_limit(void)
 	CHECK(qemu.holds_begun == 2 && qemu.released_all == 1, "%u times held, %u times released",
 	      qemu.holds_begun, qemu.released_all);
 	finish(0);
+}
+
+/*
+ * The last acknowledgement and the end of the link come at once: what it lets go is no reason not to
+ * count from then on.
+ */
+void test_net_limit_acked(void)
+{
+	uint64_t packets;
+
+	begin("--net-limit", "700ms");
+	until_released(5);
+	freeze(standby);
+	be_qemu_for(200);
+	packets = qemu.released;
+	freeze(qemu.client);
+	kill(standby, SIGCONT);
+	/* What it has been sent it acknowledges. */
+	poll(NULL, 0, 500);
+	stop_standby(SIGKILL);
+	kill(qemu.client, SIGCONT);
+	until_all_released();
+	CHECK(qemu.released > packets, "nothing was acknowledged at last: this test shows nothing");
+	kill(qemu.client, SIGKILL);
 }
 
 /* With a lease the guest stands still when that is over, and the standby may run it. */

@@ -797,6 +797,7 @@ static const struct test tests[] = {
 	{ "protect_net_blip", test_net_blip },
 	{ "protect_net_epochs", test_net_epochs },
 	{ "protect_net_limit", test_net_limit },
+	{ "protect_net_limit_acked", test_net_limit_acked },
 	{ "protect_net_lease", test_net_lease },
 	{ "protect_net_no_epochs", test_net_no_epochs },
 	{ "protect_net_reopened", test_net_reopened },

@@ -51,6 +51,7 @@ void test_net_take(void);
 void test_net_blip(void);
 void test_net_epochs(void);
 void test_net_limit(void);
+void test_net_limit_acked(void);
 void test_net_lease(void);
 void test_net_no_epochs(void);
 void test_net_reopened(void);
