@@ -274,7 +274,7 @@ void kc_page_digests(const uint8_t *const *pages, uint32_t n, uint8_t *out);
  * Flags of kc_epoch_begin().  0: an increment, pages that are not in it are as they were in the
  * epoch before, which is the last one committed in this sink.
  */
-/* Every page of every block is in it, nothing from before counts. */
+/* Every page of every block and disk is in it as a whole, nothing from before counts. */
 #define KC_EPOCH_FULL	1u
 /*
  * Pages that are not in it are as in kc_sink_last_epoch(): the caller compared digests, or
@@ -338,7 +338,7 @@ int kc_epoch_zeros(struct kc_sink *sink, uint32_t block, uint64_t page, uint64_t
  * @err: why not.
  *
  * Writes count in the order in which they are handed over.  For a receiver that holds nothing all of
- * the disk has to be in the first epoch.
+ * the disk has to be in the first epoch, each of its pages whole in one write at least.
  *
  * Return: 0 or a negative errno.
  */

@@ -868,6 +868,7 @@ static const struct test tests[] = {
 	{ "store_disk", test_store_disk },
 	{ "resync_disk", test_resync_disk },
 	{ "restore_disk", test_restore_disk },
+	{ "disk_missing", test_disk_missing },
 	{ "damage", test_damage },
 	{ "damage_directory", test_damage_directory },
 	{ "changing_directory", test_changing_directory },

@@ -11,6 +11,7 @@ void test_merging(void);
 void test_store_disk(void);
 void test_resync_disk(void);
 void test_restore_disk(void);
+void test_disk_missing(void);
 void test_damage_directory(void);
 void test_changing_directory(void);
 void test_read_while_merged(void);
