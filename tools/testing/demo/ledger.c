@@ -10,6 +10,7 @@
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <pthread.h>
+#include <stdbool.h>
 #include <sqlite3.h>
 #include <stdio.h>
 #include <string.h>
@@ -22,6 +23,13 @@
 
 static sqlite3 *db;
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+
+/*
+ * Each transaction changes one of these rows as well, which have a page each: what is on the disk has to
+ * be what is known here, in memory, or the two are not of the same moment.
+ */
+#define STAMPS	50
+static long stamps[STAMPS], newest;
 
 /* One row of numbers into @n */
 static int numbers(const char *sql, int client, long *n, int columns)
@@ -39,26 +47,83 @@ static int numbers(const char *sql, int client, long *n, int columns)
 	return rc == SQLITE_ROW ? SQLITE_OK : rc;
 }
 
-static int insert(int client, long nr)
+/* A statement with two numbers */
+static bool change(const char *sql, long a, long b)
 {
 	sqlite3_stmt *st;
 	int rc;
 
-	/* Twice would be seen: nothing forbids it */
-	if (sqlite3_prepare_v2(db, "INSERT INTO entries VALUES (?, ?, randomblob(300))", -1, &st,
-			       NULL) != SQLITE_OK)
-		return SQLITE_ERROR;
-	sqlite3_bind_int(st, 1, client);
-	sqlite3_bind_int64(st, 2, nr);
+	if (sqlite3_prepare_v2(db, sql, -1, &st, NULL) != SQLITE_OK)
+		return false;
+	sqlite3_bind_int64(st, 1, a);
+	sqlite3_bind_int64(st, 2, b);
 	rc = sqlite3_step(st);
 	sqlite3_finalize(st);
-	return rc == SQLITE_DONE ? SQLITE_OK : rc;
+	return rc == SQLITE_DONE;
+}
+
+static bool insert(int client, long nr)
+{
+	long stamp = newest + 1, id = stamp * 37 % STAMPS;
+
+	/* An entry that is there twice would be seen: nothing forbids it */
+	if (!change("BEGIN", 0, 0) ||
+	    !change("INSERT INTO entries VALUES (?, ?, randomblob(300))", client, nr) ||
+	    !change("UPDATE stamps SET stamp = ? WHERE id = ?", stamp, id) ||
+	    !change("COMMIT", 0, 0)) {
+		change("ROLLBACK", 0, 0);
+		return false;
+	}
+	newest = stamp;
+	stamps[id] = stamp;
+	return true;
+}
+
+static bool open_db(void)
+{
+	return sqlite3_open("/db/ledger", &db) == SQLITE_OK &&
+	       sqlite3_exec(db, "PRAGMA synchronous = FULL", NULL, NULL, NULL) == SQLITE_OK;
+}
+
+static bool make_db(void)
+{
+	long id;
+
+	if (!open_db() || !change("BEGIN", 0, 0) ||
+	    !change("CREATE TABLE entries (client INTEGER, nr INTEGER, filling BLOB)", 0, 0) ||
+	    !change("CREATE TABLE stamps (id INTEGER PRIMARY KEY, stamp INTEGER, filling BLOB)", 0, 0))
+		return false;
+	for (id = 0; id < STAMPS; id++) {
+		if (!change("INSERT INTO stamps VALUES (?, ?, randomblob(3500))", id, 0))
+			return false;
+	}
+	return change("COMMIT", 0, 0);
+}
+
+/* Nothing of it is in memory any more, so that what is read then comes from the disk */
+static bool open_from_disk(void)
+{
+	sqlite3_close(db);
+	return !umount("/db") && !mount(LEDGER_DISK, "/db", "ext4", 0, NULL) && open_db();
 }
 
 static void check(int fd)
 {
 	sqlite3_stmt *st;
+	long id, n = -1;
 
+	if (!open_from_disk()) {
+		dprintf(fd, "check it cannot be opened again: %s\n", strerror(errno));
+		return;
+	}
+	for (id = 0; id < STAMPS; id++) {
+		if (numbers("SELECT stamp FROM stamps WHERE id = ?", id, &n, 1) == SQLITE_OK &&
+		    n == stamps[id])
+			continue;
+		dprintf(fd, "check stamp %ld is %ld on the disk, and %ld in memory: %s\n", id, n,
+			stamps[id], sqlite3_errmsg(db));
+		return;
+	}
 	if (sqlite3_prepare_v2(db, "PRAGMA integrity_check(1)", -1, &st, NULL) != SQLITE_OK ||
 	    sqlite3_step(st) != SQLITE_ROW)
 		dprintf(fd, "check %s\n", sqlite3_errmsg(db));
@@ -77,7 +142,7 @@ static void *serve(void *arg)
 	while (f && fgets(line, sizeof(line), f)) {
 		pthread_mutex_lock(&lock);
 		if (sscanf(line, "put %d %ld", &client, &nr) == 2) {
-			if (insert(client, nr) == SQLITE_OK)
+			if (insert(client, nr))
 				dprintf(fd, "ok %d %ld\n", client, nr);
 			else
 				dprintf(fd, "error %s\n", sqlite3_errmsg(db));
@@ -128,9 +193,7 @@ const char *ledger_start(void)
 	mkdir("/db", 0700);
 	if (mount(LEDGER_DISK, "/db", "ext4", 0, NULL))
 		return "mount of the database's disk";
-	if (sqlite3_open("/db/ledger", &db) != SQLITE_OK ||
-	    sqlite3_exec(db, "PRAGMA synchronous = FULL; CREATE TABLE IF NOT EXISTS entries (client INTEGER, nr INTEGER, filling BLOB);",
-			 NULL, NULL, NULL) != SQLITE_OK)
+	if (!make_db())
 		return "database";
 	listener = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
 	setsockopt(listener, SOL_SOCKET, SO_REUSEADDR, &one, sizeof(one));

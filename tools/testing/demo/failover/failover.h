@@ -248,6 +248,8 @@ bool test_stale(unsigned int n);
 /* For a QEMU of this generation: its network, and the image of its disk */
 void ledger_tap(unsigned int gen);
 void ledger_image(unsigned int gen, char path[64]);
+/* Its clients find all that they were told of, and go on; the guest did, elsewhere, if it @moved */
+bool ledger_holds(bool moved);
 /* What a guest that goes on gets in place of its disk, for a control; or NULL */
 extern const char *wrong_disk;
 
@@ -284,6 +286,7 @@ bool test_early(unsigned int n);
 bool test_measure(unsigned int n);
 bool test_ledger(unsigned int n);
 bool test_ledger_control(unsigned int n);
+bool test_ledger_days(unsigned int n);
 bool test_archives(unsigned int n);
 bool test_archives_control(unsigned int n);
 bool test_latency(unsigned int n);

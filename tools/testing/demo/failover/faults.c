@@ -210,6 +210,7 @@ static bool fault_once(const struct fault_kind *kind, unsigned int nr, unsigned 
 		sleep_ms(ms - at);
 		acked = last_acked();
 		ok = ok && kind->end(&f) && settle(&f, acked, &what);
+		ok = ok && (!guest_has_ledger || ledger_holds(!have));
 	}
 	if (ok) {
 		note("fault %u of %u: %s%s: %s, all well (%.1f s%s)", nr, total, kind->what,
@@ -233,6 +234,8 @@ static bool run(const struct fault_kind *only, unsigned int n)
 	nr_stayed = 0;
 	nr_silent = 0;
 	for (i = 0; ok && i < n; i++) {
+		const struct fault_kind *kind;
+
 		/* All of them in a random order, and again */
 		if (!(i % nr_fault_kinds)) {
 			for (k = 0; k < nr_fault_kinds; k++) {
@@ -241,7 +244,10 @@ static bool run(const struct fault_kind *only, unsigned int n)
 				order[other] = k;
 			}
 		}
-		ok = fault_once(only ? only : &fault_kinds[order[i % nr_fault_kinds]], i + 1, n);
+		kind = only ? only : &fault_kinds[order[i % nr_fault_kinds]];
+		/* Nothing is held back for what goes on from a directory */
+		if (!guest_has_ledger || !kind->whole)
+			ok = fault_once(kind, i + 1, n);
 	}
 	if (have && ok)
 		end(&x);

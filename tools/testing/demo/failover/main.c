@@ -96,6 +96,7 @@ static const struct test {
 	{ "faults", test_faults, false },
 	{ "ledger", test_ledger, true },
 	{ "lies", test_ledger_control, true },
+	{ "days", test_ledger_days, true },
 	{ "archives", test_archives, true },
 	{ "wrong", test_archives_control, true },
 	{ "latency", test_latency, true },
