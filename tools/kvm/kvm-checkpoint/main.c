@@ -97,11 +97,19 @@ static const char *kind(const struct kc_store_file *f)
 	return f->flags == KC_EPOCH_RESYNC ? "resync" : "increment";
 }
 
+static void add_size(struct json_object *list, const char *name, uint64_t npages)
+{
+	struct json_object *o = json_object_new_object();
+
+	json_object_object_add(o, "name", json_object_new_string(name));
+	json_object_object_add(o, "bytes", json_object_new_uint64(npages * KC_PAGE_SIZE));
+	json_object_array_add(list, o);
+}
+
 static void list_json(const struct kc_store *st)
 {
 	struct json_object *o = json_object_new_object(), *files = json_object_new_array(), *f;
 	struct json_object *blocks = json_object_new_array(), *disks = json_object_new_array();
-	uint64_t bytes;
 	char uuid[37];
 	size_t i;
 
@@ -110,21 +118,11 @@ static void list_json(const struct kc_store *st)
 		json_object_object_add(o, "uuid", json_object_new_string(uuid));
 		json_object_object_add(o, "name", json_object_new_string(st->guest.name));
 	}
-	for (i = 0; i < st->guest.nr_blocks; i++) {
-		f = json_object_new_object();
-		json_object_object_add(f, "name", json_object_new_string(st->guest.blocks[i].name));
-		bytes = st->guest.blocks[i].npages * KC_PAGE_SIZE;
-		json_object_object_add(f, "bytes", json_object_new_uint64(bytes));
-		json_object_array_add(blocks, f);
-	}
+	for (i = 0; i < st->guest.nr_blocks; i++)
+		add_size(blocks, st->guest.blocks[i].name, st->guest.blocks[i].npages);
 	json_object_object_add(o, "blocks", blocks);
-	for (i = 0; i < st->guest.nr_disks; i++) {
-		f = json_object_new_object();
-		json_object_object_add(f, "name", json_object_new_string(st->guest.disks[i].name));
-		bytes = st->guest.disks[i].npages * KC_PAGE_SIZE;
-		json_object_object_add(f, "bytes", json_object_new_uint64(bytes));
-		json_object_array_add(disks, f);
-	}
+	for (i = 0; i < st->guest.nr_disks; i++)
+		add_size(disks, st->guest.disks[i].name, st->guest.disks[i].npages);
 	json_object_object_add(o, "disks", disks);
 	for (i = 0; i < st->nr_files; i++) {
 		const struct kc_store_file *s = &st->files[i];
