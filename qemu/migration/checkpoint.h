@@ -10,6 +10,49 @@
 #include "qapi/qapi-types-migration.h"
 #include "exec/ramblock.h"
 #include "io/channel-socket.h"
+#include "qemu/timer.h"
+#include "sysemu/runstate.h"
+
+/*
+ * checkpoint-hold.c
+ */
+
+/* A guest that stands still for a client, even for one that is gone */
+typedef struct CheckpointHold {
+    bool owed;                  /* It is to run again */
+    bool told;                  /* that it cannot, for now */
+    bool leased;                /* It stands still as its lease is over */
+    bool hidden;                /* It does not notice that it stood still */
+    int64_t stopped_ns;         /* When that began */
+    int64_t since_ns;           /* Up to when its clocks have gone on */
+    QEMUTimer *limit;           /* When it has waited for long enough */
+    QEMUTimer *again;
+    VMChangeStateEntry *runs;
+    const char *lost;           /* Why logs do not have all pages, or NULL */
+    /* Why what was copied since x-checkpoint-stop is of no use, if it is */
+    bool spoilt;
+    CheckpointSpoilt spoilt_by;
+} CheckpointHold;
+
+extern CheckpointHold checkpoint_hold;
+
+/* There is a client that may want it to stand still */
+void checkpoint_hold_init(void);
+
+/* What is copied is of no use; the first reason counts */
+void checkpoint_spoil(CheckpointSpoilt by);
+
+/* The clocks that stand still with the guest go on */
+void checkpoint_hide_pause(void);
+
+/*
+ * Lets the guest run if it stands still for a client.  If something keeps it,
+ * such as a dump that has begun meanwhile, it runs when that is over.
+ */
+bool checkpoint_resume_guest(Error **errp);
+
+/* Its lease is over: it stands still until that is renewed */
+void checkpoint_lease_ended(void);
 
 /*
  * checkpoint-ram.c
@@ -168,7 +211,7 @@ bool checkpoint_lease_until(uint64_t until_us, Error **errp);
 /* Is there one, be it over? */
 bool checkpoint_has_lease(void);
 
-/* checkpoint.c: a lease was renewed, or is over */
+/* checkpoint-hold.c: a lease was renewed, or is over */
 void checkpoint_lease_changed(void *opaque);
 
 #endif
