@@ -11,14 +11,12 @@
 
 #include "qemu/osdep.h"
 #include "qemu/error-report.h"
+#include "qemu/slot-ring-compat.h"
 #include "qemu/timer.h"
 #include "qapi/error.h"
 #include "qapi/qapi-commands-misc.h"
-#include "qapi/qapi-events-migration.h"
-#include "sysemu/cpus.h"
+#include "qapi/qapi-events-checkpoint.h"
 #include "migration/misc.h"
-#include "sysemu/cpu-timers.h"
-#include "sysemu/runstate.h"
 #include "checkpoint.h"
 
 /* How long until a guest that something keeps from running is tried again */

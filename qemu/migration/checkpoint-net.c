@@ -24,7 +24,7 @@
 #include "qemu/timer.h"
 #include "qemu/units.h"
 #include "qapi/error.h"
-#include "qapi/qapi-commands-migration.h"
+#include "qapi/qapi-commands-checkpoint.h"
 #include "migration/misc.h"
 #include "monitor/monitor.h"
 #include "net/filter.h"
@@ -242,14 +242,15 @@ static void hold_card(NICState *nic, void *opaque)
     }
 }
 
-CheckpointCards *qmp_x_checkpoint_hold(uint32_t limit_ms, bool has_notify,
-                                       const char *notify, Error **errp)
+CheckpointCards *qmp_x_checkpoint_hold(uint32_t limit_ms,
+                                       COMPAT_OPTIONAL_STR(notify),
+                                       Error **errp)
 {
     CheckpointCards *held;
     Cards cards = { NULL };
     int fd = -1;
 
-    if (has_notify) {
+    if (notify) {
         fd = monitor_get_fd(monitor_cur(), notify, errp);
         if (fd < 0) {
             return NULL;

@@ -13,15 +13,13 @@
 
 #include "qemu/osdep.h"
 #include "qemu/bitmap.h"
+#include "qemu/slot-ring-compat.h"
 #include "qapi/error.h"
 #include "block/block.h"
 #include "hw/core/cpu.h"
 #include "io/channel-socket.h"
 #include "qom/object.h"
 #include "migration/misc.h"
-#include "sysemu/cpu-timers.h"
-#include "sysemu/cpus.h"
-#include "sysemu/runstate.h"
 #include "checkpoint.h"
 
 static bool brief;

@@ -28,21 +28,17 @@
 
 #include "qemu/osdep.h"
 #include "qemu/error-report.h"
+#include "qemu/slot-ring-compat.h"
 #include "qemu/timer.h"
 #include "qapi/error.h"
-#include "qapi/qapi-commands-migration.h"
+#include "qapi/qapi-commands-checkpoint.h"
 #include "qapi/qapi-commands-run-state.h"
-#include "qapi/qapi-events-migration.h"
+#include "qapi/qapi-events-checkpoint.h"
 #include "block/block.h"
 #include "cpu.h"
-#include "exec/memory.h"
-#include "sysemu/cpus.h"
-#include "migration/blocker.h"
 #include "migration/misc.h"
 #include "migration/migration.h"
 #include "monitor/monitor.h"
-#include "sysemu/kvm.h"
-#include "sysemu/runstate.h"
 #include "checkpoint.h"
 
 static struct {
@@ -69,9 +65,7 @@ static void client_gone(void)
 
     checkpoint_unfollow_logs();
     memory_global_dirty_log_stop(GLOBAL_DIRTY_CHECKPOINT);
-    migrate_del_blocker(client.blocker);
-    error_free(client.blocker);
-    client.blocker = NULL;
+    compat_unblock_migration(&client.blocker);
 }
 
 static gboolean client_event(QIOChannel *ioc, GIOCondition condition,
@@ -145,17 +139,12 @@ static bool block_migration(Error **errp)
         error_setg(errp, "the guest has been migrated to somewhere else");
         return false;
     }
-    if (migration_is_blocked(errp)) {
+    if (migration_is_blocked_also(NULL, errp)) {
         return false;
     }
     error_setg(&client.blocker, "the guest is being checkpointed");
     /* It goes with the client, so that it is no matter of --only-migratable */
-    if (migrate_add_blocker_internal(client.blocker, errp) < 0) {
-        error_free(client.blocker);
-        client.blocker = NULL;
-        return false;
-    }
-    return true;
+    return compat_block_migration(&client.blocker, errp);
 }
 
 CheckpointLayout *qmp_x_checkpoint_attach(const char *socket,
@@ -201,7 +190,16 @@ CheckpointLayout *qmp_x_checkpoint_attach(const char *socket,
     checkpoint_hold_init();
     checkpoint_follow_head();
     log_fd = checkpoint_follow_logs();
-    memory_global_dirty_log_start(GLOBAL_DIRTY_CHECKPOINT);
+    if (!compat_dirty_log_start(GLOBAL_DIRTY_CHECKPOINT, errp)) {
+        checkpoint_unfollow_logs();
+        if (log_fd >= 0) {
+            close(log_fd);
+        }
+        compat_unblock_migration(&client.blocker);
+        object_unref(OBJECT(sioc));
+        close(buffer_fd);
+        return NULL;
+    }
     client.socket = sioc;
     client.buffer = buffer_fd;
     checkpoint_hold.lost = NULL;
@@ -279,16 +277,14 @@ CheckpointStopped *qmp_x_checkpoint_stop(bool has_limit_ms, uint32_t limit_ms,
     client.loadable = state_is_loadable(status->status);
     if (client.loadable && is_blocked(&err)) {
         client.loadable = false;
-        stopped->has_blocked = true;
-        stopped->blocked = g_strdup(error_get_pretty(err));
+        compat_set_optional(stopped, blocked,
+                            g_strdup(error_get_pretty(err)));
         error_free(err);
     }
     stopped->loadable = client.loadable;
-    stopped->page_states = checkpoint_page_states();
-    stopped->has_page_states = stopped->page_states;
+    compat_set_optional(stopped, page_states, checkpoint_page_states());
     stopped->discarded = checkpoint_has_discarded();
-    stopped->has_lost = checkpoint_hold.lost;
-    stopped->lost = g_strdup(checkpoint_hold.lost);
+    compat_set_optional(stopped, lost, g_strdup(checkpoint_hold.lost));
     return stopped;
 }
 
@@ -350,8 +346,7 @@ CheckpointPagesInfo *qmp_x_checkpoint_collect(bool state, Error **errp)
     info = write_buffer(state, checkpoint_hold.owed, errp);
     /* After what was written before was taken: see page-states.c */
     if (info && runstate_is_running()) {
-        info->page_states = checkpoint_page_states();
-        info->has_page_states = info->page_states;
+        compat_set_optional(info, page_states, checkpoint_page_states());
     }
     return info;
 }
@@ -407,8 +402,8 @@ CheckpointResumed *qmp_x_checkpoint_cont(Error **errp)
     resumed->has_spoilt_by = checkpoint_hold.spoilt;
     resumed->spoilt_by = checkpoint_hold.spoilt_by;
     if (!checkpoint_resume_guest(&err)) {
-        resumed->has_waits_for = true;
-        resumed->waits_for = g_strdup(error_get_pretty(err));
+        compat_set_optional(resumed, waits_for,
+                            g_strdup(error_get_pretty(err)));
         error_free(err);
     }
     resumed->resumed = runstate_is_running();

@@ -35,10 +35,10 @@
 #include <linux/kvm_dirty_slot_ring.h>
 
 #include "qemu/error-report.h"
+#include "qemu/slot-ring-compat.h"
 #include "qemu/timer.h"
 #include "exec/ram_addr.h"
-#include "sysemu/kvm_int.h"
-#include "sysemu/tcg.h"
+#include COMPAT_KVM_INT_H
 #include "trace.h"
 
 /* Where harvests go, protected by kvm_slots_lock() */

@@ -1,0 +1,62 @@
+/*
+ * What is elsewhere, or has another form, in other versions of QEMU
+ *
+ * SPDX-License-Identifier: GPL-2.0-only
+ *
+ * The files that dirty slot rings and checkpoints add are the same for all
+ * versions, and use this.  Of 10.0.
+ */
+
+#ifndef QEMU_SLOT_RING_COMPAT_H
+#define QEMU_SLOT_RING_COMPAT_H
+
+#include "exec/memory.h"
+#include "exec/ramblock.h"
+#include "migration/blocker.h"
+#include "qapi/error.h"
+#include "system/cpu-timers.h"
+#include "system/cpus.h"
+#include "system/kvm.h"
+#include "system/reset.h"
+#include "system/runstate.h"
+#include "system/tcg.h"
+
+#define COMPAT_KVM_INT_H "system/kvm_int.h"
+#define COMPAT_MIGRATION_OPTIONS_H "options.h"
+
+/* Of commands: a string that may be missing, and is NULL then */
+#define COMPAT_OPTIONAL_STR(name) const char *name
+
+/* A member of an answer that is there unless the pointer is NULL */
+#define compat_set_optional(obj, member, pointer) \
+    ((obj)->member = (pointer))
+
+static inline bool compat_dirty_log_start(unsigned int flags, Error **errp)
+{
+    return memory_global_dirty_log_start(flags, errp);
+}
+
+/* Some logs, as of interrupt controllers' tables, are read at the last one only */
+static inline void compat_dirty_log_sync(void)
+{
+    memory_global_dirty_log_sync(!runstate_is_running());
+}
+
+/* The reason is freed, and set to NULL, by the second or if the first fails */
+static inline bool compat_block_migration(Error **reason, Error **errp)
+{
+    return migrate_add_blocker_internal(reason, errp) == 0;
+}
+
+static inline void compat_unblock_migration(Error **reason)
+{
+    migrate_del_blocker(reason);
+}
+
+/* Where in its file a block of RAM begins */
+static inline uint64_t compat_fd_offset(const RAMBlock *rb)
+{
+    return rb->fd_offset;
+}
+
+#endif
