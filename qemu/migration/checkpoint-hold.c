@@ -3,8 +3,8 @@
  *
  * SPDX-License-Identifier: GPL-2.0-only
  *
- * It is owed to it that it runs again, whatever becomes of the client.  Whatever
- * else happens to it meanwhile spoils the checkpoint, and comes first.
+ * It is owed to it that it runs again, whatever becomes of the client.
+ * Whatever else happens to it meanwhile spoils the checkpoint, and comes first.
  *
  * All of this runs in the main loop, with the BQL held.
  */

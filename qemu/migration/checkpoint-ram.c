@@ -229,7 +229,9 @@ bool checkpoint_memory_changed(void)
  * Layout
  */
 
-/* Also of memory that is part of the state, or gone: the client is to know it */
+/*
+ * Also of memory that is part of the state, or gone: the client is to know it
+ */
 static void add_slot(const KVMDirtySlotLog *log, void *opaque)
 {
     CheckpointSlotList ***tail = opaque;

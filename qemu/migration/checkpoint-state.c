@@ -28,8 +28,8 @@
 #define RAM_SECTION_ID  0x7fffffff
 
 /*
- * The first part, with memory that the client cannot map, stays in its buffer for
- * as long as it is the same: the size of that, or 0.
+ * The first part, with memory that the client cannot map, stays in its buffer
+ * for as long as it is the same: the size of that, or 0.
  */
 static uint64_t head_size;
 static uint64_t head_generation;
@@ -201,7 +201,8 @@ static bool write_head(int fd, Error **errp)
     if (ret < 0) {
         error_setg_errno(errp, -ret, "cannot save memory");
     }
-    ok = ret >= 0 && checkpoint_write(fd, head->data, head->usage, &offset, errp);
+    ok = ret >= 0 &&
+         checkpoint_write(fd, head->data, head->usage, &offset, errp);
     qemu_fclose(f);
     if (ok) {
         head_size = offset;

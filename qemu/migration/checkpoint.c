@@ -96,8 +96,8 @@ static bool need_client(Error **errp)
  */
 
 /*
- * Whether the guest can go on where its state is loaded in this run state, which
- * process_incoming_migration_bh() sets there
+ * Whether the guest can go on where its state is loaded in this run state,
+ * which process_incoming_migration_bh() sets there
  */
 static bool state_is_loadable(RunState state)
 {
@@ -116,8 +116,8 @@ static bool state_is_loadable(RunState state)
 }
 
 /*
- * Its devices may come to have what is in no state, as a share that is mounted.  A
- * dump blocks migration, too, but only as long as it takes.
+ * Its devices may come to have what is in no state, as a share that is mounted.
+ * A dump blocks migration, too, but only as long as it takes.
  */
 static bool is_blocked(Error **errp)
 {
@@ -289,8 +289,8 @@ CheckpointStopped *qmp_x_checkpoint_stop(bool has_limit_ms, uint32_t limit_ms,
 }
 
 /*
- * Writes the state of the devices, if it is wanted, and then the pages: saving may
- * write to the guest's memory.  @running: as for checkpoint_save_state()
+ * Writes the state of the devices, if it is wanted, and then the pages: saving
+ * may write to the guest's memory.  @running: as for checkpoint_save_state()
  */
 static CheckpointPagesInfo *write_buffer(bool state, bool running, Error **errp)
 {
@@ -316,7 +316,10 @@ static CheckpointPagesInfo *write_buffer(bool state, bool running, Error **errp)
     pages = checkpoint_collect_pages();
     info->collect_us = (get_clock() - stamp) / SCALE_US;
     info->runs = pages->len;
-    /* After they were collected, or it would be told of some that are not there yet */
+    /*
+     * After they were collected, or it would be told of some that are not there
+     * yet
+     */
     info->discarded = checkpoint_take_discarded();
     if (checkpoint_write(client.buffer, pages->data,
                          (size_t)pages->len * sizeof(CheckpointPages),
@@ -337,7 +340,9 @@ CheckpointPagesInfo *qmp_x_checkpoint_collect(bool state, Error **errp)
         return NULL;
     }
 
-    /* What has begun is in no state yet: the guest would not know how it ends */
+    /*
+     * What has begun is in no state yet: the guest would not know how it ends
+     */
     if (state && qemu_runstate_change_requested()) {
         checkpoint_spoil(CHECKPOINT_SPOILT_RUN_STATE);
     }
@@ -434,8 +439,9 @@ static bool save_and_tell(Error **errp)
 }
 
 /*
- * Whether a guest that runs can be stopped, and go on, in one visit.  Not if there
- * are other loops than the main loop, which could go on with what guests kick.
+ * Whether a guest that runs can be stopped, and go on, in one visit.  Not if
+ * there are other loops than the main loop, which could go on with what guests
+ * kick.
  */
 static bool can_be_brief(uint32_t limit_ms)
 {
@@ -501,7 +507,9 @@ CheckpointTaken *qmp_x_checkpoint_take(uint32_t limit_ms, bool has_lease_us,
     if (checkpoint_lease_is_over()) {
         checkpoint_lease_ended();
     } else if (!qemu_runstate_change_requested()) {
-        /* Or vCPUs go on beyond a breakpoint: the main loop comes to that next */
+        /*
+         * Or vCPUs go on beyond a breakpoint: the main loop comes to that next
+         */
         resume_all_vcpus();
     }
     taken->resumed = runstate_is_running();

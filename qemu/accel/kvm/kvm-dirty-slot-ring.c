@@ -267,8 +267,8 @@ void kvm_dirty_slot_log_foreach(void (*fn)(const KVMDirtySlotLog *log,
 }
 
 /*
- * Whoever calls this has other means by which the pages are looked at once more.
- * A log that cannot do it has them still, which does no harm.
+ * Whoever calls this has other means by which the pages are looked at once
+ * more.  A log that cannot do it has them still, which does no harm.
  */
 static void discard_from_slot(KVMSlot *slot, ram_addr_t start, uint64_t size)
 {

@@ -3,7 +3,8 @@
  *
  * SPDX-License-Identifier: GPL-2.0-only
  *
- * For asm/kvm_para.h, from which QEMU takes such definitions when Linux has them.
+ * For asm/kvm_para.h, from which QEMU takes such definitions when Linux has
+ * them.
  */
 
 #ifndef MIGRATION_KVM_PAGE_STATES_H

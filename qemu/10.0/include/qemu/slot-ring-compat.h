@@ -13,6 +13,7 @@
 #include "exec/memory.h"
 #include "exec/ramblock.h"
 #include "migration/blocker.h"
+#include "qemu/main-loop.h"
 #include "qapi/error.h"
 #include "system/cpu-timers.h"
 #include "system/cpus.h"
@@ -21,6 +22,7 @@
 #include "system/runstate.h"
 #include "system/tcg.h"
 
+#define COMPAT_DIRTYLIMIT_H "system/dirtylimit.h"
 #define COMPAT_KVM_INT_H "system/kvm_int.h"
 #define COMPAT_MIGRATION_OPTIONS_H "options.h"
 
@@ -36,10 +38,17 @@ static inline bool compat_dirty_log_start(unsigned int flags, Error **errp)
     return memory_global_dirty_log_start(flags, errp);
 }
 
-/* Some logs, as of interrupt controllers' tables, are read at the last one only */
+/*
+ * Some logs, as of interrupt controllers' tables, are read at the last one only
+ */
 static inline void compat_dirty_log_sync(void)
 {
     memory_global_dirty_log_sync(!runstate_is_running());
+}
+
+static inline void compat_bql_timedwait(QemuCond *cond, int ms)
+{
+    qemu_cond_timedwait_bql(cond, ms);
 }
 
 /* The reason is freed, and set to NULL, by the second or if the first fails */

@@ -13,6 +13,7 @@
 #include "exec/memory.h"
 #include "exec/ramblock.h"
 #include "migration/blocker.h"
+#include "qemu/main-loop.h"
 #include "qapi/error.h"
 #include "sysemu/cpu-timers.h"
 #include "sysemu/cpus.h"
@@ -21,6 +22,7 @@
 #include "sysemu/runstate.h"
 #include "sysemu/tcg.h"
 
+#define COMPAT_DIRTYLIMIT_H "sysemu/dirtylimit.h"
 #define COMPAT_KVM_INT_H "sysemu/kvm_int.h"
 #define COMPAT_MIGRATION_OPTIONS_H "migration.h"
 
@@ -47,6 +49,11 @@ static inline bool compat_dirty_log_start(unsigned int flags, Error **errp)
 static inline void compat_dirty_log_sync(void)
 {
     memory_global_dirty_log_sync();
+}
+
+static inline void compat_bql_timedwait(QemuCond *cond, int ms)
+{
+    qemu_cond_timedwait_iothread(cond, ms);
 }
 
 /* The reason is freed, and set to NULL, by the second or if the first fails */
