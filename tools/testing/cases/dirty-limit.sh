@@ -60,5 +60,6 @@ say "after that: $again steps a second"
 qmp g "{'execute': 'set-vcpu-dirty-limit', 'arguments': {'cpu-index': 0, 'dirty-rate': 1}}" >/dev/null || bad "no limit again"
 sleep 5
 wait_for 30 below 26 || bad "it goes on writing $(rate) MB/s"
+limit 0
 verified g
 good "a limit is kept, and goes"
