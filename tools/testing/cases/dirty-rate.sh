@@ -9,12 +9,12 @@ SECS=3
 
 measured() { qmp "$1" query-dirty-rate | grep -q '"status": "measured"'; }
 steps() { ask "$1" status | awk '{ print $2 + $3 }'; }
-# rate NAME MODE: $total of all in MB/s, $first and $second of vCPUs, and $expected by what the guest says: so many
+# rate NAME MODE [ARGUMENT]: $total of all in MB/s, $first and $second of vCPUs, and $expected by what the guest says: so many
 # different pages are written in so many steps, which take 8,192 pages of each of two writers in a random order
 rate() {
 	local s0 s1 t0 t1 answer
 
-	qmp "$1" "{'execute': 'calc-dirty-rate', 'arguments': {'calc-time': $SECS, 'mode': '$2'}}" >/dev/null ||
+	qmp "$1" "{'execute': 'calc-dirty-rate', 'arguments': {'calc-time': $SECS, 'mode': '$2'${3:+, $3}}}" >/dev/null ||
 		bad "mode $2 is refused"
 	s0=$(steps "$1"); read -r t0 _ </proc/uptime
 	wait_for 60 measured "$1" || bad "mode $2 does not end"
@@ -22,16 +22,17 @@ rate() {
 	answer=$(qmp "$1" query-dirty-rate)
 	total=$(echo "$answer" | sed 's/\[[^]]*\]//; s/.*"dirty-rate": \([0-9]*\).*/\1/')
 	first=$(vcpu 0) second=$(vcpu 1)
-	expected=$(echo "$s0 $s1 $t0 $t1" | awk -v s=$SECS '{ n = ($2 - $1) / ($4 - $3) * s / 2
-		print int(2 * 8192 * (1 - exp(-n / 8192)) / 256 / s + 0.5) }')
+	expected=$(echo "$s0 $s1 $t0 $t1" | awk -v s=$SECS '{ left = 1
+		for (n = ($2 - $1) / ($4 - $3) * s / 2; n > 0; n--) left *= 1 - 1 / 8192
+		print int(2 * 8192 * (1 - left) / 256 / s + 0.5) }')
 	say "$2: $total MB/s${first:+, of the vCPUs $first and $second}; the guest wrote about $expected"
 }
 # Of $answer: the members of its object may have any order
 vcpu() {
 	echo "$answer" | grep -o '{[^{}]*"id"[^{}]*}' | grep "\"id\": $1[,}]" | sed 's/.*"dirty-rate": \([0-9]*\).*/\1/'
 }
-# near A B: within a third, and 2 that rounding takes
-near() { [ $(($1 * 3)) -le $(($2 * 4 + 6)) ] && [ $(($2 * 3)) -le $(($1 * 4 + 6)) ]; }
+# near A B: within a half, and 2 that rounding takes; a loaded machine is not even
+near() { [ "$1" -le $(($2 * 2 + 2)) ] && [ "$2" -le $(($1 * 2 + 2)) ]; }
 over() { kill -9 "$(cat "/tmp/$1.pid")"; rm -f "/dev/shm/$1.ram"; }
 
 # The second vCPU is never started
@@ -53,8 +54,8 @@ near $((first + second)) "$expected" || bad "the vCPUs do not write that togethe
 [ "$second" -ge 1 ] || bad "the second vCPU writes nothing"
 rate two dirty-bitmap
 near "$total" "$expected" || bad "that is not what the guest writes"
-rate two page-sampling
-[ "$total" -ge 1 ] || bad "sampling finds nothing"
+rate two page-sampling "'sample-pages': 8192"
+near "$total" "$expected" || bad "that is not what the guest writes"
 over two
 
 ACCEL=kvm
