@@ -194,7 +194,7 @@ static bool write_head(int fd, Error **errp)
     }
     head_size = 0;
     f = memory_file(1 << 20, &head);
-    qemu_savevm_state_header(f);
+    compat_savevm_state_header(f);
     save_unmapped_ram(f);
     qemu_fflush(f);
     ret = qemu_file_get_error(f);

@@ -33,6 +33,17 @@
 #define compat_set_optional(obj, member, pointer) \
     ((obj)->member = (pointer))
 
+/* Not into the description that a snapshot has left behind */
+#define compat_savevm_state_header(f)                   \
+    do {                                                \
+        MigrationState *ms_ = migrate_get_current();    \
+        JSONWriter *vmdesc_ = ms_->vmdesc;              \
+                                                        \
+        ms_->vmdesc = NULL;                             \
+        qemu_savevm_state_header(f);                    \
+        ms_->vmdesc = vmdesc_;                          \
+    } while (0)
+
 static inline bool compat_dirty_log_start(unsigned int flags, Error **errp)
 {
     return memory_global_dirty_log_start(flags, errp);

@@ -40,6 +40,8 @@
 #define compat_set_optional(obj, member, pointer) \
     ((obj)->has_##member = ((obj)->member = (pointer)))
 
+#define compat_savevm_state_header(f) qemu_savevm_state_header(f)
+
 static inline bool compat_dirty_log_start(unsigned int flags, Error **errp)
 {
     memory_global_dirty_log_start(flags);
