@@ -5,7 +5,7 @@
 .DEFAULT_GOAL := help
 MINUTES ?= 30
 
-.PHONY: help deps kernel qemu test test-debug test-vmx test-checkpoint test-failover demo bench plots patch check clean
+.PHONY: help deps kernel qemu test test-debug test-vmx test-checkpoint test-failover test-qemu10 demo bench plots patch check clean
 .PHONY: tools tools-install model soak test-all test-mutants test-arm64 deb test-deb
 
 help:
@@ -17,6 +17,7 @@ help:
 	@echo 'make test-arm64   the kernel tests on arm64, at full length, with VHE, without, and with protected KVM'
 	@echo 'make test-checkpoint   kvm-checkpoint, when others do something to its guest, its QEMU and its processes'
 	@echo 'make test-failover     300 times its QEMU is killed, and on 300 bad days its links, daemons, disks and clocks fail'
+	@echo 'make test-qemu10   a migration and kills with QEMU 10.0; with QEMU=10.0 demo, qemu, test-checkpoint use it too'
 	@echo 'make test-mutants   all deliberate errors that the code in userspace has to notice; make test runs most'
 	@echo 'make test-deb     the packages: installed in a Debian of their own, which is booted with its own kernel'
 	@echo 'make test-all     all of these, some hours'
@@ -24,7 +25,7 @@ help:
 	@echo
 	@echo 'make deps     install the Debian packages that are missing'
 	@echo 'make kernel   build the patched kernel'
-	@echo 'make qemu     build the patched QEMU'
+	@echo 'make qemu     build the patched QEMU: 7.2, or QEMU=10.0'
 	@echo 'make plots    pictures of dirty rate, ring fill and pauses, drawn by kvmdirtyplot'
 	@echo 'make tools    build the library and the tools under tools/kvm/ into out/tools/'
 	@echo 'make tools-install   install them: DESTDIR, PREFIX (/usr/local), LIBDIR'
@@ -68,7 +69,7 @@ test:
 
 # One after the other, whatever fails; the last word is whether anything did.
 test-all:
-	@failed=; for t in test test-debug test-vmx test-arm64 test-checkpoint test-failover test-mutants model soak bench; do \
+	@failed=; for t in test test-debug test-vmx test-arm64 test-checkpoint test-failover test-qemu10 test-mutants model soak bench; do \
 		echo "==> make $$t"; TEST_LONG=1 $(MAKE) --no-print-directory $$t || failed="$$failed $$t"; \
 	done; [ -z "$$failed" ] || { echo "failed:$$failed" >&2; exit 1; }
 
@@ -97,6 +98,9 @@ test-checkpoint:
 
 test-failover:
 	@scripts/test failover-long
+
+test-qemu10:
+	@scripts/test qemu10
 
 demo:
 	@scripts/deps kernel rig qemu tools

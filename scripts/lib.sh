@@ -15,6 +15,11 @@ LOGDIR=$CACHE/log
 # shellcheck disable=SC2034 # for those who source this
 TOP=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 ME=${0##*/}
+# Which of the patched QEMUs is built and run: 7.2 or 10.0.
+# shellcheck disable=SC2034 # for those who source this
+QEMU_VERSION=${QEMU:-7.2}
+QEMU_BIN=$CACHE/out/qemu-system-x86_64
+[ "$QEMU_VERSION" = 7.2 ] || QEMU_BIN=$QEMU_BIN-$QEMU_VERSION
 
 # A closed stdin would make the next opened file descriptor 0.
 { : <&0; } 2>/dev/null || exec </dev/null

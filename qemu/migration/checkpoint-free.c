@@ -9,8 +9,8 @@
  *
  * Hints (virtio-balloon's free-page-hint) are of the first copy alone.  A page
  * that is hinted at was free at a moment after logging began, so that whatever
- * it is used for later is in a log.  They are never taken from what is dirty: the
- * guest may have the page back before its hint is read.
+ * it is used for later is in a log.  They are never taken from what is dirty:
+ * the guest may have the page back before its hint is read.
  */
 
 #include "qemu/osdep.h"

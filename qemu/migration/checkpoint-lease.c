@@ -4,14 +4,14 @@
  * SPDX-License-Identifier: GPL-2.0-only
  *
  * Whoever holds the checkpoints goes on with the guest if the client says
- * nothing for some time.  So that there are never two of it, the client gives it
- * a lease that ends before, and renews it.  When it is over the guest stands
+ * nothing for some time.  So that there are never two of it, the client gives
+ * it a lease that ends before, and renews it.  When it is over the guest stands
  * still, whatever the client does, and goes on when the lease is renewed.
  *
  * This must not depend on the main loop, which may be at work for somebody: a
- * thread makes vCPUs leave KVM, and they look at the clock before they enter it.
- * So they do not run either when all of QEMU was stopped until after the end.
- * The run state follows when the main loop has time.
+ * thread makes vCPUs leave KVM, and they look at the clock before they enter
+ * it.  So they do not run either when all of QEMU was stopped until after the
+ * end.  The run state follows when the main loop has time.
  *
  * The clock is CLOCK_BOOTTIME: it goes on while the host is suspended.
  */

@@ -3,13 +3,13 @@
  *
  * SPDX-License-Identifier: GPL-2.0-only
  *
- * Who has got a packet of the guest knows something of it.  A guest that goes on
- * from a checkpoint must not know less.  So packets are held back until the client
- * says that the checkpoint which has them sent is where it is safe.
+ * Who has got a packet of the guest knows something of it.  A guest that goes
+ * on from a checkpoint must not know less.  So packets are held back until the
+ * client says that the checkpoint which has them sent is where it is safe.
  *
  * A packet has the number of the state that is saved next.  Between packets and
- * states there is nothing else: both are the main loop's, and a guest that stands
- * still sends nothing.
+ * states there is nothing else: both are the main loop's, and a guest that
+ * stands still sends nothing.
  *
  * The client may die, and a packet must not be held for ever.  But as long as
  * somebody may go on with the guest who does not know of it, it must not leave:
@@ -24,14 +24,16 @@
 #include "qemu/timer.h"
 #include "qemu/units.h"
 #include "qapi/error.h"
-#include "qapi/qapi-commands-migration.h"
+#include "qapi/qapi-commands-checkpoint.h"
 #include "migration/misc.h"
 #include "monitor/monitor.h"
 #include "net/filter.h"
 #include "net/net.h"
 #include "checkpoint.h"
 
-/* Of all cards together: a guest that sends more loses some, as with any queue */
+/*
+ * Of all cards together: a guest that sends more loses some, as with any queue
+ */
 #define MAX_BYTES   (256 * MiB)
 
 #define TYPE_CHECKPOINT_FILTER "checkpoint-filter"
@@ -229,7 +231,9 @@ static void hold_card(NICState *nic, void *opaque)
             return;
         }
     }
-    /* The last one before the back end: others see packets when they are sent */
+    /*
+     * The last one before the back end: others see packets when they are sent
+     */
     snprintf(id, sizeof(id), "checkpoint-filter%u", nr++);
     object_new_with_props(TYPE_CHECKPOINT_FILTER, object_get_objects_root(), id,
                           &err, "netdev", peer->name, "queue", "rx",
@@ -242,14 +246,15 @@ static void hold_card(NICState *nic, void *opaque)
     }
 }
 
-CheckpointCards *qmp_x_checkpoint_hold(uint32_t limit_ms, bool has_notify,
-                                       const char *notify, Error **errp)
+CheckpointCards *qmp_x_checkpoint_hold(uint32_t limit_ms,
+                                       COMPAT_OPTIONAL_STR(notify),
+                                       Error **errp)
 {
     CheckpointCards *held;
     Cards cards = { NULL };
     int fd = -1;
 
-    if (has_notify) {
+    if (notify) {
         fd = monitor_get_fd(monitor_cur(), notify, errp);
         if (fd < 0) {
             return NULL;

@@ -11,16 +11,15 @@
 #include "qemu/osdep.h"
 #include "qemu/error-report.h"
 #include "qemu/rcu.h"
+#include "qemu/slot-ring-compat.h"
 #include "qemu/units.h"
 #include "qapi/error.h"
 #include "cpu.h"
 #include "exec/address-spaces.h"
-#include "exec/memory.h"
 #include "exec/ram_addr.h"
 #include "exec/target_page.h"
 #include "hw/qdev-core.h"
 #include "migration/savevm.h"
-#include "sysemu/kvm.h"
 #include "page-states.h"
 #include "ram.h"
 #include "checkpoint.h"
@@ -51,9 +50,10 @@ static DeviceListener device_listener = {
     .unrealize = device_comes_or_goes,
 };
 
+/* The client maps its file from the beginning on */
 bool checkpoint_block_is_mapped(RAMBlock *rb)
 {
-    return qemu_ram_is_shared(rb) && rb->fd >= 0;
+    return qemu_ram_is_shared(rb) && rb->fd >= 0 && !compat_fd_offset(rb);
 }
 
 uint32_t checkpoint_block_number(const RAMBlock *of)
@@ -190,7 +190,7 @@ GArray *checkpoint_collect_pages(void)
 
     /* vhost and the like are asked; KVM's slot logs are left to the client */
     kvm_dirty_slot_log_hold(known.client_harvests);
-    memory_global_dirty_log_sync();
+    compat_dirty_log_sync();
     kvm_dirty_slot_log_hold(false);
     if (known.client_harvests) {
         redraw_displays();
@@ -229,7 +229,9 @@ bool checkpoint_memory_changed(void)
  * Layout
  */
 
-/* Also of memory that is part of the state, or gone: the client is to know it */
+/*
+ * Also of memory that is part of the state, or gone: the client is to know it
+ */
 static void add_slot(const KVMDirtySlotLog *log, void *opaque)
 {
     CheckpointSlotList ***tail = opaque;

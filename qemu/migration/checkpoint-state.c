@@ -10,9 +10,9 @@
 #include "qemu/osdep.h"
 #include "qemu/cutils.h"
 #include "qemu/rcu.h"
+#include "qemu/slot-ring-compat.h"
 #include "qapi/error.h"
 #include "cpu.h"
-#include "exec/memory.h"
 #include "exec/ram_addr.h"
 #include "exec/target_page.h"
 #include "hw/boards.h"
@@ -21,23 +21,15 @@
 #include "migration/migration.h"
 #include "migration/qemu-file.h"
 #include "migration/savevm.h"
-#include "sysemu/reset.h"
 #include "ram.h"
 #include "checkpoint.h"
 
 /* Of the section in the stream; those of real sections count up from 0 */
 #define RAM_SECTION_ID  0x7fffffff
 
-/* Of its records, see ram_load_precopy() */
-#define RAM_SAVE_FLAG_ZERO      0x02
-#define RAM_SAVE_FLAG_MEM_SIZE  0x04
-#define RAM_SAVE_FLAG_PAGE      0x08
-#define RAM_SAVE_FLAG_EOS       0x10
-#define RAM_SAVE_FLAG_CONTINUE  0x20
-
 /*
- * The first part, with memory that the client cannot map, stays in its buffer for
- * as long as it is the same: the size of that, or 0.
+ * The first part, with memory that the client cannot map, stays in its buffer
+ * for as long as it is the same: the size of that, or 0.
  */
 static uint64_t head_size;
 static uint64_t head_generation;
@@ -202,14 +194,15 @@ static bool write_head(int fd, Error **errp)
     }
     head_size = 0;
     f = memory_file(1 << 20, &head);
-    qemu_savevm_state_header(f);
+    compat_savevm_state_header(f);
     save_unmapped_ram(f);
     qemu_fflush(f);
     ret = qemu_file_get_error(f);
     if (ret < 0) {
         error_setg_errno(errp, -ret, "cannot save memory");
     }
-    ok = ret >= 0 && checkpoint_write(fd, head->data, head->usage, &offset, errp);
+    ok = ret >= 0 &&
+         checkpoint_write(fd, head->data, head->usage, &offset, errp);
     qemu_fclose(f);
     if (ok) {
         head_size = offset;

@@ -3,25 +3,24 @@
  *
  * SPDX-License-Identifier: GPL-2.0-only
  *
- * vCPUs and devices stop as ever, and the block layer is drained; but all within
- * one visit of the main loop, which the client ends by a byte on its socket.  No
- * handler runs meanwhile, so that what only keeps handlers from running can be
- * left out: ioeventfds stay where they are, and kicks wait in them.  Nothing is
- * flushed: that is no matter of the guest, but of where its disks' epochs live.
- * Registers that were only read need not be written back.  No events are sent.
+ * vCPUs and devices stop as ever, and the block layer is drained; but all
+ * within one visit of the main loop, which the client ends by a byte on its
+ * socket.  No handler runs meanwhile, so that what only keeps handlers from
+ * running can be left out: ioeventfds stay where they are, and kicks wait in
+ * them.  Nothing is flushed: that is no matter of the guest, but of where its
+ * disks' epochs live.  Registers that were only read need not be written back.
+ * No events are sent.
  */
 
 #include "qemu/osdep.h"
 #include "qemu/bitmap.h"
+#include "qemu/slot-ring-compat.h"
 #include "qapi/error.h"
 #include "block/block.h"
 #include "hw/core/cpu.h"
 #include "io/channel-socket.h"
 #include "qom/object.h"
 #include "migration/misc.h"
-#include "sysemu/cpu-timers.h"
-#include "sysemu/cpus.h"
-#include "sysemu/runstate.h"
 #include "checkpoint.h"
 
 static bool brief;
@@ -52,8 +51,9 @@ static int count_user(Object *obj, void *opaque)
 }
 
 /*
- * Does what goes on there go on while the main loop stands still?  A balloon takes
- * hints there, which it asks for by the main loop, and not while epochs are taken.
+ * Does what goes on there go on while the main loop stands still?  A balloon
+ * takes hints there, which it asks for by the main loop, and not while epochs
+ * are taken.
  */
 static int is_busy_iothread(Object *obj, void *opaque)
 {

@@ -21,200 +21,33 @@
  * for how long the guest may stand still for it.
  *
  * Whatever else happens to the guest while it stands still spoils the
- * checkpoint, and comes first.
+ * checkpoint, and comes first: see checkpoint-hold.c.
  *
  * All of this runs in the main loop, with the BQL held.
  */
 
 #include "qemu/osdep.h"
 #include "qemu/error-report.h"
+#include "qemu/slot-ring-compat.h"
 #include "qemu/timer.h"
 #include "qapi/error.h"
-#include "qapi/qapi-commands-migration.h"
-#include "qapi/qapi-commands-misc.h"
+#include "qapi/qapi-commands-checkpoint.h"
 #include "qapi/qapi-commands-run-state.h"
-#include "qapi/qapi-events-migration.h"
+#include "qapi/qapi-events-checkpoint.h"
 #include "block/block.h"
 #include "cpu.h"
-#include "exec/memory.h"
-#include "sysemu/cpus.h"
-#include "migration/blocker.h"
 #include "migration/misc.h"
 #include "migration/migration.h"
 #include "monitor/monitor.h"
-#include "sysemu/cpu-timers.h"
-#include "sysemu/kvm.h"
-#include "sysemu/runstate.h"
 #include "checkpoint.h"
-
-/* How long until a guest that something keeps from running is tried again */
-#define AGAIN_MS    100
 
 static struct {
     QIOChannelSocket *socket;   /* NULL if there is no client */
     guint watch;
     int buffer;
     Error *blocker;
-    const char *lost;           /* Why its logs do not have all pages, or NULL */
     bool loadable;              /* What is saved can go on elsewhere */
-    /* Why what was copied since x-checkpoint-stop is of no use, if it is */
-    bool spoilt;
-    CheckpointSpoilt spoilt_by;
 } client;
-
-/* A guest that stands still for a client, even for one that is gone */
-static struct {
-    bool owed;                  /* It is to run again */
-    bool told;                  /* that it cannot, for now */
-    bool leased;                /* It stands still as its lease is over */
-    bool hidden;                /* It does not notice that it stood still */
-    int64_t stopped_ns;         /* When that began */
-    int64_t since_ns;           /* Up to when its clocks have gone on */
-    QEMUTimer *limit;           /* When it has waited for long enough */
-    QEMUTimer *again;
-    VMChangeStateEntry *runs;
-} hold;
-
-static void spoil(CheckpointSpoilt by)
-{
-    if (!client.spoilt) {
-        client.spoilt = true;
-        client.spoilt_by = by;
-    }
-}
-
-/* The clocks that stand still with the guest go on */
-static void hide_pause(void)
-{
-    int64_t now = get_clock();
-
-    if (hold.hidden) {
-        cpu_clock_skip(now - hold.since_ns);
-        hold.since_ns = now;
-    }
-}
-
-int64_t checkpoint_hidden_pause_ns(void)
-{
-    return hold.hidden ? get_clock() - hold.stopped_ns : -1;
-}
-
-/*
- * Lets the guest run if it stands still for a client.  If something keeps it,
- * such as a dump that has begun meanwhile, it runs when that is over.
- */
-static bool resume_guest(Error **errp)
-{
-    Error *err = NULL;
-
-    timer_del(hold.limit);
-    timer_del(hold.again);
-    if (!hold.owed) {
-        return true;
-    }
-    if (!runstate_check(RUN_STATE_PAUSED) &&
-        !runstate_check(RUN_STATE_PRELAUNCH)) {
-        /* Somebody else has taken it over */
-        hold.owed = false;
-        return true;
-    }
-    if (checkpoint_lease_is_over()) {
-        error_setg(errp, "the lease is over, somebody else may run the guest");
-        return false;
-    }
-    if (qemu_runstate_change_requested()) {
-        /* The main loop comes to that before it comes to the timer */
-        timer_mod(hold.again, qemu_clock_get_ms(QEMU_CLOCK_REALTIME));
-        return true;
-    }
-
-    /* Unless there is another state than the one that it was stopped with */
-    hold.hidden = runstate_check(RUN_STATE_PAUSED) && !client.lost;
-    hide_pause();
-    qmp_cont(&err);
-    hold.hidden = false;
-    if (!err) {
-        if (hold.told) {
-            info_report("checkpoint: the guest runs again");
-        }
-        hold.owed = false;
-        hold.told = false;
-        return true;
-    }
-
-    if (!hold.told) {
-        warn_report("checkpoint: the guest has to wait until it can run: %s",
-                    error_get_pretty(err));
-    }
-    hold.told = true;
-    timer_mod(hold.again, qemu_clock_get_ms(QEMU_CLOCK_REALTIME) + AGAIN_MS);
-    error_propagate(errp, err);
-    return false;
-}
-
-static void resume_again(void *opaque)
-{
-    resume_guest(NULL);
-}
-
-static void client_is_late(void *opaque)
-{
-    if (!hold.owed) {
-        return;
-    }
-    warn_report("checkpoint: the guest has stood still for long enough, "
-                "it goes on without a checkpoint");
-    spoil(CHECKPOINT_SPOILT_LATE);
-    qapi_event_send_checkpoint_late();
-    resume_guest(NULL);
-}
-
-/* Whoever resumes the guest: it does not stand still for the client any more */
-static void guest_runs(void *opaque, bool running, RunState state)
-{
-    if (checkpoint_is_brief()) {
-        return;
-    }
-    if (running) {
-        hold.owed = false;
-        spoil(CHECKPOINT_SPOILT_RESUMED);
-    }
-    /* Not we: then it is somebody who knows that nobody else runs it */
-    if (running && checkpoint_lease_is_over()) {
-        warn_report("checkpoint: the guest runs without a lease from now on");
-        checkpoint_lease_until(0, NULL);
-    }
-}
-
-/* Its lease is over: it stands still until that is renewed */
-static void lease_is_over(void)
-{
-    hold.leased = true;
-    if (runstate_is_running()) {
-        /* First: a command may be executed while requests are drained */
-        hold.stopped_ns = hold.since_ns = get_clock();
-        hold.owed = true;
-        vm_stop(RUN_STATE_PAUSED);
-    }
-    warn_report("checkpoint: the lease is over, the guest stands still");
-    qapi_event_send_checkpoint_lease_over();
-}
-
-void checkpoint_lease_changed(void *opaque)
-{
-    if (!checkpoint_lease_is_over()) {
-        /* Unless it stands still for the client just now, which resumes it */
-        if (hold.leased) {
-            hold.leased = false;
-            resume_guest(NULL);
-        } else if (runstate_is_running()) {
-            /* vCPUs may have noticed before this did */
-            resume_all_vcpus();
-        }
-    } else if (!hold.leased && (hold.owed || runstate_is_running())) {
-        lease_is_over();
-    }
-}
 
 static void client_gone(void)
 {
@@ -226,15 +59,13 @@ static void client_gone(void)
     object_unref(OBJECT(client.socket));
     client.socket = NULL;
     close(client.buffer);
-    resume_guest(NULL);
+    checkpoint_resume_guest(NULL);
     checkpoint_packets_orphaned();
     checkpoint_ask_hints(CHECKPOINT_HINTS_ACTION_DONE, NULL);
 
     checkpoint_unfollow_logs();
     memory_global_dirty_log_stop(GLOBAL_DIRTY_CHECKPOINT);
-    migrate_del_blocker(client.blocker);
-    error_free(client.blocker);
-    client.blocker = NULL;
+    compat_unblock_migration(&client.blocker);
 }
 
 static gboolean client_event(QIOChannel *ioc, GIOCondition condition,
@@ -265,8 +96,8 @@ static bool need_client(Error **errp)
  */
 
 /*
- * Whether the guest can go on where its state is loaded in this run state, which
- * process_incoming_migration_bh() sets there
+ * Whether the guest can go on where its state is loaded in this run state,
+ * which process_incoming_migration_bh() sets there
  */
 static bool state_is_loadable(RunState state)
 {
@@ -285,8 +116,8 @@ static bool state_is_loadable(RunState state)
 }
 
 /*
- * Its devices may come to have what is in no state, as a share that is mounted.  A
- * dump blocks migration, too, but only as long as it takes.
+ * Its devices may come to have what is in no state, as a share that is mounted.
+ * A dump blocks migration, too, but only as long as it takes.
  */
 static bool is_blocked(Error **errp)
 {
@@ -308,17 +139,12 @@ static bool block_migration(Error **errp)
         error_setg(errp, "the guest has been migrated to somewhere else");
         return false;
     }
-    if (migration_is_blocked(errp)) {
+    if (migration_is_blocked_also(NULL, errp)) {
         return false;
     }
     error_setg(&client.blocker, "the guest is being checkpointed");
     /* It goes with the client, so that it is no matter of --only-migratable */
-    if (migrate_add_blocker_internal(client.blocker, errp) < 0) {
-        error_free(client.blocker);
-        client.blocker = NULL;
-        return false;
-    }
-    return true;
+    return compat_block_migration(&client.blocker, errp);
 }
 
 CheckpointLayout *qmp_x_checkpoint_attach(const char *socket,
@@ -361,18 +187,23 @@ CheckpointLayout *qmp_x_checkpoint_attach(const char *socket,
         return NULL;
     }
 
-    if (!hold.runs) {
-        hold.runs = qemu_add_vm_change_state_handler(guest_runs, NULL);
-        hold.limit = timer_new_ms(QEMU_CLOCK_REALTIME, client_is_late, NULL);
-        hold.again = timer_new_ms(QEMU_CLOCK_REALTIME, resume_again, NULL);
-    }
+    checkpoint_hold_init();
     checkpoint_follow_head();
     log_fd = checkpoint_follow_logs();
-    memory_global_dirty_log_start(GLOBAL_DIRTY_CHECKPOINT);
+    if (!compat_dirty_log_start(GLOBAL_DIRTY_CHECKPOINT, errp)) {
+        checkpoint_unfollow_logs();
+        if (log_fd >= 0) {
+            close(log_fd);
+        }
+        compat_unblock_migration(&client.blocker);
+        object_unref(OBJECT(sioc));
+        close(buffer_fd);
+        return NULL;
+    }
     client.socket = sioc;
     client.buffer = buffer_fd;
-    client.lost = NULL;
-    client.spoilt = false;
+    checkpoint_hold.lost = NULL;
+    checkpoint_hold.spoilt = false;
     client.watch = qio_channel_add_watch(QIO_CHANNEL(sioc), G_IO_IN | G_IO_HUP,
                                          client_event, NULL, NULL);
 
@@ -423,45 +254,43 @@ CheckpointStopped *qmp_x_checkpoint_stop(bool has_limit_ms, uint32_t limit_ms,
         return NULL;
     }
     stopped = g_new0(CheckpointStopped, 1);
-    client.spoilt = false;
-    hold.leased = false;
-    if (runstate_is_running() && !client.lost) {
-        hold.stopped_ns = hold.since_ns = get_clock();
-        hold.owed = true;
+    checkpoint_hold.spoilt = false;
+    checkpoint_hold.leased = false;
+    if (runstate_is_running() && !checkpoint_hold.lost) {
+        checkpoint_hold.stopped_ns = checkpoint_hold.since_ns = get_clock();
+        checkpoint_hold.owed = true;
         if (vm_stop(RUN_STATE_PAUSED) < 0) {
-            spoil(CHECKPOINT_SPOILT_FLUSH);
+            checkpoint_spoil(CHECKPOINT_SPOILT_FLUSH);
         }
     } else {
         /* As its lease is over, it may be about to be stopped just now */
         bdrv_drain_all();
     }
-    timer_del(hold.again);      /* x-checkpoint-cont is it */
-    if (hold.owed && has_limit_ms && limit_ms) {
-        timer_mod(hold.limit,
+    timer_del(checkpoint_hold.again);   /* x-checkpoint-cont is it */
+    if (checkpoint_hold.owed && has_limit_ms && limit_ms) {
+        timer_mod(checkpoint_hold.limit,
                   qemu_clock_get_ms(QEMU_CLOCK_REALTIME) + limit_ms);
     }
-    stopped->running = hold.owed;
+    stopped->running = checkpoint_hold.owed;
     status = qmp_query_status(&error_abort);
     stopped->status = status->status;
     client.loadable = state_is_loadable(status->status);
     if (client.loadable && is_blocked(&err)) {
         client.loadable = false;
-        stopped->has_blocked = true;
-        stopped->blocked = g_strdup(error_get_pretty(err));
+        compat_set_optional(stopped, blocked,
+                            g_strdup(error_get_pretty(err)));
         error_free(err);
     }
     stopped->loadable = client.loadable;
-    stopped->page_states = checkpoint_page_states();
-    stopped->has_page_states = stopped->page_states;
+    compat_set_optional(stopped, page_states, checkpoint_page_states());
     stopped->discarded = checkpoint_has_discarded();
-    stopped->has_lost = client.lost;
-    stopped->lost = g_strdup(client.lost);
+    compat_set_optional(stopped, lost, g_strdup(checkpoint_hold.lost));
     return stopped;
 }
 
 /*
- * Writes the state of the devices, if it is wanted, and then the pages: saving may
- * write to the guest's memory.  @running: as for checkpoint_save_state()
+ * Writes the state of the devices, if it is wanted, and then the pages: saving
+ * may write to the guest's memory.  @running: as for checkpoint_save_state()
  */
 static CheckpointPagesInfo *write_buffer(bool state, bool running, Error **errp)
 {
@@ -487,7 +316,10 @@ static CheckpointPagesInfo *write_buffer(bool state, bool running, Error **errp)
     pages = checkpoint_collect_pages();
     info->collect_us = (get_clock() - stamp) / SCALE_US;
     info->runs = pages->len;
-    /* After they were collected, or it would be told of some that are not there yet */
+    /*
+     * After they were collected, or it would be told of some that are not there
+     * yet
+     */
     info->discarded = checkpoint_take_discarded();
     if (checkpoint_write(client.buffer, pages->data,
                          (size_t)pages->len * sizeof(CheckpointPages),
@@ -508,17 +340,18 @@ CheckpointPagesInfo *qmp_x_checkpoint_collect(bool state, Error **errp)
         return NULL;
     }
 
-    /* What has begun is in no state yet: the guest would not know how it ends */
+    /*
+     * What has begun is in no state yet: the guest would not know how it ends
+     */
     if (state && qemu_runstate_change_requested()) {
-        spoil(CHECKPOINT_SPOILT_RUN_STATE);
+        checkpoint_spoil(CHECKPOINT_SPOILT_RUN_STATE);
     }
-    state = state && !client.spoilt && client.loadable && !client.lost &&
-            !runstate_is_running();
-    info = write_buffer(state, hold.owed, errp);
+    state = state && !checkpoint_hold.spoilt && client.loadable &&
+            !checkpoint_hold.lost && !runstate_is_running();
+    info = write_buffer(state, checkpoint_hold.owed, errp);
     /* After what was written before was taken: see page-states.c */
     if (info && runstate_is_running()) {
-        info->page_states = checkpoint_page_states();
-        info->has_page_states = info->page_states;
+        compat_set_optional(info, page_states, checkpoint_page_states());
     }
     return info;
 }
@@ -563,19 +396,19 @@ CheckpointResumed *qmp_x_checkpoint_cont(Error **errp)
      * A reset writes to memory and leaves another state behind.  Reports of
      * pages that were written or harvested come too late for this checkpoint.
      */
-    if (hold.owed && !runstate_check(RUN_STATE_PAUSED)) {
-        spoil(CHECKPOINT_SPOILT_RESET);
+    if (checkpoint_hold.owed && !runstate_check(RUN_STATE_PAUSED)) {
+        checkpoint_spoil(CHECKPOINT_SPOILT_RESET);
     }
     if (checkpoint_memory_changed()) {
-        spoil(CHECKPOINT_SPOILT_WRITTEN);
+        checkpoint_spoil(CHECKPOINT_SPOILT_WRITTEN);
     }
     resumed = g_new0(CheckpointResumed, 1);
-    resumed->consistent = !client.spoilt;
-    resumed->has_spoilt_by = client.spoilt;
-    resumed->spoilt_by = client.spoilt_by;
-    if (!resume_guest(&err)) {
-        resumed->has_waits_for = true;
-        resumed->waits_for = g_strdup(error_get_pretty(err));
+    resumed->consistent = !checkpoint_hold.spoilt;
+    resumed->has_spoilt_by = checkpoint_hold.spoilt;
+    resumed->spoilt_by = checkpoint_hold.spoilt_by;
+    if (!checkpoint_resume_guest(&err)) {
+        compat_set_optional(resumed, waits_for,
+                            g_strdup(error_get_pretty(err)));
         error_free(err);
     }
     resumed->resumed = runstate_is_running();
@@ -606,12 +439,13 @@ static bool save_and_tell(Error **errp)
 }
 
 /*
- * Whether a guest that runs can be stopped, and go on, in one visit.  Not if there
- * are other loops than the main loop, which could go on with what guests kick.
+ * Whether a guest that runs can be stopped, and go on, in one visit.  Not if
+ * there are other loops than the main loop, which could go on with what guests
+ * kick.
  */
 static bool can_be_brief(uint32_t limit_ms)
 {
-    return limit_ms && runstate_is_running() && !client.lost &&
+    return limit_ms && runstate_is_running() && !checkpoint_hold.lost &&
            !checkpoint_lease_is_over() && !qemu_runstate_change_requested() &&
            !checkpoint_has_busy_iothread() &&
            !is_blocked(NULL);
@@ -635,12 +469,12 @@ CheckpointTaken *qmp_x_checkpoint_take(uint32_t limit_ms, bool has_lease_us,
         return taken;
     }
     taken->taken = true;
-    client.spoilt = false;
-    hold.leased = false;
-    hold.owed = false;
+    checkpoint_hold.spoilt = false;
+    checkpoint_hold.leased = false;
+    checkpoint_hold.owed = false;
     checkpoint_forget_bytes(client.socket);
 
-    hold.stopped_ns = hold.since_ns = get_clock();
+    checkpoint_hold.stopped_ns = checkpoint_hold.since_ns = get_clock();
     checkpoint_brief_stop();
     told.discarded = checkpoint_has_discarded();
     states = checkpoint_page_states();
@@ -653,31 +487,35 @@ CheckpointTaken *qmp_x_checkpoint_take(uint32_t limit_ms, bool has_lease_us,
         error_setg(&err, "the client does not read its socket");
     } else if (qemu_runstate_change_requested()) {
         /* As in x-checkpoint-collect */
-        spoil(CHECKPOINT_SPOILT_RUN_STATE);
+        checkpoint_spoil(CHECKPOINT_SPOILT_RUN_STATE);
     } else if (save_and_tell(&err)) {
-        answer = checkpoint_await(client.socket, hold.stopped_ns +
+        answer = checkpoint_await(client.socket, checkpoint_hold.stopped_ns +
                                   (int64_t)limit_ms * SCALE_MS);
         if (answer == CHECKPOINT_ANSWER_NONE) {
-            spoil(CHECKPOINT_SPOILT_LATE);
+            checkpoint_spoil(CHECKPOINT_SPOILT_LATE);
         }
     }
-    taken->consistent = !client.spoilt && answer == CHECKPOINT_ANSWER_DONE;
-    taken->has_spoilt_by = client.spoilt;
-    taken->spoilt_by = client.spoilt_by;
+    taken->consistent = !checkpoint_hold.spoilt &&
+                        answer == CHECKPOINT_ANSWER_DONE;
+    taken->has_spoilt_by = checkpoint_hold.spoilt;
+    taken->spoilt_by = checkpoint_hold.spoilt_by;
 
-    hold.hidden = true;
-    hide_pause();
+    checkpoint_hold.hidden = true;
+    checkpoint_hide_pause();
     checkpoint_brief_end();
-    hold.hidden = false;
+    checkpoint_hold.hidden = false;
     if (checkpoint_lease_is_over()) {
-        lease_is_over();
+        checkpoint_lease_ended();
     } else if (!qemu_runstate_change_requested()) {
-        /* Or vCPUs go on beyond a breakpoint: the main loop comes to that next */
+        /*
+         * Or vCPUs go on beyond a breakpoint: the main loop comes to that next
+         */
         resume_all_vcpus();
     }
     taken->resumed = runstate_is_running();
 
-    if (client.spoilt && client.spoilt_by == CHECKPOINT_SPOILT_LATE) {
+    if (checkpoint_hold.spoilt &&
+        checkpoint_hold.spoilt_by == CHECKPOINT_SPOILT_LATE) {
         warn_report("checkpoint: the guest has stood still for long enough, "
                     "it goes on without a checkpoint");
         qapi_event_send_checkpoint_late();
@@ -693,44 +531,10 @@ CheckpointTaken *qmp_x_checkpoint_take(uint32_t limit_ms, bool has_lease_us,
     return taken;
 }
 
-/*
- * What else happens
- */
-
-/* Somebody has stopped the guest */
-void checkpoint_keep_stopped(void)
-{
-    hold.owed = false;
-    hold.told = false;
-    hold.leased = false;
-}
-
-void checkpoint_give_way(void)
-{
-    RunState requested;
-    bool more;
-
-    if (!hold.owed || !runstate_check(RUN_STATE_PAUSED)) {
-        return;
-    }
-    timer_del(hold.limit);
-    timer_del(hold.again);
-    /* vm_prepare_start() forgets it */
-    more = qemu_vmstop_requested(&requested);
-    hold.hidden = !client.lost;
-    hide_pause();
-    vm_prepare_start(false);
-    hold.hidden = false;
-    if (more) {
-        qemu_system_vmstop_request_prepare();
-        qemu_system_vmstop_request(requested);
-    }
-}
-
 void checkpoint_memory_lost(const char *why)
 {
     if (client.socket) {
-        client.lost = why;
-        spoil(CHECKPOINT_SPOILT_WRITTEN);
+        checkpoint_hold.lost = why;
+        checkpoint_spoil(CHECKPOINT_SPOILT_WRITTEN);
     }
 }

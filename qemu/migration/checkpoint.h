@@ -7,9 +7,52 @@
 #ifndef MIGRATION_CHECKPOINT_H
 #define MIGRATION_CHECKPOINT_H
 
-#include "qapi/qapi-types-migration.h"
+#include "qapi/qapi-types-checkpoint.h"
 #include "exec/ramblock.h"
 #include "io/channel-socket.h"
+#include "qemu/slot-ring-compat.h"
+#include "qemu/timer.h"
+
+/*
+ * checkpoint-hold.c
+ */
+
+/* A guest that stands still for a client, even for one that is gone */
+typedef struct CheckpointHold {
+    bool owed;                  /* It is to run again */
+    bool told;                  /* that it cannot, for now */
+    bool leased;                /* It stands still as its lease is over */
+    bool hidden;                /* It does not notice that it stood still */
+    int64_t stopped_ns;         /* When that began */
+    int64_t since_ns;           /* Up to when its clocks have gone on */
+    QEMUTimer *limit;           /* When it has waited for long enough */
+    QEMUTimer *again;
+    VMChangeStateEntry *runs;
+    const char *lost;           /* Why logs do not have all pages, or NULL */
+    /* Why what was copied since x-checkpoint-stop is of no use, if it is */
+    bool spoilt;
+    CheckpointSpoilt spoilt_by;
+} CheckpointHold;
+
+extern CheckpointHold checkpoint_hold;
+
+/* There is a client that may want it to stand still */
+void checkpoint_hold_init(void);
+
+/* What is copied is of no use; the first reason counts */
+void checkpoint_spoil(CheckpointSpoilt by);
+
+/* The clocks that stand still with the guest go on */
+void checkpoint_hide_pause(void);
+
+/*
+ * Lets the guest run if it stands still for a client.  If something keeps it,
+ * such as a dump that has begun meanwhile, it runs when that is over.
+ */
+bool checkpoint_resume_guest(Error **errp);
+
+/* Its lease is over: it stands still until that is renewed */
+void checkpoint_lease_ended(void);
 
 /*
  * checkpoint-ram.c
@@ -43,7 +86,9 @@ CheckpointLayout *checkpoint_layout(void);
 /* Where the guest says which pages it does not use; NULL: it does not */
 CheckpointPageStates *checkpoint_page_states(void);
 
-/* Sends the file descriptors of blocks and, unless it is negative, of the logs */
+/*
+ * Sends the file descriptors of blocks and, unless it is negative, of the logs
+ */
 bool checkpoint_send_files(QIOChannelSocket *to, int log, Error **errp);
 
 /**
@@ -116,7 +161,9 @@ typedef struct CheckpointTold {
     uint64_t collect_us;
     uint64_t packets;
     uint64_t discarded;
-    /* As in CheckpointPageStates, when it is stopped; 0 of them: there are none */
+    /*
+     * As in CheckpointPageStates, when it is stopped; 0 of them: there are none
+     */
     uint64_t states_block;
     uint64_t states_page;
     uint64_t states_nr;
@@ -129,13 +176,15 @@ typedef enum CheckpointAnswer {
 } CheckpointAnswer;
 
 /*
- * Stops a guest that runs, until checkpoint_brief_end() in the same visit of the
- * main loop; after that vCPUs still stand still
+ * Stops a guest that runs, until checkpoint_brief_end() in the same visit of
+ * the main loop; after that vCPUs still stand still
  */
 void checkpoint_brief_stop(void);
 void checkpoint_brief_end(void);
 
-/* Are there other loops than the main loop that do what a guest asks them to? */
+/*
+ * Are there other loops than the main loop that do what a guest asks them to?
+ */
 bool checkpoint_has_busy_iothread(void);
 
 bool checkpoint_tell(QIOChannelSocket *to, const CheckpointTold *told);
@@ -168,7 +217,7 @@ bool checkpoint_lease_until(uint64_t until_us, Error **errp);
 /* Is there one, be it over? */
 bool checkpoint_has_lease(void);
 
-/* checkpoint.c: a lease was renewed, or is over */
+/* checkpoint-hold.c: a lease was renewed, or is over */
 void checkpoint_lease_changed(void *opaque);
 
 #endif

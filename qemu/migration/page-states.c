@@ -13,24 +13,24 @@
  * and at its last one, when the guest stands still, takes in again what it has
  * left out and is used by then.
  *
- * The table is the guest's.  Nothing that it says is used but to leave out pages
- * of its own, and nothing in it is trusted to be in RAM.
+ * The table is the guest's.  Nothing that it says is used but to leave out
+ * pages of its own, and nothing in it is trusted to be in RAM.
  */
 
 #include "qemu/osdep.h"
 #include "qemu/bitmap.h"
 #include "qemu/bitops.h"
 #include "qemu/rcu.h"
+#include "qemu/slot-ring-compat.h"
 #include "cpu.h"
 #include "exec/address-spaces.h"
-#include "exec/memory.h"
 #include "exec/ramblock.h"
 #include "exec/target_page.h"
 #include "migration/misc.h"
+#include "migration/kvm-page-states.h"
 #include "standard-headers/asm-x86/kvm_para.h"
-#include "sysemu/kvm.h"
-#include "sysemu/runstate.h"
 #include "migration.h"
+#include COMPAT_MIGRATION_OPTIONS_H
 #include "ram.h"
 #include "page-states.h"
 
@@ -108,7 +108,10 @@ bool page_states_locate(PageStates *ps)
  * Migration
  */
 
-/* Of a guest that runs; it may be of a while ago, which the last sync makes up for */
+/*
+ * Of a guest that runs; it may be of a while ago, which the last sync makes up
+ * for
+ */
 static PageStates running;
 
 typedef struct Filter {
@@ -133,10 +136,10 @@ static bool is_plain(const PageStates *ps, uint64_t gfn, RAMBlock *rb,
 }
 
 /*
- * All of the RAM block that the guest has at these addresses.  A page that is left
- * out stays noted until it is dirty and used: then it is sent after KVM has been
- * told to protect it again (clear_bmap).  Before that its bit in KVM's log may be
- * set already, and tell of nothing new.
+ * All of the RAM block that the guest has at these addresses.  A page that is
+ * left out stays noted until it is dirty and used: then it is sent after KVM
+ * has been told to protect it again (clear_bmap).  Before that its bit in KVM's
+ * log may be set already, and tell of nothing new.
  */
 static bool filter_range(Int128 start, Int128 len, const MemoryRegion *mr,
                          hwaddr offset_in_region, void *opaque)
@@ -232,8 +235,9 @@ int64_t page_states_filter(void)
         }
     }
     if (now.nr) {
-        flatview_for_each_range(address_space_to_flatview(&address_space_memory),
-                                filter_range, &f);
+        FlatView *view = address_space_to_flatview(&address_space_memory);
+
+        flatview_for_each_range(view, filter_range, &f);
     }
     RAMBLOCK_FOREACH_MIGRATABLE(rb) {
         if (rb->now_used) {

@@ -21,8 +21,8 @@ typedef struct PageStates {
  * page_states_locate - Where is the guest's table now?
  *
  * With the BQL held, which it releases meanwhile if the guest runs: so with no
- * other lock, nor in a critical section of RCU.  Returns false, and 0 as @ps->nr,
- * if there is none.
+ * other lock, nor in a critical section of RCU.  Returns false, and 0 as
+ * @ps->nr, if there is none.
  */
 bool page_states_locate(PageStates *ps);
 

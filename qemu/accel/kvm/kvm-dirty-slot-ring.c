@@ -35,10 +35,10 @@
 #include <linux/kvm_dirty_slot_ring.h>
 
 #include "qemu/error-report.h"
+#include "qemu/slot-ring-compat.h"
 #include "qemu/timer.h"
 #include "exec/ram_addr.h"
-#include "sysemu/kvm_int.h"
-#include "sysemu/tcg.h"
+#include COMPAT_KVM_INT_H
 #include "trace.h"
 
 /* Where harvests go, protected by kvm_slots_lock() */
@@ -267,8 +267,8 @@ void kvm_dirty_slot_log_foreach(void (*fn)(const KVMDirtySlotLog *log,
 }
 
 /*
- * Whoever calls this has other means by which the pages are looked at once more.
- * A log that cannot do it has them still, which does no harm.
+ * Whoever calls this has other means by which the pages are looked at once
+ * more.  A log that cannot do it has them still, which does no harm.
  */
 static void discard_from_slot(KVMSlot *slot, ram_addr_t start, uint64_t size)
 {

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: GPL-2.0-only
+#
 # What an ordinary command line of a guest has, and no more.
 
 # Machines, and what is plugged into them

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
 /*
  * A QEMU that is part of the test program: it answers to the commands that
- * qemu/dirty-slot-ring.patch describes, has a guest that writes to its memory, and remembers what
+ * qemu/qapi/checkpoint.json describes, has a guest that writes to its memory, and remembers what
  * that was at each epoch.  It also can do all that a QEMU should not do.
  */
 #ifndef KC_TESTS_FAKE_QEMU_H

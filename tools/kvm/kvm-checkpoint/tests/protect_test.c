@@ -3,7 +3,7 @@
  * protect_test [-s SEED] [-t NAME]... KVM-CHECKPOINT CHECKED IMPATIENT
  *
  * kvm-checkpoint protect against a QEMU that is part of this program: it answers to the commands
- * that qemu/dirty-slot-ring.patch describes, has a guest that writes to its memory, and remembers
+ * that qemu/qapi/checkpoint.json describes, has a guest that writes to its memory, and remembers
  * what that was at each epoch.  It also can do all that a QEMU should not do.  Prints KTAP.
  *
  * CHECKED is the program built with sanitizers, IMPATIENT as well, and waits only seconds for QEMU.
