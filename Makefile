@@ -30,7 +30,7 @@ help:
 	@echo 'make tools-install   install them: DESTDIR, PREFIX (/usr/local), LIBDIR'
 	@echo 'make deb      Debian packages of the modules, the tools and QEMU, into out/deb/'
 	@echo 'make model    check the models of the design exhaustively, the long form'
-	@echo 'make patch    write the kernel series, for git am, to out/series/'
+	@echo 'make patch    write the kernel series, for git am, to out/series/, and that for 7.3 to out/series-7.3/'
 	@echo 'make check    checkpatch, sparse, and that each commit of the series builds'
 	@echo 'make clean    remove what was built, here and in the cache'
 	@echo
@@ -112,10 +112,12 @@ plots:
 patch:
 	@scripts/deps kernel
 	@scripts/series out/series
+	@KERNEL=7.3 scripts/series out/series-7.3
 
 check:
 	@scripts/deps kernel check
 	@scripts/check
+	@KERNEL=7.3 scripts/check
 
 clean:
 	@rm -rf out
