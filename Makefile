@@ -31,7 +31,7 @@ help:
 	@echo 'make deb      Debian packages of the modules, the tools and QEMU, into out/deb/'
 	@echo 'make model    check the models of the design exhaustively, the long form'
 	@echo 'make patch    write the kernel series, for git am, to out/series/, and that for 7.3 to out/series-7.3/'
-	@echo 'make check    checkpatch, sparse, and that each commit of the series builds'
+	@echo 'make check    checkpatch, sparse, and that each commit of both series builds'
 	@echo 'make clean    remove what was built, here and in the cache'
 	@echo
 	@echo 'The first build takes long; what it makes is kept in'
