@@ -17,6 +17,7 @@ help:
 	@echo 'make test-arm64   the kernel tests on arm64, at full length, with VHE, without, and with protected KVM'
 	@echo 'make test-checkpoint   kvm-checkpoint, when others do something to its guest, its QEMU and its processes'
 	@echo 'make test-failover     300 times its QEMU is killed, and on 300 bad days its links, daemons, disks and clocks fail'
+	@echo 'make test-kernel73   the series for Linux 7.3: git am, checkpatch, and the kernel tests on it'
 	@echo 'make test-qemu10   a migration and kills with QEMU 10.0; with QEMU=10.0 demo, qemu, test-checkpoint use it too'
 	@echo 'make test-mutants   all deliberate errors that the code in userspace has to notice; make test runs most'
 	@echo 'make test-deb     the packages: installed in a Debian of their own, which is booted with its own kernel'
@@ -31,8 +32,8 @@ help:
 	@echo 'make tools-install   install them: DESTDIR, PREFIX (/usr/local), LIBDIR'
 	@echo 'make deb      Debian packages of the modules, the tools and QEMU, into out/deb/'
 	@echo 'make model    check the models of the design exhaustively, the long form'
-	@echo 'make patch    write the kernel series, for git am, to out/series/'
-	@echo 'make check    checkpatch, sparse, and that each commit of the series builds'
+	@echo 'make patch    write the kernel series, for git am, to out/series/, and that for 7.3 to out/series-7.3/'
+	@echo 'make check    checkpatch, sparse, and that each commit of both series builds'
 	@echo 'make clean    remove what was built, here and in the cache'
 	@echo
 	@echo 'The first build takes long; what it makes is kept in'
@@ -69,7 +70,7 @@ test:
 
 # One after the other, whatever fails; the last word is whether anything did.
 test-all:
-	@failed=; for t in test test-debug test-vmx test-arm64 test-checkpoint test-failover test-qemu10 test-mutants model soak bench; do \
+	@failed=; for t in test test-debug test-vmx test-arm64 test-kernel73 test-checkpoint test-failover test-qemu10 test-mutants model soak bench; do \
 		echo "==> make $$t"; TEST_LONG=1 $(MAKE) --no-print-directory $$t || failed="$$failed $$t"; \
 	done; [ -z "$$failed" ] || { echo "failed:$$failed" >&2; exit 1; }
 
@@ -86,6 +87,9 @@ test-debug:
 
 test-vmx:
 	@scripts/test vmx ways
+
+test-kernel73:
+	@scripts/test kernel73
 
 test-arm64:
 	@scripts/test arm64-long
@@ -116,10 +120,12 @@ plots:
 patch:
 	@scripts/deps kernel
 	@scripts/series out/series
+	@KERNEL=7.3 scripts/series out/series-7.3
 
 check:
 	@scripts/deps kernel check
 	@scripts/check
+	@KERNEL=7.3 scripts/check
 
 clean:
 	@rm -rf out

@@ -11,8 +11,11 @@
 
 # Everything that takes minutes to make lives here, outside the checkout.
 CACHE=${XDG_CACHE_HOME:-$HOME/.cache}/kvm-dirty-slot-ring
-LOGDIR=$CACHE/log
-# shellcheck disable=SC2034 # for those who source this
+# Which kernel.  What is made of another than Debian 12's is apart from what is made of that.
+KERNEL=${KERNEL:-6.12}
+KCACHE=$CACHE
+[ "$KERNEL" = 6.12 ] || KCACHE=$CACHE/$KERNEL
+LOGDIR=$KCACHE/log
 TOP=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 ME=${0##*/}
 # Which of the patched QEMUs is built and run: 7.2 or 10.0.
@@ -20,6 +23,10 @@ ME=${0##*/}
 QEMU_VERSION=${QEMU:-7.2}
 QEMU_BIN=$CACHE/out/qemu-system-x86_64
 [ "$QEMU_VERSION" = 7.2 ] || QEMU_BIN=$QEMU_BIN-$QEMU_VERSION
+[ -d "$TOP/patches/linux-$KERNEL" ] || {
+	echo "$ME: KERNEL=$KERNEL: there is no patches/linux-$KERNEL" >&2
+	exit 2
+}
 
 # A closed stdin would make the next opened file descriptor 0.
 { : <&0; } 2>/dev/null || exec </dev/null
@@ -102,7 +109,7 @@ dirty_slot_ring_life_test dirty_slot_ring_mark_test dirty_slot_ring_mem_test \
 dirty_slot_ring_race_test dirty_slot_ring_x86_test"
 
 # selftest NAME: where the binary of that name is, if it is anywhere.
-SELFTESTS=$CACHE/out/selftests
+SELFTESTS=$KCACHE/out/selftests
 selftest() {
 	local f
 	for f in "$SELFTESTS/$1" "$SELFTESTS"/{x86_64,x86,aarch64,arm64}/"$1"; do

@@ -112,7 +112,8 @@ void __kvm_page_states_set(unsigned long first, unsigned int order, int state)
 /* With any CPU: the MSR is that of the machine. */
 static bool tell_host(u64 value)
 {
-	return !wrmsrl_safe(MSR_KVM_PAGE_STATES, value);
+	return !wrmsr_safe(MSR_KVM_PAGE_STATES, lower_32_bits(value),
+			   upper_32_bits(value));
 }
 
 /*

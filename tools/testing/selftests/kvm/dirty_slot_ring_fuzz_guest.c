@@ -72,7 +72,7 @@ void add_vcpu(void)
 	m.vcpu[v] = vm_vcpu_add(m.vm, v, guest_main);
 	vcpu_args_set(m.vcpu[v], 1, v);
 	m.stats[v] = vcpu_get_stats_fd(m.vcpu[v]);
-	m.mb[v] = &((struct mailbox *)addr_gva2hva(m.vm, (vm_vaddr_t)mailboxes))[v];
+	m.mb[v] = &((struct mailbox *)addr_gva2hva(m.vm, (uintptr_t)mailboxes))[v];
 	m.nr_vcpus++;
 }
 

@@ -378,7 +378,7 @@ static void make_vm(struct run *r)
 	for (i = 0; i < p->nr_vcpus; i++) {
 		r->vcpu[i] = vm_vcpu_add(r->vm, i, guest_main);
 		vcpu_args_set(r->vcpu[i], 1, i);
-		r->mb[i] = (struct mailbox *)addr_gva2hva(r->vm, (vm_vaddr_t)mailboxes) + i;
+		r->mb[i] = (struct mailbox *)addr_gva2hva(r->vm, (uintptr_t)mailboxes) + i;
 	}
 	r->tsc_khz = guest_cycles_khz(r->vcpu[0]);
 

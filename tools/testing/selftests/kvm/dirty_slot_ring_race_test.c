@@ -22,6 +22,16 @@
 #define MADV_COLLAPSE		25
 #endif
 
+/* This thread, and those that it makes from now on */
+static void run_on_cpu(int cpu)
+{
+	cpu_set_t set;
+
+	CPU_ZERO(&set);
+	CPU_SET(cpu, &set);
+	CHECK_OK(sched_setaffinity(0, sizeof(set), &set));
+}
+
 /* -- who takes ------------------------------------------------------------ */
 
 /* Two threads take pages: the union is complete, and no page comes twice. */
@@ -620,7 +630,7 @@ TEST_F(contents, copy_equals_memory)
 	int n, k;
 
 	if (variant->how & ONE_CPU)
-		kvm_pin_this_task_to_pcpu(0);
+		run_on_cpu(0);
 	for (k = 0; variant->how & STEAL_TIME && k < 2; k++)
 		if (!guest_set_steal_time(v->vcpu[k], TEST_GPA + (v->npages - 1 - k) * PG))
 			SKIP(return, "no stolen time here");
@@ -742,7 +752,7 @@ TEST_F(sync, is_exact)
 		copy[i] = READ_ONCE(mem[i * PG / 8]);
 	/* Threads inherit both. */
 	if (variant->preempt)
-		kvm_pin_this_task_to_pcpu(variant->hog);
+		run_on_cpu(variant->hog);
 	if (variant->hog)
 		CHECK_OK(pthread_create(&thread, NULL, hog_thread, hog));
 	rt.sched_priority = 0;
@@ -752,7 +762,7 @@ TEST_F(sync, is_exact)
 			.op = OP_RANDOM, .npages = NR, .value = (i + 1ull) << 40,
 		});
 	if (variant->hog)
-		kvm_pin_this_task_to_pcpu(0);
+		run_on_cpu(0);
 	rt.sched_priority = 1;
 	if (variant->preempt)
 		CHECK_OK(sched_setscheduler(0, SCHED_FIFO, &rt));

@@ -130,7 +130,7 @@ void __dsr_add_vcpu(struct dsr *v, int index, uint32_t id)
 {
 	v->vcpu[index] = vm_vcpu_add(v->vm, id, guest_main);
 	vcpu_args_set(v->vcpu[index], 1, index);
-	v->mb[index] = &((struct mailbox *)addr_gva2hva(v->vm, (vm_vaddr_t)mailboxes))[index];
+	v->mb[index] = &((struct mailbox *)addr_gva2hva(v->vm, (uintptr_t)mailboxes))[index];
 }
 
 void dsr_free(struct dsr *v)

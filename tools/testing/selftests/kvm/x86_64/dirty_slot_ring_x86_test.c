@@ -270,7 +270,7 @@ static void l1_vmx_main(struct vmx_pages *vmx)
 /* An identity map of the first gigabyte, in pages of 2 MiB. */
 static uint64_t make_npt(struct kvm_vm *vm)
 {
-	vm_vaddr_t gva = vm_vaddr_alloc_pages(vm, 3);
+	uint64_t gva = vm_vaddr_alloc_pages(vm, 3);
 	uint64_t *pt = addr_gva2hva(vm, gva), i;
 	uint64_t pa[3];
 
@@ -289,7 +289,7 @@ static uint64_t make_npt(struct kvm_vm *vm)
 static struct vmx_pages *run_nested(struct dsr *v, bool two_dimensional, uint64_t other_gpa)
 {
 	struct vmx_pages *nested = NULL;
-	vm_vaddr_t gva;
+	uint64_t gva;
 
 	if (kvm_cpu_has(X86_FEATURE_SVM)) {
 		vcpu_alloc_svm(v->vm, &gva);
