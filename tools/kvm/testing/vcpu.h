@@ -27,7 +27,12 @@
 #include <unistd.h>
 #include <linux/kvm.h>
 
-extern const char guest_writes[], guest_random[], guest_end[];
+/* Each file has its own; "hidden" keeps arm64's compiler from looking for them in the GOT */
+#define VCPU_CODE	extern const char __attribute__((visibility("hidden")))
+VCPU_CODE guest_writes[], guest_random[], guest_end[];
+
+/* Where a vCPU's dirty ring is mapped, in pages; not all headers know */
+#define VCPU_RING_OFFSET	64
 
 struct vcpu_args {
 	const char *program;

@@ -270,7 +270,7 @@ static void make_vcpu(unsigned int n)
 	if (opt.mode == RING) {
 		v->ring = mmap(NULL, opt.entries * sizeof(*v->ring),
 			       PROT_READ | PROT_WRITE, MAP_SHARED, v->fd,
-			       KVM_DIRTY_LOG_PAGE_OFFSET * PAGE);
+			       VCPU_RING_OFFSET * PAGE);
 		if (v->ring == MAP_FAILED)
 			err(1, "dirty ring");
 	}

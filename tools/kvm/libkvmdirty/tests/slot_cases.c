@@ -660,7 +660,7 @@ static void test_overrun(const void *mode)
 	if (env->mode->backend != KVMDIRTY_RING)
 		return;
 	ring = mmap(NULL, MANY_ENTRIES * sizeof(*ring), PROT_READ | PROT_WRITE, MAP_SHARED,
-		    env->vm.vcpu[0].fd, KVM_DIRTY_LOG_PAGE_OFFSET * PAGE);
+		    env->vm.vcpu[0].fd, VCPU_RING_OFFSET * PAGE);
 	CHECK(ring != MAP_FAILED, "mmap");
 	for (i = 0; i < MANY_ENTRIES; i++) {
 		ring[i].slot = SLOT_MAIN;
