@@ -333,7 +333,7 @@ static void make_vm(void)
 		cap.args[0] = opt.entries;
 		cap.args[1] = opt.exit_on_full ? KVM_DIRTY_SLOT_RING_EXIT_ON_FULL : 0;
 	} else if (opt.mode == RING) {
-		cap.cap = KVM_CAP_DIRTY_LOG_RING;
+		cap.cap = KVM_CAP_DIRTY_LOG_RING_ACQ_REL;
 		cap.args[0] = opt.entries * sizeof(struct kvm_dirty_gfn);
 	}
 	if (cap.cap) {
