@@ -14,7 +14,7 @@ help:
 	@echo 'make soak     all tests of ours at random for MINUTES=30; nothing may grow'
 	@echo 'make test-debug   the kernel tests with KASAN, lockdep, kmemleak, UBSAN, faults; then with KCSAN'
 	@echo 'make test-vmx     the kernel tests in Bochs with PML, without PML, without EPT; and other ways to run'
-	@echo 'make test-arm64   the kernel tests on arm64, at full length, with VHE, without, and with protected KVM'
+	@echo 'make test-arm64   the kernel tests on arm64, at full length, with VHE, without, and with protected KVM; the tools, without KVM'
 	@echo 'make test-checkpoint   kvm-checkpoint, when others do something to its guest, its QEMU and its processes'
 	@echo 'make test-failover     300 times its QEMU is killed, and on 300 bad days its links, daemons, disks and clocks fail'
 	@echo 'make test-mutants   all deliberate errors that the code in userspace has to notice; make test runs most'
@@ -87,7 +87,7 @@ test-vmx:
 	@scripts/test vmx ways
 
 test-arm64:
-	@scripts/test arm64-long
+	@scripts/test arm64-long arm64-tools
 
 test-mutants:
 	@scripts/test mutants
