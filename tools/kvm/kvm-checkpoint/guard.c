@@ -32,7 +32,7 @@ static const char * const known[] = {
 	"hda-*", "AC97", "ES1370", "virtio-snd-*",
 	/* All the rest */
 	"virtio-serial-*", "virtio-rng-*", "virtio-balloon-*", "virtio-mem-*", "pc-dimm",
-	"*-x86_64-cpu", "isa-serial", "isa-parallel", "pci-serial*", "isa-debugcon",
+	"*-x86_64-cpu", "*-arm-cpu", "isa-serial", "isa-parallel", "pci-serial*", "isa-debugcon",
 	"isa-debug-exit", "pvpanic*", "i6300esb", "ib700", "vmcoreinfo", "vmgenid", "tpm-tis*",
 	"tpm-crb", "pci-testdev",
 };

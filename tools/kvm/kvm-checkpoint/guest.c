@@ -80,6 +80,18 @@ static int begin_logging(struct guest *g, struct kc_err *err)
 	return rc;
 }
 
+/* QEMU counts in the guest's pages, but the log of KVM, which is read here, in the host's */
+static int check_host(struct kc_err *err)
+{
+	long size = sysconf(_SC_PAGESIZE);
+
+	if (size == (long)KC_PAGE_SIZE)
+		return 0;
+	return kc_fail(err, EOPNOTSUPP,
+		       "this host's pages are of %ld bytes, and KVM logs none that are smaller: a guest can be protected only where they are of %u",
+		       size, KC_PAGE_SIZE);
+}
+
 static int open_guest(struct guest *g, const struct guest_opts *opts, bool again,
 		      struct kc_err *err)
 {
@@ -100,8 +112,11 @@ static int open_guest(struct guest *g, const struct guest_opts *opts, bool again
 	g->id.page_size = KC_PAGE_SIZE;
 	g->id.blocks = g->block_ids;
 	g->id.disks = g->disk_ids;
+	g->qmp.fd = -1;
 
-	rc = qmp_open(&g->qmp, opts->qmp, timeout_ms, opts->idle, opts->idle_ctx, err);
+	rc = check_host(err);
+	if (!rc)
+		rc = qmp_open(&g->qmp, opts->qmp, timeout_ms, opts->idle, opts->idle_ctx, err);
 	if (!rc)
 		rc = guest_check_attached(g, err);
 	if (!rc)

@@ -820,7 +820,7 @@ static struct kvmdirtytop_bpf *load_and_attach(void)
 
 	if (!have_slot_rings && !have_ring && !have_bitmap) {
 		if (access("/dev/kvm", F_OK))
-			die("there is no /dev/kvm: load kvm_intel or kvm_amd first");
+			die("there is no /dev/kvm: is KVM's module loaded, and virtualization enabled?");
 		if (types_err)
 			die("there are no dirty slot rings, and no types for other logs: %s", need);
 		die("KVM has nothing to attach to: %s", need);

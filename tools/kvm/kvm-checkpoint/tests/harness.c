@@ -374,27 +374,58 @@ static bool finish_job(struct job *j, size_t nr)
 	return !WIFEXITED(status) || WEXITSTATUS(status) == 1;
 }
 
+/* Of the command line */
+struct names {
+	const char *name[32];
+	size_t nr;
+};
+
+static bool is_among(const struct names *names, const char *name)
+{
+	size_t i;
+
+	for (i = 0; i < names->nr; i++) {
+		if (!strcmp(names->name[i], name))
+			return true;
+	}
+	return false;
+}
+
+static bool add_name(struct names *names, const char *name, const struct suite *suite)
+{
+	size_t i;
+
+	for (i = 0; i < suite->nr_tests && strcmp(suite->tests[i].name, name); i++)
+		;
+	if (i == suite->nr_tests || names->nr == 32) {
+		fprintf(stderr, "%s: no such test, or too many of them\n", name);
+		return false;
+	}
+	names->name[names->nr++] = name;
+	return true;
+}
+
 int run_tests(const struct suite *suite, int argc, char **argv)
 {
-	size_t todo[suite->nr_tests], nr_todo = 0, i, j, nr_only = 0;
+	struct names only = { .nr = 0 }, without = { .nr = 0 };
+	size_t todo[suite->nr_tests], nr_todo = 0, i;
 	struct job jobs[suite->jobs];
-	const char *only[32];
 	bool failed = false;
 	int o;
 
 	if (getrandom(&seed, sizeof(seed), 0) != sizeof(seed))
 		return 1;
 	seed %= 1000000000;
-	while ((o = getopt(argc, argv, "s:t:")) != -1) {
+	while ((o = getopt(argc, argv, "s:t:T:")) != -1) {
 		if (o == 's')
 			seed = strtoull(optarg, NULL, 0);
-		else if (o == 't' && nr_only < 32)
-			only[nr_only++] = optarg;
-		else
+		else if ((o != 't' && o != 'T') ||
+			 !add_name(o == 't' ? &only : &without, optarg, suite))
 			return 2;
 	}
 	if (argc - optind != (int)suite->nr_programs) {
-		fprintf(stderr, "usage: %s [-s SEED] [-t NAME]... %s\n", argv[0], suite->usage);
+		fprintf(stderr, "usage: %s [-s SEED] [-t NAME]... [-T NAME]... %s\n", argv[0],
+			suite->usage);
 		return 2;
 	}
 	for (i = 0; i < suite->nr_programs; i++) {
@@ -406,9 +437,8 @@ int run_tests(const struct suite *suite, int argc, char **argv)
 	}
 	program = programs[0];
 	for (i = 0; i < suite->nr_tests; i++) {
-		for (j = 0; j < nr_only && strcmp(only[j], suite->tests[i].name); j++)
-			;
-		if (!nr_only || j < nr_only)
+		if ((!only.nr || is_among(&only, suite->tests[i].name)) &&
+		    !is_among(&without, suite->tests[i].name))
 			todo[nr_todo++] = i;
 	}
 	printf("TAP version 13\n1..%zu\n# seed %" PRIu64 "\n", nr_todo, seed);

@@ -122,6 +122,8 @@ struct suite {
 /**
  * run_tests() - the main() of a test program
  *
+ * All tests, or those of -t NAME..., without those of -T NAME...
+ *
  * Return: the exit status: 0, 1 if a test failed, 2 for a mistake in the command line.
  */
 int run_tests(const struct suite *suite, int argc, char **argv);

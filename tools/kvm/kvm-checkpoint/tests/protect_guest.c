@@ -382,7 +382,8 @@ void test_devices(void)
 {
 	start_qemu(&qemu);
 	qemu.peripheral = DEVICE("net0", "virtio-net-pci") DEVICE("device[0]", "virtio-blk-pci")
-			  DEVICE("device[1]", "host-x86_64-cpu");
+			  DEVICE("device[1]", "host-x86_64-cpu") DEVICE("device[2]", "max-arm-cpu")
+			  DEVICE("device[3]", "virtio-net-device");
 	CHECK(protect(CHECKED, path_of("store"), "--epochs", "1") == 0, "what it knows is refused");
 	qemu.attaches = 0;
 

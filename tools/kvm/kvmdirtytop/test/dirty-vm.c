@@ -26,12 +26,14 @@
 #include <unistd.h>
 #include <linux/kvm.h>
 #include <linux/kvm_dirty_slot_ring.h>
+#include "../../testing/vcpu.h"
 
-#define PAGE		4096UL
+#define PAGE		((unsigned long)sysconf(_SC_PAGESIZE))
 #define SKIP		4
 #define MAX_VCPUS	16
 #define MAX_SLOTS	8
 #define CODE_SLOT	MAX_SLOTS
+#define CODE_GPA	0UL
 #define DATA_GPA	0x10000000UL
 #define SLOT_GPA	0x10000000UL
 
@@ -74,15 +76,6 @@ static __u64 run_ns, read_ns;
 static pthread_barrier_t barrier;
 /* One vCPU with a full ring at a time empties it. */
 static pthread_mutex_t read_lock = PTHREAD_MUTEX_INITIALIZER;
-
-/* 32 bits, flat: a page at %edi every %edx bytes, %ecx times. */
-static const __u8 guest_code[] = {
-	0x89, 0x07,	/* again: mov %eax, (%edi) */
-	0x01, 0xd7,	/* add %edx, %edi */
-	0x49,		/* dec %ecx */
-	0x75, 0xf9,	/* jnz again */
-	0xf4,		/* hlt */
-};
 
 static __u64 now_ns(void)
 {
@@ -265,31 +258,19 @@ static void read_logs(void)
 static void make_vcpu(unsigned int n)
 {
 	struct vcpu *v = &vcpus[n];
-	struct kvm_segment flat = {
-		.limit = ~0U, .selector = 8, .type = 3, .present = 1, .db = 1,
-		.s = 1, .g = 1,
-	};
-	struct kvm_sregs sregs;
 
 	v->fd = ioctl(vm, KVM_CREATE_VCPU, n);
 	if (v->fd < 0)
 		err(1, "KVM_CREATE_VCPU");
 	v->run = mmap(NULL, ioctl(kvm, KVM_GET_VCPU_MMAP_SIZE, 0),
 		      PROT_READ | PROT_WRITE, MAP_SHARED, v->fd, 0);
-	if (v->run == MAP_FAILED || ioctl(v->fd, KVM_GET_SREGS, &sregs))
+	if (v->run == MAP_FAILED)
 		err(1, "vCPU");
-	sregs.ds = flat;
-	sregs.es = flat;
-	sregs.ss = flat;
-	flat.type = 0xb;
-	sregs.cs = flat;
-	sregs.cr0 |= 1;
-	if (ioctl(v->fd, KVM_SET_SREGS, &sregs))
-		err(1, "KVM_SET_SREGS");
+	vcpu_init(vm, v->fd, CODE_GPA);
 	if (opt.mode == RING) {
 		v->ring = mmap(NULL, opt.entries * sizeof(*v->ring),
 			       PROT_READ | PROT_WRITE, MAP_SHARED, v->fd,
-			       KVM_DIRTY_LOG_PAGE_OFFSET * PAGE);
+			       VCPU_RING_OFFSET * PAGE);
 		if (v->ring == MAP_FAILED)
 			err(1, "dirty ring");
 	}
@@ -338,7 +319,7 @@ static void open_log(unsigned int n)
 static void make_vm(void)
 {
 	struct kvm_enable_cap cap = { 0 };
-	void *mem = guest_memory(PAGE);
+	void *mem = guest_memory(VCPU_CODE_SIZE);
 	unsigned int n;
 
 	kvm = open("/dev/kvm", O_RDWR | O_CLOEXEC);
@@ -352,7 +333,7 @@ static void make_vm(void)
 		cap.args[0] = opt.entries;
 		cap.args[1] = opt.exit_on_full ? KVM_DIRTY_SLOT_RING_EXIT_ON_FULL : 0;
 	} else if (opt.mode == RING) {
-		cap.cap = KVM_CAP_DIRTY_LOG_RING;
+		cap.cap = KVM_CAP_DIRTY_LOG_RING_ACQ_REL;
 		cap.args[0] = opt.entries * sizeof(struct kvm_dirty_gfn);
 	}
 	if (cap.cap) {
@@ -364,8 +345,8 @@ static void make_vm(void)
 			err(1, "KVM_ENABLE_CAP");
 	}
 
-	memcpy(mem, guest_code, sizeof(guest_code));
-	set_slot(CODE_SLOT, 0, mem, PAGE, 0);
+	vcpu_load_code(mem, CODE_GPA);
+	set_slot(CODE_SLOT, CODE_GPA, mem, VCPU_CODE_SIZE, 0);
 	for (n = 0; n < opt.vcpus; n++)
 		make_vcpu(n);
 	for (n = 0; n < opt.slots; n++) {
@@ -387,21 +368,20 @@ static void make_vm(void)
 
 static void run_vcpu(unsigned int n, unsigned int slot)
 {
-	struct kvm_regs regs = { .rflags = 2 };
-	struct vcpu *v = &vcpus[n];
 	static __u64 value;
+	const struct vcpu_args args = {
+		.program = guest_writes, .times = opt.pages, .step = opt.stride * PAGE,
+		.seed = __atomic_add_fetch(&value, 1, __ATOMIC_RELAXED),
+		.address = DATA_GPA + slot * SLOT_GPA + vcpu_first_page(n) * PAGE,
+	};
+	struct vcpu *v = &vcpus[n];
 
-	regs.rax = __atomic_add_fetch(&value, 1, __ATOMIC_RELAXED);
-	regs.rdi = DATA_GPA + slot * SLOT_GPA + vcpu_first_page(n) * PAGE;
-	regs.rdx = opt.stride * PAGE;
-	regs.rcx = opt.pages;
-	if (ioctl(v->fd, KVM_SET_REGS, &regs))
-		err(1, "KVM_SET_REGS");
+	vcpu_start(v->fd, CODE_GPA, &args);
 	for (;;) {
 		if (ioctl(v->fd, KVM_RUN, 0))
 			err(1, "KVM_RUN");
 		switch (v->run->exit_reason) {
-		case KVM_EXIT_HLT:
+		case VCPU_DONE:
 			return;
 		case KVM_EXIT_DIRTY_RING_FULL:
 			v->all_exits++;

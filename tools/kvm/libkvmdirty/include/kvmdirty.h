@@ -12,8 +12,9 @@
  *
  * - Errors are negative errno values, returned; errno itself means nothing
  *   after a call.
- * - Pages are what the host calls a page (4096 bytes on x86).  A page is named
- *   by its offset in its memslot, in pages.
+ * - Pages are what the host calls a page (sysconf(_SC_PAGESIZE): 4096 bytes on
+ *   x86, also 16 or 64 KiB on arm64).  A page is named by its offset in its
+ *   memslot, in pages.
  * - What a harvest hands out is re-armed already: copy the pages when you have
  *   their runs, and a write that comes after your copy is in a later harvest.
  * - What a failed call did not hand out stays in the log.

@@ -35,6 +35,12 @@
 #define MADV_POPULATE_WRITE 23
 #endif
 
+/*
+ * The headers that a distribution has of an architecture that got the dirty ring later, such as
+ * arm64, say 0: there is struct kvm_run.  Wherever there are rings they are here.
+ */
+#define RING_PAGE_OFFSET	64
+
 #define ARRAY_SIZE(a)	(sizeof(a) / sizeof((a)[0]))
 
 #define NR_BUCKETS	64	/* of slots, by number: VMs have few that log */

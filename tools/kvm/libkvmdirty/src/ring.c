@@ -71,7 +71,7 @@ static int ring_add_vcpu(struct kvmdirty *kd, struct vcpu *vcpu)
 	kd->held = held;
 
 	ring = mmap(NULL, kd->ring_entries * sizeof(struct kvm_dirty_gfn), PROT_READ | PROT_WRITE,
-		    MAP_SHARED, vcpu->fd, KVM_DIRTY_LOG_PAGE_OFFSET * kd->page_size);
+		    MAP_SHARED, vcpu->fd, RING_PAGE_OFFSET * kd->page_size);
 	if (ring == MAP_FAILED)
 		return -errno;
 	vcpu->ring = ring;

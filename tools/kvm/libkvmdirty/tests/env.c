@@ -25,6 +25,7 @@ void *before_reset_arg;
 bool fake_kvm;
 struct kvm_dirty_vm_run fake_vm_runs[16];
 unsigned int nr_fake_vm_runs, fake_vm_flags;
+struct kvm_dirty_gfn *fake_ring;
 static uint32_t fake_slot[64];	/* by fd */
 
 static int fake_vm_harvest(struct kvm_dirty_vm_harvest *h)
@@ -48,6 +49,18 @@ static int fake_vm_harvest(struct kvm_dirty_vm_harvest *h)
 	return 0;
 }
 
+static int fake_reset(void)
+{
+	int i, n = 0;
+
+	for (i = 0; i < FAKE_ENTRIES; i++) {
+		n += !!(fake_ring[i].flags & KVM_DIRTY_GFN_F_RESET);
+		if (fake_ring[i].flags & KVM_DIRTY_GFN_F_RESET)
+			fake_ring[i].flags = 0;
+	}
+	return n;
+}
+
 static int fake_ioctl(int fd, unsigned long request, void *arg)
 {
 	struct kvm_dirty_slot_log_info *info = arg;
@@ -55,7 +68,10 @@ static int fake_ioctl(int fd, unsigned long request, void *arg)
 
 	switch (request) {
 	case KVM_CHECK_EXTENSION:
-		return 1;
+		return (uintptr_t)arg == KVM_CAP_DIRTY_LOG_RING_ACQ_REL ?
+		       (int)(FAKE_ENTRIES * sizeof(*fake_ring)) : 1;
+	case KVM_RESET_DIRTY_RINGS:
+		return fake_reset();
 	case KVM_ENABLE_CAP:
 	case KVM_SET_USER_MEMORY_REGION:
 	case KVM_DIRTY_SLOT_LOG_MARK:
@@ -251,22 +267,34 @@ struct env *setup(const void *mode)
 }
 
 /*
- * Where there is no hardware virtualization, KVM may run code such as ours in an
+ * Where there is no hardware virtualization, x86's KVM may run code such as ours in an
  * emulator that looks too seldom whether a ring is full, and lose pages.  That is
  * not what is tested here.
  */
 void needs_full_exits(const struct mode *mode)
 {
+#ifdef __x86_64__
 	if (mode->backend != KVMDIRTY_RING || !access("/sys/module/kvm_amd", F_OK) ||
 	    !access("/sys/module/kvm_intel", F_OK))
 		return;
 	ktap_skip("neither kvm_amd nor kvm_intel: this KVM may overrun its dirty ring");
+#else
+	(void)mode;
+#endif
 }
 
 struct env *setup_few_entries(const void *mode)
 {
+	const struct mode *m = mode;
+	uint32_t entries = FEW_ENTRIES;
+
 	needs_full_exits(mode);
-	return setup_entries(mode, FEW_ENTRIES);
+	/* A page at least, but for slot rings; and some are kept in reserve */
+	if (m->backend == KVMDIRTY_RING && entries < PAGE / sizeof(struct kvm_dirty_gfn))
+		entries = PAGE / sizeof(struct kvm_dirty_gfn);
+	if (entries > MAIN_PAGES)
+		ktap_skip("no dirty ring is smaller than the memslot on a host with such pages");
+	return setup_entries(mode, entries);
 }
 
 int take(const struct kvmdirty_run *run, void *arg)

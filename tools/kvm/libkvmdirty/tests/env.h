@@ -43,6 +43,9 @@ extern bool fake_kvm;
 /* What the log of all memslots has, once */
 extern struct kvm_dirty_vm_run fake_vm_runs[16];
 extern unsigned int nr_fake_vm_runs, fake_vm_flags;
+/* And the ring of its only vCPU, if the dirty ring is asked for */
+#define FAKE_ENTRIES	256
+extern struct kvm_dirty_gfn *fake_ring;
 
 /* This ioctl, after so many of it, so many times, fails with this; 0: does nothing, returns 0 */
 void fail_ioctl(unsigned long request, int skip, int nr, int error);

@@ -3,8 +3,8 @@
 #define MINIVM_H
 
 /*
- * A VM of a few vCPUs in flat 32-bit mode that run one of two programs, and three
- * memslots: code, MAIN and ODD.  The latter two are for the library to track.
+ * A VM of a few vCPUs that run one of two programs, and three memslots: code, MAIN and
+ * ODD.  The latter two are for the library to track.
  */
 
 #include <err.h>
@@ -17,43 +17,17 @@
 #include <sys/mman.h>
 #include <linux/kvm.h>
 #include "kvmdirty.h"
+#include "../../testing/vcpu.h"
 
-#define PAGE		4096UL
+#define PAGE		((unsigned long)sysconf(_SC_PAGESIZE))
 #define MAX_VCPUS	4
 #define CODE_GPA	0x10000UL
-#define MAIN_GPA	0x1000000UL
-#define MAIN_PAGES	1024U		/* guest_random relies on both */
-#define ODD_GPA		0x4000000UL
+#define MAIN_GPA	0x10000000UL
+#define MAIN_PAGES	1024U		/* guest_random relies on it */
+#define ODD_GPA		0x20000000UL
 #define ODD_PAGES	100U		/* no multiple of 64 */
 
 enum { SLOT_CODE, SLOT_MAIN, SLOT_ODD, NR_SLOTS };
-
-extern const char guest_writes[], guest_random[], guest_end[];
-
-/* guest_writes: ecx times, increment the word at edi and step by edx.
- * guest_random: ecx times, increment the word at edi + a random page of MAIN.
- */
-asm(".pushsection .rodata\n"
-	".code32\n"
-	"guest_writes:\n"
-	"1:	incl	(%edi)\n"
-	"	add	%edx, %edi\n"
-	"	dec	%ecx\n"
-	"	jnz	1b\n"
-	"	hlt\n"
-	"guest_random:\n"
-	"1:	imul	$1664525, %eax, %eax\n"
-	"	add	$1013904223, %eax\n"
-	"	mov	%eax, %ebx\n"
-	"	shr	$22, %ebx\n"
-	"	shl	$12, %ebx\n"
-	"	incl	(%ebx, %edi)\n"
-	"	dec	%ecx\n"
-	"	jnz	1b\n"
-	"	hlt\n"
-	"guest_end:\n"
-	".code64\n"
-	".popsection\n");
 
 struct minivm;
 
@@ -103,39 +77,25 @@ static inline int minivm_create(struct minivm *vm)
 	if (vm->fd < 0)
 		return -errno;
 	vm->run_size = ioctl(vm->kvm, KVM_GET_VCPU_MMAP_SIZE, 0);
-	minivm_add_slot(vm, SLOT_CODE, CODE_GPA, 1);
+	minivm_add_slot(vm, SLOT_CODE, CODE_GPA, VCPU_CODE_SIZE / PAGE);
 	minivm_add_slot(vm, SLOT_MAIN, MAIN_GPA, MAIN_PAGES);
 	minivm_add_slot(vm, SLOT_ODD, ODD_GPA, ODD_PAGES);
-	memcpy(vm->mem[SLOT_CODE], guest_writes, guest_end - guest_writes);
+	vcpu_load_code(vm->mem[SLOT_CODE], CODE_GPA);
 	return 0;
 }
 
 static inline struct minivcpu *minivm_add_vcpu(struct minivm *vm)
 {
 	struct minivcpu *vcpu = &vm->vcpu[vm->nr_vcpus];
-	struct kvm_segment flat = {
-		.limit = 0xffffffff, .present = 1, .s = 1, .g = 1, .db = 1,
-	};
-	struct kvm_sregs sregs;
 
 	vcpu->vm = vm;
 	vcpu->fd = ioctl(vm->fd, KVM_CREATE_VCPU, vm->nr_vcpus++);
 	if (vcpu->fd < 0)
 		err(1, "KVM_CREATE_VCPU");
 	vcpu->run = mmap(NULL, vm->run_size, PROT_READ | PROT_WRITE, MAP_SHARED, vcpu->fd, 0);
-	if (vcpu->run == MAP_FAILED || ioctl(vcpu->fd, KVM_GET_SREGS, &sregs))
+	if (vcpu->run == MAP_FAILED)
 		err(1, "vCPU");
-	flat.type = 3;
-	flat.selector = 16;
-	sregs.ds = flat;
-	sregs.es = flat;
-	sregs.ss = flat;
-	flat.type = 11;
-	flat.selector = 8;
-	sregs.cs = flat;
-	sregs.cr0 |= 1;
-	if (ioctl(vcpu->fd, KVM_SET_SREGS, &sregs))
-		err(1, "KVM_SET_SREGS");
+	vcpu_init(vm->fd, vcpu->fd, CODE_GPA);
 	return vcpu;
 }
 
@@ -152,7 +112,7 @@ static inline int minivcpu_run(struct minivcpu *vcpu)
 				continue;
 			err(1, "KVM_RUN");
 		}
-		if (vcpu->run->exit_reason == KVM_EXIT_HLT)
+		if (vcpu->run->exit_reason == VCPU_DONE)
 			return 0;
 		r = vcpu->vm->kd ? kvmdirty_vcpu_full(vcpu->vm->kd, vcpu->fd, vcpu->run) : 0;
 		if (r == -EINTR)
@@ -168,21 +128,21 @@ static inline int minivcpu_run(struct minivcpu *vcpu)
 static inline void minivcpu_setup(struct minivcpu *vcpu, const char *program, uint64_t address,
 				  uint64_t times, uint64_t step, uint64_t seed)
 {
-	struct kvm_regs regs = {
-		.rip = CODE_GPA + (program - guest_writes),
-		.rflags = 2, .rdi = address, .rcx = times, .rdx = step, .rax = seed,
+	const struct vcpu_args args = {
+		.program = program, .address = address, .times = times, .step = step, .seed = seed,
 	};
 
-	if (ioctl(vcpu->fd, KVM_SET_REGS, &regs))
-		err(1, "KVM_SET_REGS");
+	vcpu_start(vcpu->fd, CODE_GPA, &args);
 }
 
 /* Let the guest write to every step-th page of a slot, npages of them. */
 static inline int minivcpu_write(struct minivcpu *vcpu, int slot, uint32_t offset, uint32_t npages,
 				 uint32_t step)
 {
+	static uint32_t value;
+
 	minivcpu_setup(vcpu, guest_writes, vcpu->vm->region[slot].guest_phys_addr + offset * PAGE,
-		       npages, step * PAGE, 0);
+		       npages, step * PAGE, __atomic_add_fetch(&value, 1, __ATOMIC_RELAXED));
 	return minivcpu_run(vcpu);
 }
 

@@ -231,6 +231,36 @@ static void test_full_fake(const void *unused)
 	kvmdirty_close(f.kd);
 }
 
+/* Once, without KVM: the ring is where KVM has it, in pages of the host. */
+static void test_ring_fake(const void *unused)
+{
+	struct kvm_userspace_memory_region region = {
+		.slot = SLOT_MAIN, .memory_size = MAIN_PAGES * PAGE,
+	};
+	struct kvmdirty_options options = {
+		.size = sizeof(options), .backend = KVMDIRTY_RING, .ring_entries = FAKE_ENTRIES,
+	};
+	off_t size = FAKE_ENTRIES * sizeof(*fake_ring), at = 64 * PAGE;
+	int vcpu = memfd_create("vcpu", 0);
+	struct kvmdirty_slot *slot;
+	struct kvmdirty_run run;
+	struct kvmdirty *kd;
+
+	(void)unused;
+	CHECK_EQ(ftruncate(vcpu, at + size), 0);
+	fake_ring = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, vcpu, at);
+	CHECK(fake_ring != MAP_FAILED, "mmap");
+	fake_ring[0] = (struct kvm_dirty_gfn){ KVM_DIRTY_GFN_F_DIRTY, SLOT_MAIN, 77 };
+	fake_kvm = true;
+	CHECK_EQ(kvmdirty_open(dup(STDOUT_FILENO), &options, &kd), 0);
+	CHECK_EQ(kvmdirty_add_vcpu(kd, vcpu), 0);
+	CHECK_EQ(kvmdirty_track(kd, &region, &slot), 0);
+	CHECK_EQ(kvmdirty_harvest(slot, &run, 1, 0, NULL), 0);
+	CHECK(run.offset == 77 && run.npages == 1, "%u + %u", run.offset, run.npages);
+	CHECK_EQ(fake_ring[0].flags, 0);
+	kvmdirty_close(kd);
+}
+
 /* Once, not for each back end: the best of those that the kernel has. */
 static void test_best(const void *unused)
 {
@@ -273,5 +303,6 @@ const struct test_case once_cases[] = {
 	{ .name = "pageset", .fn = test_pageset },
 	{ .name = "calls_back_fake", .fn = test_calls_back_fake },
 	{ .name = "full_fake", .fn = test_full_fake },
+	{ .name = "ring_fake", .fn = test_ring_fake },
 	{ .name = NULL },
 };

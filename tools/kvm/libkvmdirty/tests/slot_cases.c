@@ -459,7 +459,7 @@ static void test_move(const void *mode)
 	struct seen seen;
 
 	write_pages(env, SLOT_ODD, 1, 2, 3);
-	env->vm.region[SLOT_ODD].guest_phys_addr += 0x1000000;
+	env->vm.region[SLOT_ODD].guest_phys_addr += 0x10000000;
 	CHECK_EQ(ioctl(env->vm.fd, KVM_SET_USER_MEMORY_REGION, &env->vm.region[SLOT_ODD]), 0);
 	write_pages(env, SLOT_ODD, 50, 2, 3);
 	seen = harvest(env->odd);
@@ -496,7 +496,7 @@ static void test_ring_full(const void *mode)
 	      (unsigned long)seen.pages);
 
 	/* Not one of ours. */
-	CHECK_EQ(env->vm.vcpu[0].run->exit_reason, KVM_EXIT_HLT);
+	CHECK_EQ(env->vm.vcpu[0].run->exit_reason, VCPU_DONE);
 	CHECK_EQ(kvmdirty_vcpu_full(env->kd, env->vm.vcpu[0].fd, env->vm.vcpu[0].run), 0);
 	/* A vCPU that nobody added would exit for ever. */
 	env->vm.vcpu[0].run->exit_reason = KVM_EXIT_DIRTY_RING_FULL;
@@ -660,7 +660,7 @@ static void test_overrun(const void *mode)
 	if (env->mode->backend != KVMDIRTY_RING)
 		return;
 	ring = mmap(NULL, MANY_ENTRIES * sizeof(*ring), PROT_READ | PROT_WRITE, MAP_SHARED,
-		    env->vm.vcpu[0].fd, KVM_DIRTY_LOG_PAGE_OFFSET * PAGE);
+		    env->vm.vcpu[0].fd, VCPU_RING_OFFSET * PAGE);
 	CHECK(ring != MAP_FAILED, "mmap");
 	for (i = 0; i < MANY_ENTRIES; i++) {
 		ring[i].slot = SLOT_MAIN;

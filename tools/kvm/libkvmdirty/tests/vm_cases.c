@@ -381,7 +381,7 @@ static void test_vm_two_harvesters(const void *mode)
 
 struct vm_copier {
 	const struct env *env;
-	uint8_t copy[MAIN_PAGES * PAGE];
+	uint8_t *copy;
 };
 
 static int vm_copy(const struct kvmdirty_vm_run *run, void *arg)
@@ -397,14 +397,13 @@ static int vm_copy(const struct kvmdirty_vm_run *run, void *arg)
 /* vCPUs write at random; the copy is complete when they have stopped. */
 static void test_vm_running(const void *mode)
 {
-	static struct vm_copier c;
 	struct env *env = setup(mode);
+	struct vm_copier c = { .env = env, .copy = malloc(MAIN_PAGES * PAGE) };
 	pthread_t thread[2];
 	int i, r;
 
 	add_vcpu(env);
-	c.env = env;
-	memcpy(c.copy, env->vm.mem[SLOT_MAIN], sizeof(c.copy));
+	memcpy(c.copy, env->vm.mem[SLOT_MAIN], MAIN_PAGES * PAGE);
 	start_random(env, thread, 2);
 	for (i = 0; i < 200; i++) {
 		r = kvmdirty_vm_harvest(env->kd, vm_copy, &c, i % 3 ? 0 : 100, 0, NULL);
@@ -415,7 +414,7 @@ static void test_vm_running(const void *mode)
 		r = kvmdirty_vm_harvest(env->kd, vm_copy, &c, 0, 0, NULL);
 	} while (r > 0);
 	CHECK_EQ(r, 0);
-	CHECK(!memcmp(c.copy, env->vm.mem[SLOT_MAIN], sizeof(c.copy)), "the copy differs");
+	CHECK(!memcmp(c.copy, env->vm.mem[SLOT_MAIN], MAIN_PAGES * PAGE), "the copy differs");
 }
 
 /* An error of KVM's comes to the caller, and loses nothing. */
