@@ -117,27 +117,27 @@ static int look_at(struct kc_store *st, uint64_t nr, struct kc_store_file *f)
 	return 0;
 }
 
-int kc_store_read(const char *path, struct kc_store *st, struct kc_err *err)
+/* The numbers of the files that the directory has, in their order. */
+static int list_files(struct kc_store *st, struct kc_err *err)
 {
-	size_t room = 0, i, n;
 	struct dirent *d;
+	size_t room = 0;
 	char name[40];
 	uint64_t nr;
 	DIR *dir;
-	int fd, rc = 0;
+	int fd;
 
-	memset(st, 0, sizeof(*st));
-	st->dir = open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-	if (st->dir < 0)
-		return kc_fail(err, errno, "cannot open %s: %s", path, strerror(errno));
-	st->path = strdup(path);
+	st->nr_files = 0;
+	free(st->files);
+	st->files = NULL;
 	fd = openat(st->dir, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
 	dir = fd < 0 ? NULL : fdopendir(fd);
-	if (!dir || !st->path) {
-		kc_store_free(st);
-		return kc_fail(err, ENOMEM, "cannot read %s", path);
+	if (!dir) {
+		if (fd >= 0)
+			close(fd);
+		return kc_fail(err, ENOMEM, "cannot read %s", st->path);
 	}
-	while (!rc && (d = readdir(dir))) {
+	while ((d = readdir(dir))) {
 		if (sscanf(d->d_name, "epoch-%" SCNu64, &nr) != 1)
 			continue;
 		kc_store_file_name(name, nr);
@@ -149,8 +149,8 @@ int kc_store_read(const char *path, struct kc_store *st, struct kc_err *err)
 			room = room ? 2 * room : 64;
 			f = realloc(st->files, room * sizeof(*f));
 			if (!f) {
-				rc = kc_fail(err, ENOMEM, "out of memory");
-				break;
+				closedir(dir);
+				return kc_fail(err, ENOMEM, "out of memory");
 			}
 			st->files = f;
 		}
@@ -159,21 +159,53 @@ int kc_store_read(const char *path, struct kc_store *st, struct kc_err *err)
 	closedir(dir);
 	if (st->nr_files)
 		qsort(st->files, st->nr_files, sizeof(*st->files), by_nr);
+	return 0;
+}
+
+/* Look at the files of the list; those that are not there any more leave it. */
+static int look_at_all(struct kc_store *st)
+{
+	size_t i, n = 0;
+	int rc;
+
 	/* The newest ones first tell which guest it is. */
-	for (i = st->nr_files; i-- > 0 && !rc;) {
+	for (i = st->nr_files; i-- > 0;) {
 		rc = look_at(st, st->files[i].nr, &st->files[i]);
-		if (rc == -ENOENT) {
-			/* Merged away in the meantime. */
-			st->files[i].nr = 0;
-			rc = 0;
-		}
+		if (rc == -ENOENT)
+			st->files[i].nr = 0;	/* Merged away in the meantime. */
+		else if (rc)
+			return rc;
 	}
-	for (i = n = 0; i < st->nr_files; i++) {
+	for (i = 0; i < st->nr_files; i++) {
 		/* One that was replaced while the directory was read may be in it twice. */
 		if (st->files[i].nr && (!n || st->files[n - 1].nr != st->files[i].nr))
 			st->files[n++] = st->files[i];
 	}
 	st->nr_files = n;
+	return 0;
+}
+
+int kc_store_read(const char *path, struct kc_store *st, struct kc_err *err)
+{
+	unsigned int empty = 0;
+	int rc;
+
+	memset(st, 0, sizeof(*st));
+	st->dir = open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+	if (st->dir < 0)
+		return kc_fail(err, errno, "cannot open %s: %s", path, strerror(errno));
+	st->path = strdup(path);
+	rc = st->path ? 0 : kc_fail(err, ENOMEM, "out of memory");
+	/*
+	 * A writer that keeps few epochs may replace all of them while they are looked at, or
+	 * while the directory is read: it is empty if twice in a row nothing is found in it.
+	 */
+	while (!rc && !st->nr_files && empty < 2) {
+		rc = list_files(st, err);
+		empty = rc || st->nr_files ? 0 : empty + 1;
+		if (!rc && look_at_all(st))
+			rc = kc_fail(err, ENOMEM, "out of memory");
+	}
 	if (rc)
 		kc_store_free(st);
 	return rc;

@@ -73,6 +73,8 @@ WRAPPED(int, kc_ram_write_page,
 	(ram, block, page, from, e),
 	if (block < KC_DISK_BLOCK) memcpy(ram->map[block] + page * KC_PAGE_SIZE, from, 1000))
 
+void (*before_open)(const char *name);
+
 int __real_openat(int d, const char *name, int flags, ...);
 int __wrap_openat(int d, const char *name, int flags, ...);
 int __wrap_openat(int d, const char *name, int flags, ...)
@@ -85,6 +87,8 @@ int __wrap_openat(int d, const char *name, int flags, ...)
 	va_end(ap);
 	if ((flags & O_CREAT) && step())
 		_exit(DIED);
+	if (before_open)
+		before_open(name);
 	return __real_openat(d, name, flags, mode);
 }
 

@@ -400,6 +400,51 @@ static void make_store(const char *store, unsigned int last)
 	sim_free(&g);
 }
 
+/* A writer that keeps few epochs replaces all that the reader of its directory has seen. */
+static unsigned int replacements;
+
+static void replace_all(const char *name)
+{
+	const unsigned int first = 2 * (5 - replacements) - 1;
+	unsigned int i;
+
+	if (!replacements || strncmp(name, "epoch-", 6))
+		return;
+	replacements--;
+	for (i = first; i < first + 2; i++) {
+		char *to = strdup(epoch_path("store", i + 2));
+
+		CHECK(!rename(epoch_path("next", i + 2), to), "rename: %s", strerror(errno));
+		CHECK(!unlink(epoch_path("store", i)), "unlink: %s", strerror(errno));
+		free(to);
+	}
+}
+
+void test_read_while_replaced(void)
+{
+	char *store = strdup(path_of("store"));
+	struct kc_store st;
+
+	make_store(store, 2);
+	make_store(path_of("next"), 10);
+	replacements = 4;
+	before_open = replace_all;
+	OK(kc_store_read(store, &st, &err));
+	before_open = NULL;
+	CHECK(!replacements, "the directory was not changed %u times", replacements);
+	CHECK(st.nr_files == 2 && st.files[0].nr == 9 && st.files[1].nr == 10 && st.has_guest,
+	      "%zu files are found, the first of epoch %" PRIu64, st.nr_files,
+	      st.nr_files ? st.files[0].nr : 0);
+	kc_store_free(&st);
+	/* And one that is empty is. */
+	remove_tree(store);
+	CHECK(!mkdir(store, 0700), "mkdir: %s", strerror(errno));
+	OK(kc_store_read(store, &st, &err));
+	CHECK(!st.nr_files, "an empty directory has epochs");
+	kc_store_free(&st);
+	free(store);
+}
+
 /* How many bytes a process has read with read() and the like. */
 static uint64_t bytes_read(pid_t pid)
 {

@@ -873,6 +873,7 @@ static const struct test tests[] = {
 	{ "damage_directory", test_damage_directory },
 	{ "changing_directory", test_changing_directory },
 	{ "read_while_merged", test_read_while_merged },
+	{ "read_while_replaced", test_read_while_replaced },
 	{ "verify_once", test_verify_once },
 	{ "no_files", test_no_files },
 	{ "open_store", test_open_store },

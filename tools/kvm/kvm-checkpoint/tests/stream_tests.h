@@ -15,6 +15,7 @@ void test_disk_missing(void);
 void test_damage_directory(void);
 void test_changing_directory(void);
 void test_read_while_merged(void);
+void test_read_while_replaced(void);
 void test_verify_once(void);
 void test_no_files(void);
 void test_open_store(void);
@@ -31,7 +32,8 @@ void test_kill_primary(void);
 void test_kill_directory(void);
 void test_kill_directory_disk(void);
 
-/* stream_crash.c */
+/* stream_crash.c: @before_open is told what is going to be opened */
+extern void (*before_open)(const char *name);
 void test_crash_standby(void);
 void test_crash_standby_trial(void);
 void test_crash_standby_bad(void);
