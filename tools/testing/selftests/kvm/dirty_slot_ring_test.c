@@ -172,6 +172,7 @@ TEST(cap_off)
 {
 	struct dsr *v = dsr_new(.no_cap = true, .nr_vcpus = 1);
 	uint8_t *got = set_new(v), *want = set_new(v);
+	int stats = vm_get_stats_fd(v->vm);
 
 	CHECK_ERR(__dsr_open(v->vm, TEST_SLOT), ENXIO);
 	CHECK_ERR(__dsr_open(v->vm, 0), ENXIO);
@@ -185,8 +186,9 @@ TEST(cap_off)
 	CHECK_EQ(bitmap_take(v, got), 1);
 
 	/* no pages, no counts */
-	CHECK_EQ(vm_get_stat(v->vm, "dirty_slot_log_harvests"), 0);
+	CHECK_EQ(stat_of(stats, "dirty_slot_log_harvests"), 0);
 	CHECK(guest_is_done(v->vcpu[0]->run), "another exit");
+	close(stats);
 	free(got);
 	free(want);
 	dsr_free(v);
