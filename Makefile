@@ -21,7 +21,7 @@ help:
 	@echo 'make test-qemu10   a migration and kills with QEMU 10.0; with QEMU=10.0 demo, qemu, test-checkpoint use it too'
 	@echo 'make test-mutants   all deliberate errors that the code in userspace has to notice; make test runs most'
 	@echo 'make test-deb     the packages: installed in a Debian of their own, which is booted with its own kernel'
-	@echo 'make test-pacemaker   the resource agent in a cluster of three nodes: killed, split, back, protected again'
+	@echo 'make test-pacemaker   the resource agent in a cluster of three nodes: killed, split, back, protected again; and libvirt'
 	@echo 'make test-all     all of these, some hours'
 	@echo 'make bench    what it costs beside the bitmap and the upstream ring: tables and plots'
 	@echo
@@ -108,7 +108,7 @@ test-qemu10:
 	@scripts/test qemu10
 
 test-pacemaker:
-	@scripts/test pacemaker
+	@scripts/test pacemaker libvirt
 
 demo:
 	@scripts/deps kernel rig qemu tools
