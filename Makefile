@@ -6,7 +6,7 @@
 MINUTES ?= 30
 
 .PHONY: help deps kernel qemu test test-debug test-vmx test-checkpoint test-failover test-qemu10 test-kernel73 demo bench plots patch check clean
-.PHONY: tools tools-install model soak test-all test-mutants test-arm64 deb test-deb
+.PHONY: tools tools-install model soak test-all test-mutants test-arm64 test-pacemaker deb test-deb
 
 help:
 	@echo 'make demo     live-migrate a Linux guest with the bitmap, the dirty ring and slot rings'
@@ -21,6 +21,7 @@ help:
 	@echo 'make test-qemu10   a migration and kills with QEMU 10.0; with QEMU=10.0 demo, qemu, test-checkpoint use it too'
 	@echo 'make test-mutants   all deliberate errors that the code in userspace has to notice; make test runs most'
 	@echo 'make test-deb     the packages: installed in a Debian of their own, which is booted with its own kernel'
+	@echo 'make test-pacemaker   the resource agent in a cluster of three nodes: killed, split, back, protected again; and libvirt'
 	@echo 'make test-all     all of these, some hours'
 	@echo 'make bench    what it costs beside the bitmap and the upstream ring: tables and plots'
 	@echo
@@ -70,7 +71,7 @@ test:
 
 # One after the other, whatever fails; the last word is whether anything did.
 test-all:
-	@failed=; for t in test test-debug test-vmx test-arm64 test-kernel73 test-checkpoint test-failover test-qemu10 test-mutants model soak bench; do \
+	@failed=; for t in test test-debug test-vmx test-arm64 test-kernel73 test-checkpoint test-failover test-qemu10 test-mutants test-pacemaker model soak bench; do \
 		echo "==> make $$t"; TEST_LONG=1 $(MAKE) --no-print-directory $$t || failed="$$failed $$t"; \
 	done; [ -z "$$failed" ] || { echo "failed:$$failed" >&2; exit 1; }
 
@@ -105,6 +106,9 @@ test-failover:
 
 test-qemu10:
 	@scripts/test qemu10
+
+test-pacemaker:
+	@scripts/test pacemaker libvirt
 
 demo:
 	@scripts/deps kernel rig qemu tools

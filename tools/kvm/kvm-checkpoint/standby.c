@@ -207,7 +207,7 @@ static int serve(struct standby *sb, int listener, int signals)
 		}
 		pthread_mutex_lock(&sb->lock);
 		why = sb->switches ? "the primary hands it over" : sb->promote;
-		if (!why && sb->guest_died && kc_now_us() >= not_before_us)
+		if (!why && sb->guest_died && !sb->no_failover && kc_now_us() >= not_before_us)
 			why = "the primary's guest died";
 		pthread_mutex_unlock(&sb->lock);
 		silent = silent_us(sb, &q);
@@ -265,6 +265,7 @@ static void usage(FILE *f)
 		"                        gives back to its host (a balloon)\n"
 		"  --timeout TIME        fail over if the primary is silent for so long (default 5s,\n"
 		"                        0: only when told to)\n"
+		"  --no-failover         only when told to, also if the primary says that its guest died\n"
 		"  --failover-after-restart AGE\n"
 		"                        a restarted standby fails over to an epoch that is not\n"
 		"                        older, also if no primary was heard since the restart\n"
@@ -322,6 +323,7 @@ static int parse(struct standby *sb, int argc, char **argv)
 		{ "keep-memory", 0, NULL, 'K' },
 		{ "disk", 1, NULL, 'D' },
 		{ "timeout", 1, NULL, 't' },
+		{ "no-failover", 0, NULL, 'n' },
 		{ "failover-after-restart", 1, NULL, 'a' },
 		{ "fence", 1, NULL, 'f' },
 		{ "no-fence", 0, NULL, 'F' },
@@ -368,6 +370,9 @@ static int parse(struct standby *sb, int argc, char **argv)
 			break;
 		case 't':
 			ok = !kc_parse_ms(optarg, &sb->timeout_ms);
+			break;
+		case 'n':
+			sb->no_failover = true;
 			break;
 		case 'a':
 			ok = !kc_parse_ms(optarg, &sb->restart_age_ms);
@@ -423,6 +428,8 @@ static int parse(struct standby *sb, int argc, char **argv)
 			return 2;
 		}
 	}
+	if (sb->no_failover)
+		sb->timeout_ms = 0;
 	if (!sb->listen) {
 		kc_log(KC_LOG_ERROR, "--listen HOST:PORT is missing; try: kvm-checkpoint standby --help");
 		return 2;

@@ -63,7 +63,7 @@ struct standby {
 	struct kc_vmstate_memo memo;
 	uint64_t loaded[KC_KINDS], kind;
 	unsigned int nr_loaded;
-	bool no_trial, cancelled;
+	bool no_trial, cancelled, no_failover;
 	struct kc_status *status;
 	struct kc_sink_stats stats;
 

@@ -21,6 +21,37 @@
 #include "status.h"
 #include "stream_tests.h"
 
+void test_no_failover(void)
+{
+	struct kc_sink *s;
+	struct sim g;
+	char *ans;
+
+	/* Neither when it is silent nor when its guest died; the time given does not count. */
+	start_standby(path_of("ram"), "--no-fence", "--no-failover", "--timeout", "300ms");
+	s = protected_guest(&g);
+	kc_sink_close(s);
+	poll(NULL, 0, 1000);
+	CHECK(!waitpid(standby, NULL, WNOHANG) && !log_has("failing over"),
+	      "failed over as the primary was silent");
+	s = must_open(spec());
+	sim_goto(&g, 5);
+	OK(sim_send(&g, s, KC_EPOCH_RESYNC));
+	OK(kc_sink_wait(s, 5, 10000, &err));
+	kc_sink_end(s, KC_END_GUEST_DIED);
+	kc_sink_close(s);
+	wait_log("its guest died");
+	poll(NULL, 0, 1000);
+	CHECK(!waitpid(standby, NULL, WNOHANG) && !log_has("failing over"),
+	      "failed over as the guest died");
+	/* When told to, it does. */
+	OK(kc_ctl_request(path_of("ctl"), "promote", &ans, &err));
+	free(ans);
+	CHECK(reap(&standby) == 0 && log_has("taken over at epoch 5"), "did not fail over");
+	compare_standby(&g, path_of("ram"));
+	sim_free(&g);
+}
+
 void test_failover(void)
 {
 	char fence[PATH_MAX], fence_text[2 * PATH_MAX], qemu[PATH_MAX], text[4 * PATH_MAX],

@@ -885,6 +885,7 @@ static const struct test tests[] = {
 	{ "silent_peers", test_silent_peers },
 	{ "failover", test_failover },
 	{ "failover_reasons", test_failover_reasons },
+	{ "no_failover", test_no_failover },
 	{ "failover_again", test_failover_again },
 	{ "restarted", test_restarted },
 	{ "restarted_age", test_restarted_age },

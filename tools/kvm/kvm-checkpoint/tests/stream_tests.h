@@ -42,6 +42,7 @@ void test_crash_directory(void);
 /* stream_failover.c */
 void test_failover(void);
 void test_failover_reasons(void);
+void test_no_failover(void);
 void test_failover_again(void);
 void test_reboot(void);
 void test_foreign_directory(void);
