@@ -109,6 +109,14 @@ struct protect {
 	uint64_t left_out;	/* pages of which the guest said so, up to the last epoch */
 	bool no_cards;		/* it has no network */
 	bool packets_wait;	/* something is held back for the next epoch */
+	/*
+	 * Nothing is held back on purpose, as the standby has no epoch that it may take over from:
+	 * the first one that was sent since, and whether it is known of the last that it is one.
+	 */
+	bool unheld;
+	uint64_t unheld_from, unheld_told_us;
+	bool taken_unheld;	/* that was so when the epoch was taken, */
+	bool sent_unheld;	/* or the last one that was sent */
 	struct net_mark marks[KC_SENT];
 	uint64_t released;	/* packets of which state are */
 	unsigned int net_ms;	/* for how long they are held without an acknowledgement, */
@@ -203,15 +211,21 @@ bool kc_sent_again(struct protect *p);
 
 /* --- protect_net.c: what the guest sends ----------------------------------- */
 
+/* With a new sink: is anything to be held for it?  -ESTALE if it cannot be. */
+int kc_net_begin(struct protect *p, struct kc_err *err);
 /*
- * Before the first epoch of a sink, and before others: what the guest sends after it is held back, if
- * that is wanted.  -ESTALE if it cannot be.
+ * Before an epoch is taken: what the guest sends after it is held back, if that is wanted, and of use
+ * by now.
  */
 int kc_net_hold(struct protect *p, struct kc_err *err);
+/* Nothing is held back, and will be from the next epoch on: there should be one */
+bool kc_net_proved(const struct protect *p);
 /* Epoch p->nr was committed */
 void kc_net_sent(struct protect *p);
 /* There is a reason that nothing is acknowledged */
 void kc_net_stuck(struct protect *p);
+/* The link is lost, and was not until now */
+void kc_net_unlinked(struct protect *p);
 /* Lets go what may go; while no command of QEMU's is under way */
 int kc_net_look(struct protect *p, struct kc_err *err);
 /* Protection ends, and it is known who goes on with the guest */
