@@ -63,6 +63,7 @@ struct known {
 
 struct disks {
 	struct nbd *nbd;
+	int guard;		/* see nbd_guard_start(), or -1 */
 	bool mirrored;		/* QEMU's jobs were begun, or some of them */
 	bool compare;		/* only what differs is sent */
 	unsigned int jobs_ended;	/* of the QMP connection, when they were begun */

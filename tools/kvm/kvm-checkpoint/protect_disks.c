@@ -214,7 +214,8 @@ int kc_disks_begin(struct protect *p, bool compare, struct kc_err *err)
 	if (!p->disks.nbd) {
 		for (i = 0; i < g->id.nr_disks; i++)
 			sizes[i] = g->disk_ids[i].npages * KC_PAGE_SIZE;
-		p->disks.nbd = nbd_start(sizes, g->id.nr_disks, MAX_BYTES, err);
+		p->disks.nbd = nbd_start(sizes, g->id.nr_disks, MAX_BYTES, p->disks.guard,
+					 p->guest_opts.pause_limit_ms, err);
 		if (!p->disks.nbd)
 			return -errno;
 	}

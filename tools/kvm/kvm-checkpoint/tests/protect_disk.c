@@ -4,6 +4,7 @@
  */
 #include <fcntl.h>
 #include <glob.h>
+#include <poll.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -24,7 +25,7 @@ static void with_standby(void)
 		      path_of("image"));
 }
 
-static void begin(void)
+static void begin_with(const char *option, const char *value)
 {
 	/* Where the socket is: tests run side by side */
 	setenv("XDG_RUNTIME_DIR", dir, 1);
@@ -32,9 +33,14 @@ static void begin(void)
 	start_disk(&qemu, DISK_PAGES);
 	start_qemu(&qemu);
 	with_standby();
-	start_protect(CHECKED, spec(), "--interval", "5ms", NULL);
+	start_protect(CHECKED, spec(), "--interval", "5ms", option, value, NULL);
 	serve_until_log("protected since");
 	CHECK(!link(path_of("log"), path_of("protect.log")), "cannot link the log");
+}
+
+static void begin(void)
+{
+	begin_with(NULL, NULL);
 }
 
 /* RAM, state and disk are of one epoch */
@@ -322,6 +328,51 @@ void test_disk_fails(void)
 		CHECK(kc_now_us() < end, "it does not begin again");
 		step(&qemu, 1);
 	}
+	finish();
+}
+
+/* It is stopped for long: the guest, which writes to its disk, waits for it no longer than for an epoch */
+void test_disk_frozen(void)
+{
+	uint64_t end = kc_now_us() + LIMIT_US, t;
+	unsigned int i;
+
+	begin_with("--pause-limit", "700ms");
+	for (i = 1; i <= 3; i++) {
+		be_qemu_for(60);
+		freeze(qemu.client);
+		t = kc_now_us();
+		qemu.disk.errors = 0;
+		/* Its guest writes, and waits. */
+		while (!qemu.disk.errors) {
+			CHECK(kc_now_us() < end, "QEMU does not notice");
+			step(&qemu, 1);
+		}
+		t = kc_now_us() - t;
+		CHECK(t > 350000, "it is cut off after %" PRIu64 " us", t);
+		kill(qemu.client, SIGCONT);
+		while (times_in(path_of("protect.log"), "protected since") <= i) {
+			CHECK(kc_now_us() < end, "it does not begin again");
+			step(&qemu, 1);
+		}
+	}
+	finish();
+}
+
+/* Not for ever, but for less than that: it is as if nothing had been */
+void test_disk_frozen_shortly(void)
+{
+	unsigned int i;
+
+	begin_with("--pause-limit", "20s");
+	for (i = 0; i < 5; i++) {
+		be_qemu_for(60);
+		freeze(qemu.client);
+		poll(NULL, 0, 200);
+		kill(qemu.client, SIGCONT);
+	}
+	be_qemu_for(60);
+	CHECK(!qemu.disk.errors && qemu.disk.begun == 1, "the mirror is lost");
 	finish();
 }
 

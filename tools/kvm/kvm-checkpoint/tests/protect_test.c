@@ -827,6 +827,8 @@ static const struct test tests[] = {
 	{ "protect_disk_job_ends", test_disk_job_ends },
 	{ "protect_disk_job_ends_again", test_disk_job_ends_again },
 	{ "protect_disk_fails", test_disk_fails },
+	{ "protect_disk_frozen", test_disk_frozen },
+	{ "protect_disk_frozen_shortly", test_disk_frozen_shortly },
 	{ "protect_disk_switchover", test_disk_switchover },
 	{ "protect_disk_full", test_disk_full },
 	{ "protect_disk_refused", test_disk_refused },

@@ -83,6 +83,8 @@ void test_disk_killed(void);
 void test_disk_job_ends(void);
 void test_disk_job_ends_again(void);
 void test_disk_fails(void);
+void test_disk_frozen(void);
+void test_disk_frozen_shortly(void);
 void test_disk_switchover(void);
 void test_disk_full(void);
 void test_disk_refused(void);
