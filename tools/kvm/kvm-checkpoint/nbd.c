@@ -533,6 +533,29 @@ void nbd_never_wait(struct nbd *n, bool never)
 	pthread_mutex_unlock(&n->lock);
 }
 
+bool nbd_again(struct nbd *n)
+{
+	bool failed;
+
+	pthread_mutex_lock(&n->lock);
+	failed = n->failed;
+	n->failed = false;
+	pthread_mutex_unlock(&n->lock);
+	return failed;
+}
+
+bool nbd_connected(struct nbd *n)
+{
+	uint32_t disks = 0;
+	struct conn *c;
+
+	pthread_mutex_lock(&n->lock);
+	for (c = n->conns; c; c = c->next)
+		disks |= c->disk >= 0 && c->round == n->round ? 1u << c->disk : 0;
+	pthread_mutex_unlock(&n->lock);
+	return disks == (1u << n->nr) - 1;
+}
+
 struct nbd_write *nbd_take(struct nbd *n)
 {
 	struct nbd_write *w;

@@ -81,6 +81,12 @@ void nbd_hurry(struct nbd *n, bool hurry);
 /** nbd_never_wait() - or at the limit writes fail, rather than wait; for when nobody may take them */
 void nbd_never_wait(struct nbd *n, bool never);
 
+/** nbd_again() - writes that failed are forgotten, and those to come are taken; had any failed? */
+bool nbd_again(struct nbd *n);
+
+/** nbd_connected() - is there a connection to each disk? */
+bool nbd_connected(struct nbd *n);
+
 /** nbd_take() - all writes that have come, in order; the caller free()s each */
 struct nbd_write *nbd_take(struct nbd *n);
 

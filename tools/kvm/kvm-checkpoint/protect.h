@@ -66,7 +66,11 @@ struct disks {
 	int guard;		/* see nbd_guard_start(), or -1 */
 	bool mirrored;		/* QEMU's jobs were begun, or some of them */
 	bool compare;		/* only what differs is sent */
-	unsigned int jobs_ended;	/* of the QMP connection, when they were begun */
+	/* Of the QMP connection: when they were begun, and when all of them went on */
+	unsigned int jobs_ended, jobs_failed;
+	bool resumes;		/* they have something to copy that was not mirrored, */
+	unsigned int attempts;	/* and did not go on so often */
+	bool told;		/* while there is no link */
 	/* Of the epoch that was taken last, or all that is to be sent once more */
 	struct nbd_write *cut, **cut_end;
 	uint64_t cut_bytes;
@@ -263,6 +267,23 @@ void kc_disks_cut(void *ctx);
 int kc_disks_send(struct protect *p, struct kc_err *err);
 /* So much waits for an epoch that there should be one */
 bool kc_disks_full(struct protect *p);
+
+/* --- protect_mirror.c: QEMU's jobs that mirror them ------------------------ */
+
+/* Of all of them together; bytes that are copied, of how many */
+struct mirror {
+	bool ready, paused;
+	uint64_t done, total;
+};
+
+int kc_mirror_begin(struct protect *p, struct kc_err *err);
+/* Whatever there may be of them, also of a process before this one */
+int kc_mirror_end(struct protect *p, struct kc_err *err);
+int kc_mirror_look(struct protect *p, struct mirror *m, struct kc_err *err);
+/* There is nothing that they would still have to begin to copy */
+int kc_mirror_is_clean(struct protect *p, bool *clean, struct kc_err *err);
+/* Those that have stopped after an error go on */
+int kc_mirror_resume(struct protect *p, struct kc_err *err);
 
 /* --- protect_epoch.c: epochs ---------------------------------------------- */
 
