@@ -435,9 +435,10 @@ enum where kc_epoch_first(struct protect *p, int *rc, struct kc_err *err)
 
 	/*
 	 * That it has arrived may never be known here, and then it is taken over from.  If there is
-	 * a lease already it ends when it has to.
+	 * a lease already it ends when it has to.  One that is not taken over from needs none: the
+	 * next one gets it when this one is acknowledged, which may take longer than a lease.
 	 */
-	if (p->lease_ms)
+	if (p->lease_ms && !p->unheld)
 		guest_lease(&p->guest, kc_boot_us() + p->lease_ms * 1000ull, true);
 	where = take_first(p, rc, err);
 	if (where != OK)

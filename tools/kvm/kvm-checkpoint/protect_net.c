@@ -107,6 +107,9 @@ int kc_net_hold(struct protect *p, struct kc_err *err)
 		p->unheld = false;
 		/* That is the one since which it is protected. */
 		p->first.nr = p->nr + 1;
+		/* Who takes over from it has heard of us later than now. */
+		if (p->lease_ms)
+			guest_lease(&p->guest, kc_boot_us() + p->lease_ms * 1000ull, false);
 	}
 	p->taken_unheld = p->unheld;
 	return p->unheld ? 0 : hold(p, err);

@@ -316,6 +316,8 @@ static int acknowledge(struct session *s, const struct kc_rx *rx, uint64_t start
 	kc_status_epoch(sb->status, nr, now);
 	kc_status_sink(sb->status, &sb->stats);
 	kc_status_trouble(sb->status, NULL);
+	kc_status_phase(sb->status, kc_ram_counts(sb->ram) ? "receiving" :
+			"receiving, but nothing to fail over to yet");
 	return rc;
 }
 

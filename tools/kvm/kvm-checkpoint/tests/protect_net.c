@@ -301,21 +301,28 @@ void test_net_reopened(void)
 /* --- From which epoch on ---------------------------------------------------- */
 
 /* When the last part of the first epoch is taken the standby is about to try it for a while. */
+static uint64_t lease_of_second;
+
 static const char *standby_tries(struct qemu *q, const char *command)
 {
 	if (!strcmp(command, CONT) && q->stops == 1)
 		freeze(standby);
+	if (!strcmp(command, CONT) && q->stops == 2)
+		lease_of_second = q->lease_us;
 	return NULL;
 }
 
-void test_net_first(void)
+static void first(const char *lease, const char *timeout)
 {
+	uint64_t cont_us;
+
 	qemu.cards = ONE_CARD;
 	qemu.hook = standby_tries;
 	start_qemu(&qemu);
-	start_standby(path_of("ram"), "--no-fence", "--timeout", "0", "--insecure", "--control",
+	start_standby(path_of("ram"), "--no-fence", "--timeout", timeout, "--insecure", "--control",
 		      path_of("ctl"));
-	start_protect(CHECKED, spec(), "--interval", "5ms", "--control", path_of("pctl"), NULL);
+	start_protect(CHECKED, spec(), "--interval", "5ms", "--control", path_of("pctl"), lease,
+		      lease ? "10s" : NULL, NULL);
 	while (!qemu.nr_snaps)
 		step(&qemu, 1);
 	be_qemu_for(500);
@@ -325,10 +332,26 @@ void test_net_first(void)
 	CHECK(!log_has("protected since"), "it says that the guest is protected");
 	CHECK(!run("status", path_of("pctl"), NULL) && log_has("not held back"),
 	      "it does not show that packets pass");
+	CHECK(!qemu.lease_us, "the guest would stand still when its lease is over");
+	cont_us = kc_boot_us();
 	kill(standby, SIGCONT);
 	until_protected();
+	/* And not one that was nearly over, or is */
+	CHECK(lease ? lease_of_second >= cont_us + 10000000 : !lease_of_second,
+	      "the lease ends %" PRId64 " us after the trial", lease_of_second - cont_us);
 	until_released(5);
 	finish(0);
+}
+
+void test_net_first(void)
+{
+	first(NULL, "0");
+}
+
+/* What no standby takes over from needs no lease, and may take longer than that. */
+void test_net_first_lease(void)
+{
+	first("--lease", "15s");
 }
 
 /* It is killed when it takes an epoch: the one before has arrived. */
@@ -339,6 +362,7 @@ static const char *dies_in_epoch(struct qemu *q, const char *command)
 	if (!strcmp(command, STOP) && q->stops == kill_at) {
 		/* All that was sent arrives before the connection is reset. */
 		poll(NULL, 0, 100);
+		CHECK(!run("status", path_of("ctl"), NULL), "the standby does not answer");
 		kill(q->client, SIGKILL);
 		CHECK(waitpid(q->client, NULL, 0) == q->client, "it does not die");
 		kill_at = 0;
@@ -368,6 +392,7 @@ void test_net_first_alone(void)
 
 	die_at(2);
 	wait_log("lost the primary");
+	CHECK(log_has("receiving, but nothing to fail over to yet"), "it does not show that");
 	be_qemu_for(1500);
 	CHECK(!exists(path_of("fenced")), "it fails over to an epoch from before packets were held");
 	CHECK(run("status", path_of("ctl"), "promote", NULL) == 1 && log_has(NOT_FROM_THERE),

@@ -803,6 +803,7 @@ static const struct test tests[] = {
 	{ "protect_net_reopened", test_net_reopened },
 	{ "protect_net_stands_still", test_net_stands_still },
 	{ "protect_net_first", test_net_first },
+	{ "protect_net_first_lease", test_net_first_lease },
 	{ "protect_net_first_alone", test_net_first_alone },
 	{ "protect_net_second", test_net_second },
 	{ "protect_net_first_dies", test_net_first_dies },

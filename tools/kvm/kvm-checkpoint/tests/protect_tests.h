@@ -57,6 +57,7 @@ void test_net_no_epochs(void);
 void test_net_reopened(void);
 void test_net_stands_still(void);
 void test_net_first(void);
+void test_net_first_lease(void);
 void test_net_first_alone(void);
 void test_net_second(void);
 void test_net_first_dies(void);
