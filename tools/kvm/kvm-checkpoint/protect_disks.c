@@ -3,16 +3,16 @@
  * kvm-checkpoint protect: the disks of the guest.
  *
  * QEMU mirrors each to a server in this process (nbd.c), in a way that a write of the guest is not
- * done before it is here.  So when the guest stands still and its disks are at rest, what has come is
- * what it has written: that belongs to the epoch which is taken just then.  The initial copy comes
- * the same way, while the guest runs, and goes into the first epoch; of a standby that has an older
- * copy only what differs does, found by digests.
+ * done before it is here.  So when the guest stands still and its disks are at rest, what has come
+ * is what it has written: that belongs to the epoch which is taken just then.  The initial copy
+ * comes the same way, while the guest runs, and goes into the first epoch; of a standby that has an
+ * older copy only what differs does, found by digests.
  *
  * The guest does not depend on it: if anything is wrong here, writes fail towards the mirror job
- * alone, and the guest runs on.  The job stops then, and keeps account of what is not here.  With the
- * next connection to the standby it copies that alone, as in a first copy: until it has, there is no
- * epoch, and the standby keeps the last one.  What was here, and is not known to be at the standby, is
- * kept; only if that is too much, or the job has ended, is one begun again.
+ * alone, and the guest runs on.  The job stops then, and keeps account of what is not here.  With
+ * the next connection to the standby it copies that alone, as in a first copy: until it has, there
+ * is no epoch, and the standby keeps the last one.  What was here, and is not known to be at the
+ * standby, is kept; only if that is too much, or the job has ended, is one begun again.
  */
 #include <errno.h>
 #include <stdlib.h>
@@ -281,9 +281,9 @@ int kc_disks_ready(struct protect *p, bool *ready, uint64_t *done, uint64_t *tot
 	if (!d->resumes)
 		return 0;
 	/*
-	 * Each write of the guest is mirrored before it is done.  So once QEMU has taken up all that
-	 * was not, it stays like that until something fails; and what is under way will be here in
-	 * the pause.
+	 * Each write of the guest is mirrored before it is done.  So once QEMU has taken up all
+	 * that was not, it stays like that until something fails; and what is under way will be
+	 * here in the pause.
 	 */
 	d->jobs_failed = p->guest.qmp.jobs_failed;
 	if (!m.paused && m.ready) {

@@ -37,8 +37,9 @@ enum where kc_epoch_wait(struct protect *p, uint64_t until_us, int *rc, struct k
 		if (where != OK)
 			return where;
 		/*
-		 * Who waits for packets waits for all epochs before them, and one more is in the way.
-		 * So it is of the first one that may be taken over from, but disks do not wait.
+		 * Who waits for packets waits for all epochs before them, and one more is in the
+		 * way.  So it is of the first one that may be taken over from, but disks do not
+		 * wait.
 		 */
 		another = p->unheld ? kc_disks_full(p) : g->packets_fd < 0 || !g->holds;
 		ready = p->acked + another >= p->nr;

@@ -5,28 +5,28 @@
  * QEMU holds packets back and numbers the states that it saves; an epoch's acknowledgement releases
  * what was sent before its state was saved.  (Output commit, as in Remus.)
  *
- * The rule, for both sides: no packet leaves that the epoch does not know of which the standby would
- * take over from.  So while the standby has none it would take over from, nothing is held: the first
- * epoch is far from being one, as it has to be sent, and loaded on trial.
+ * The rule, for both sides: no packet leaves that the epoch does not know of which the standby
+ * would take over from.  So while the standby has none it would take over from, nothing is held:
+ * the first epoch is far from being one, as it has to be sent, and loaded on trial.
  *
  * - Which epoch is the first that counts: one with which all before was sent, or is held, and after
  *   which all is.  QEMU begins to hold where a state is saved, so that is the first state after
  *   x-checkpoint-hold.  Epochs before it have KC_STATE_UNHELD.
- * - It begins when an epoch was acknowledged: then the standby can load what it gets, and the next one
- *   arrives at once.
+ * - It begins when an epoch was acknowledged: then the standby can load what it gets, and the next
+ *   one arrives at once.
  * - The standby does not take over by itself from an epoch with KC_STATE_UNHELD, and says in its
- *   WELCOME whether it has one without.  If so, that one may be gone on from at any time, and packets
- *   are held from the first epoch on, as they were before: by us or, for us, by QEMU.
+ *   WELCOME whether it has one without.  If so, that one may be gone on from at any time, and
+ *   packets are held from the first epoch on, as they were before: by us or, for us, by QEMU.
  *
  * If there are no acknowledgements, since the link is lost or there can be no epochs, packets are
- * held for as long as the standby may take over from an epoch that does not know of them.  A standby
- * that is reached is told first that what it has counts no more, and has stored that when it answers.
- * One that is not reached has missed us since it last heard of us, for its time limit and then its
- * fence's: who has not been fenced by then runs on alone, without protection, and its packets leave.
- * That is the first thing that the standby hears when it is reached again, before it takes our
- * silence for anything.  With a lease the guest stands still by then, and if the standby has no fence
- * it may well run there: they are held until that is known.  A guest that stands still sends nothing,
- * so what it has sent can wait.
+ * held for as long as the standby may take over from an epoch that does not know of them.  A
+ * standby that is reached is told first that what it has counts no more, and has stored that when
+ * it answers.  One that is not reached has missed us since it last heard of us, for its time limit
+ * and then its fence's: who has not been fenced by then runs on alone, without protection, and its
+ * packets leave.  That is the first thing that the standby hears when it is reached again, before
+ * it takes our silence for anything.  With a lease the guest stands still by then, and if the
+ * standby has no fence it may well run there: they are held until that is known.  A guest that
+ * stands still sends nothing, so what it has sent can wait.
  */
 #include <errno.h>
 
@@ -76,22 +76,37 @@ static int hold(struct protect *p, struct kc_err *err)
 	return 0;
 }
 
+void kc_net_stuck(struct protect *p)
+{
+	uint64_t confirmed = p->sink ? kc_sink_confirmed_us(p->sink) : 0;
+
+	if (!p->net_stuck_us)
+		p->net_stuck_us = confirmed ? confirmed : kc_now_us();
+}
+
 int kc_net_begin(struct protect *p, struct kc_err *err)
 {
 	int rc;
 
 	/* If there was something to tell, it was told, and is stored there. */
-	p->opts.unheld = false;
+	p->opts.unheld = p->unheld = false;
 	p->unheld_from = p->unheld_told_us = 0;
-	p->unheld = to_standby(p) && is_wanted(p) && !p->no_cards && !kc_sink_counts(p->sink);
+	if (!to_standby(p) || !is_wanted(p) || p->no_cards)
+		return 0;
+	p->unheld = !kc_sink_counts(p->sink);
 	/* This may be another standby than the one that it is held for: until the limit */
-	if (!p->unheld || p->guest.holds)
+	if (p->guest.holds)
 		return 0;
 	/* Whether it can be held should be known before the first copy. */
 	rc = hold(p, err);
-	p->unheld = !p->no_cards;
+	p->unheld = p->unheld && !p->no_cards;
 	if (rc || p->no_cards)
 		return rc;
+	/* What QEMU may hold for who was here before is ours now, and so is the limit. */
+	if (!p->unheld) {
+		kc_net_stuck(p);
+		return 0;
+	}
 	kc_status_output(p->status, KC_OUTPUT_PASSES);
 	return guest_release(&p->guest, 0, false, err);
 }
@@ -138,14 +153,6 @@ static uint64_t safe_packets(const struct protect *p)
 			packets = m->packets;
 	}
 	return packets;
-}
-
-void kc_net_stuck(struct protect *p)
-{
-	uint64_t confirmed = p->sink ? kc_sink_confirmed_us(p->sink) : 0;
-
-	if (!p->net_stuck_us)
-		p->net_stuck_us = confirmed ? confirmed : kc_now_us();
 }
 
 void kc_net_unlinked(struct protect *p)

@@ -479,6 +479,31 @@ void test_net_first_stopped(void)
 	CHECK(reap(&standby) == 0, "the standby fails");
 }
 
+/* Killed, and started again: what QEMU holds is its own before it copies anything, and kept. */
+static unsigned int holds_at_first_look;
+
+static const char *looks_when_held(struct qemu *q, const char *command)
+{
+	if (!strcmp(command, COLLECT) && !holds_at_first_look)
+		holds_at_first_look = q->holds_begun;
+	return NULL;
+}
+
+void test_net_restarted(void)
+{
+	begin("--net-limit", "60s");
+	until_released(3);
+	kill(qemu.client, SIGKILL);
+	CHECK(waitpid(qemu.client, NULL, 0) == qemu.client, "it does not die");
+	be_qemu_for(100);
+	qemu.hook = looks_when_held;
+	start_protect(CHECKED, spec(), "--interval", "5ms", "--net-limit", "60s", NULL);
+	until_released(qemu.packets + 1);
+	CHECK(holds_at_first_look == 2 && qemu.holds_begun == 2 && !qemu.released_all,
+	      "%u times held when it begins to copy", holds_at_first_look);
+	finish(0);
+}
+
 /* --- Ends -------------------------------------------------------------------- */
 
 void test_net_detached(void)

@@ -809,6 +809,7 @@ static const struct test tests[] = {
 	{ "protect_net_first_dies", test_net_first_dies },
 	{ "protect_net_limit_dies", test_net_limit_dies },
 	{ "protect_net_first_stopped", test_net_first_stopped },
+	{ "protect_net_restarted", test_net_restarted },
 	{ "protect_net_detached", test_net_detached },
 	{ "protect_net_shutdown_untold", test_net_shutdown_untold },
 	{ "protect_net_taken_over", test_net_taken_over },

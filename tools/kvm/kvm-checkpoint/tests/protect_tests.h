@@ -63,6 +63,7 @@ void test_net_second(void);
 void test_net_first_dies(void);
 void test_net_limit_dies(void);
 void test_net_first_stopped(void);
+void test_net_restarted(void);
 void test_net_detached(void);
 void test_net_shutdown_untold(void);
 void test_net_taken_over(void);
