@@ -42,7 +42,7 @@ struct kc_sink {
 
 	/* Set by the backend when opened. */
 	uint64_t last_epoch;		/* complete at the receiver, and known to be */
-	bool has_ram, same_sender;
+	bool has_ram, same_sender, counts;
 	uint8_t receiver[16];
 	unsigned int heartbeat_ms;	/* 0 for none */
 	unsigned int takeover_ms;	/* of silence, and it takes over; 0 for never */
@@ -73,6 +73,7 @@ struct kc_sink {
 	uint8_t *ahead_digests;
 	bool ahead_here, ahead_stale;
 	uint64_t beat_us;		/* when the last heartbeat was sent */
+	bool beat_soon;			/* and another is due */
 	uint64_t confirmed_us;
 
 	struct kc_sink_stats stats;

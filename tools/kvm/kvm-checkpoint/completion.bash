@@ -51,7 +51,7 @@ _kvm_checkpoint() {
 			mapfile -t COMPREPLY < <(compgen -W "$("$program" "$command" --help 2>/dev/null |
 				grep -o -- '--[a-z][a-z-]*' | sort -u) --help" -- "$cur") ;;
 		status,*)
-			mapfile -t COMPREPLY < <(compgen -W "promote detach switchover" -- "$cur"; compgen -f -- "$cur") ;;
+			mapfile -t COMPREPLY < <(compgen -W "promote promote-anyway detach switchover" -- "$cur"; compgen -f -- "$cur") ;;
 		*)
 			mapfile -t COMPREPLY < <(compgen -d -- "$cur") ;;
 		esac ;;

@@ -410,7 +410,8 @@ static void status_usage(FILE *f)
 		"       kvm-checkpoint status SOCKET COMMAND\n"
 		"\n"
 		"Asks a daemon at its --control socket for its status, or gives it a command: promote\n"
-		"(to a standby: fail over now) or what protect --help names.  What Prometheus reads may be\n"
+		"(to a standby: fail over now; promote-anyway does so from an epoch that clients may know\n"
+		"more than) or what protect --help names.  What Prometheus reads may be\n"
 		"that of several daemons.\n");
 }
 

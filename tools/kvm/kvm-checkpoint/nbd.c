@@ -7,6 +7,7 @@
  */
 #include <endian.h>
 #include <errno.h>
+#include <poll.h>
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -55,6 +56,7 @@ struct nbd {
 	uint64_t sizes[NBD_MAX_DISKS];
 	unsigned int nr;
 	uint64_t limit;
+	int guard, pulse_ms;
 
 	pthread_mutex_t lock;
 	pthread_cond_t room;
@@ -306,12 +308,36 @@ static void *serve(void *arg)
 	for (p = &n->conns; *p != c; p = &(*p)->next)
 		;
 	*p = c->next;
+	/* The guard has it, too */
+	shutdown(c->fd, SHUT_RDWR);
 	close(c->fd);
 	n->nr_conns--;
 	pthread_cond_broadcast(&n->room);
 	pthread_mutex_unlock(&n->lock);
 	free(c);
 	return NULL;
+}
+
+/* The next connection, or -1 at the end; in the meantime the guard hears of us */
+static int next_conn(struct nbd *n)
+{
+	struct pollfd p = { .fd = n->listener, .events = POLLIN };
+	bool stopping;
+	int fd = -1;
+
+	do {
+		/* One may be gone before it is accepted */
+		if (poll(&p, 1, n->pulse_ms) > 0)
+			fd = accept4(n->listener, NULL, NULL, SOCK_CLOEXEC);
+		/* There may be no room for it just now */
+		if (fd < 0)
+			poll(NULL, 0, 1);
+		nbd_guard_tell(n->guard, -1);
+		pthread_mutex_lock(&n->lock);
+		stopping = n->stopping;
+		pthread_mutex_unlock(&n->lock);
+	} while (fd < 0 && !stopping);
+	return fd;
 }
 
 static void *accept_all(void *arg)
@@ -322,10 +348,7 @@ static void *accept_all(void *arg)
 	struct conn *c;
 	int fd;
 
-	while ((fd = accept4(n->listener, NULL, NULL, SOCK_CLOEXEC)) >= 0 || errno == EINTR ||
-	       errno == ECONNABORTED) {
-		if (fd < 0)
-			continue;
+	while ((fd = next_conn(n)) >= 0) {
 		/* The directory is ours alone; this is for root, who may look into any */
 		len = sizeof(peer);
 		if (getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &len) ||
@@ -345,6 +368,7 @@ static void *accept_all(void *arg)
 			close(fd);
 			free(c);
 		} else {
+			nbd_guard_tell(n->guard, fd);
 			pthread_detach(c->thread);
 			c->round = n->round;
 			c->next = n->conns;
@@ -404,14 +428,15 @@ static int listen_on(struct nbd *n, struct kc_err *err)
 	}
 	snprintf(n->path, sizeof(n->path), "%s/nbd", n->dir);
 	snprintf(sun.sun_path, sizeof(sun.sun_path), "%s", n->path);
-	n->listener = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+	n->listener = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
 	if (n->listener < 0 || bind(n->listener, (struct sockaddr *)&sun, sizeof(sun)) ||
 	    listen(n->listener, NBD_MAX_DISKS))
 		return kc_fail(err, errno, "cannot listen on %s: %s", n->path, strerror(errno));
 	return 0;
 }
 
-struct nbd *nbd_start(const uint64_t *sizes, unsigned int nr, uint64_t limit, struct kc_err *err)
+struct nbd *nbd_start(const uint64_t *sizes, unsigned int nr, uint64_t limit, int guard,
+		      unsigned int guard_ms, struct kc_err *err)
 {
 	struct nbd *n = calloc(1, sizeof(*n));
 	int rc;
@@ -424,6 +449,8 @@ struct nbd *nbd_start(const uint64_t *sizes, unsigned int nr, uint64_t limit, st
 	memcpy(n->sizes, sizes, nr * sizeof(*sizes));
 	n->nr = nr;
 	n->limit = limit;
+	n->guard = guard;
+	n->pulse_ms = guard < 0 ? -1 : (int)(guard_ms / 12 + 1);
 	n->last = &n->first;
 	n->listener = -1;
 	pthread_mutex_init(&n->lock, NULL);
@@ -504,6 +531,29 @@ void nbd_never_wait(struct nbd *n, bool never)
 	n->never_waits = never;
 	pthread_cond_broadcast(&n->room);
 	pthread_mutex_unlock(&n->lock);
+}
+
+bool nbd_again(struct nbd *n)
+{
+	bool failed;
+
+	pthread_mutex_lock(&n->lock);
+	failed = n->failed;
+	n->failed = false;
+	pthread_mutex_unlock(&n->lock);
+	return failed;
+}
+
+bool nbd_connected(struct nbd *n)
+{
+	uint32_t disks = 0;
+	struct conn *c;
+
+	pthread_mutex_lock(&n->lock);
+	for (c = n->conns; c; c = c->next)
+		disks |= c->disk >= 0 && c->round == n->round ? 1u << c->disk : 0;
+	pthread_mutex_unlock(&n->lock);
+	return disks == (1u << n->nr) - 1;
 }
 
 struct nbd_write *nbd_take(struct nbd *n)

@@ -453,6 +453,15 @@ int cmd_protect(int argc, char **argv)
 		sigaction(SIGHUP, &sa, NULL);
 	signal(SIGPIPE, SIG_IGN);
 
+	/* Before there are threads, and the guest's memory */
+	p.disks.guard = -1;
+	if (!p.guest_opts.external_disks && p.guest_opts.pause_limit_ms) {
+		p.disks.guard = nbd_guard_start(p.guest_opts.pause_limit_ms, &err);
+		if (p.disks.guard < 0) {
+			kc_log(KC_LOG_ERROR, "%s", err.text);
+			return 1;
+		}
+	}
 	p.status = kc_status_new("protect", "");
 	if (!p.status) {
 		kc_log(KC_LOG_ERROR, "no memory");
@@ -470,6 +479,8 @@ int cmd_protect(int argc, char **argv)
 	kc_ctl_stop(ctl);
 	guest_close(&p.guest);
 	kc_disks_free(&p);
+	if (p.disks.guard >= 0)
+		close(p.disks.guard);
 	free(p.epoch.copy.pages);
 	free(p.epoch.copy.holes);
 	free(p.epoch.copy.dropped);

@@ -63,9 +63,14 @@ struct known {
 
 struct disks {
 	struct nbd *nbd;
+	int guard;		/* see nbd_guard_start(), or -1 */
 	bool mirrored;		/* QEMU's jobs were begun, or some of them */
 	bool compare;		/* only what differs is sent */
-	unsigned int jobs_ended;	/* of the QMP connection, when they were begun */
+	/* Of the QMP connection: when they were begun, and when all of them went on */
+	unsigned int jobs_ended, jobs_failed;
+	bool resumes;		/* they have something to copy that was not mirrored, */
+	unsigned int attempts;	/* and did not go on so often */
+	bool told;		/* while there is no link */
 	/* Of the epoch that was taken last, or all that is to be sent once more */
 	struct nbd_write *cut, **cut_end;
 	uint64_t cut_bytes;
@@ -109,6 +114,14 @@ struct protect {
 	uint64_t left_out;	/* pages of which the guest said so, up to the last epoch */
 	bool no_cards;		/* it has no network */
 	bool packets_wait;	/* something is held back for the next epoch */
+	/*
+	 * Nothing is held back on purpose, as the standby has no epoch that it may take over from:
+	 * the first one that was sent since, and whether it is known of the last that it is one.
+	 */
+	bool unheld;
+	uint64_t unheld_from, unheld_told_us;
+	bool taken_unheld;	/* that was so when the epoch was taken, */
+	bool sent_unheld;	/* or the last one that was sent */
 	struct net_mark marks[KC_SENT];
 	uint64_t released;	/* packets of which state are */
 	unsigned int net_ms;	/* for how long they are held without an acknowledgement, */
@@ -203,15 +216,21 @@ bool kc_sent_again(struct protect *p);
 
 /* --- protect_net.c: what the guest sends ----------------------------------- */
 
+/* With a new sink: is anything to be held for it?  -ESTALE if it cannot be. */
+int kc_net_begin(struct protect *p, struct kc_err *err);
 /*
- * Before the first epoch of a sink, and before others: what the guest sends after it is held back, if
- * that is wanted.  -ESTALE if it cannot be.
+ * Before an epoch is taken: what the guest sends after it is held back, if that is wanted, and of use
+ * by now.
  */
 int kc_net_hold(struct protect *p, struct kc_err *err);
+/* Nothing is held back, and will be from the next epoch on: there should be one */
+bool kc_net_proved(const struct protect *p);
 /* Epoch p->nr was committed */
 void kc_net_sent(struct protect *p);
 /* There is a reason that nothing is acknowledged */
 void kc_net_stuck(struct protect *p);
+/* The link is lost, and was not until now */
+void kc_net_unlinked(struct protect *p);
 /* Lets go what may go; while no command of QEMU's is under way */
 int kc_net_look(struct protect *p, struct kc_err *err);
 /* Protection ends, and it is known who goes on with the guest */
@@ -248,6 +267,23 @@ void kc_disks_cut(void *ctx);
 int kc_disks_send(struct protect *p, struct kc_err *err);
 /* So much waits for an epoch that there should be one */
 bool kc_disks_full(struct protect *p);
+
+/* --- protect_mirror.c: QEMU's jobs that mirror them ------------------------ */
+
+/* Of all of them together; bytes that are copied, of how many */
+struct mirror {
+	bool ready, paused;
+	uint64_t done, total;
+};
+
+int kc_mirror_begin(struct protect *p, struct kc_err *err);
+/* Whatever there may be of them, also of a process before this one */
+int kc_mirror_end(struct protect *p, struct kc_err *err);
+int kc_mirror_look(struct protect *p, struct mirror *m, struct kc_err *err);
+/* There is nothing that they would still have to begin to copy */
+int kc_mirror_is_clean(struct protect *p, bool *clean, struct kc_err *err);
+/* Those that have stopped after an error go on */
+int kc_mirror_resume(struct protect *p, struct kc_err *err);
 
 /* --- protect_epoch.c: epochs ---------------------------------------------- */
 

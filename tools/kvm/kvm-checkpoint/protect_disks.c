@@ -3,14 +3,16 @@
  * kvm-checkpoint protect: the disks of the guest.
  *
  * QEMU mirrors each to a server in this process (nbd.c), in a way that a write of the guest is not
- * done before it is here.  So when the guest stands still and its disks are at rest, what has come is
- * what it has written: that belongs to the epoch which is taken just then.  The initial copy comes
- * the same way, while the guest runs, and goes into the first epoch; of a standby that has an older
- * copy only what differs does, found by digests.
+ * done before it is here.  So when the guest stands still and its disks are at rest, what has come
+ * is what it has written: that belongs to the epoch which is taken just then.  The initial copy
+ * comes the same way, while the guest runs, and goes into the first epoch; of a standby that has an
+ * older copy only what differs does, found by digests.
  *
  * The guest does not depend on it: if anything is wrong here, writes fail towards the mirror job
- * alone, and the guest runs on.  Then the job, which has lost track, is ended, and begun again with
- * the next connection to the standby.
+ * alone, and the guest runs on.  The job stops then, and keeps account of what is not here.  With
+ * the next connection to the standby it copies that alone, as in a first copy: until it has, there
+ * is no epoch, and the standby keeps the last one.  What was here, and is not known to be at the
+ * standby, is kept; only if that is too much, or the job has ended, is one begun again.
  */
 #include <errno.h>
 #include <stdlib.h>
@@ -21,6 +23,9 @@
 
 /* Data that waits for its epoch; half of it, and there is one soon */
 #define MAX_BYTES	(256ull << 20)
+
+/* How often QEMU's job may stop, or not be connected, when it is to go on: some seconds */
+#define MAX_ATTEMPTS	250
 
 static bool has_disks(const struct protect *p)
 {
@@ -108,99 +113,7 @@ void kc_disks_acked(struct protect *p)
 		d->kept_from = p->acked;
 }
 
-/* --- QEMU's jobs ---------------------------------------------------------- */
-
-/* A job and its target have the same name */
-static void add_name(struct json_object *o, const char *key, unsigned int disk)
-{
-	char name[sizeof(JOB_NAME) + 12];
-
-	snprintf(name, sizeof(name), JOB_NAME "%u", disk);
-	json_object_object_add(o, key, json_object_new_string(name));
-}
-
-static struct json_object *named(const char *key, unsigned int disk)
-{
-	struct json_object *o = json_object_new_object();
-
-	add_name(o, key, disk);
-	return o;
-}
-
-/* Whatever there may be of them, also of a process before this one */
-static int end_jobs(struct protect *p, struct kc_err *err)
-{
-	struct guest *g = &p->guest;
-	uint64_t until = kc_now_us() + 5000000;
-	struct json_object *o;
-	unsigned int i;
-	int rc = 0;
-
-	for (i = 0; i < g->id.nr_disks; i++) {
-		o = named("device", i);
-		json_object_object_add(o, "force", json_object_new_boolean(true));
-		rc = qmp_call(&g->qmp, "block-job-cancel", o, NULL, err);
-		/* There is none, mostly */
-		if (rc && rc != -EREMOTEIO)
-			return rc;
-		do {
-			rc = qmp_call(&g->qmp, "blockdev-del", named("node-name", i), NULL, err);
-			if (rc != -EREMOTEIO || !strstr(err->text, "in use"))
-				break;
-			usleep(10000);
-		} while (kc_now_us() < until);
-		if (rc && (rc != -EREMOTEIO || strstr(err->text, "in use")))
-			return rc;
-	}
-	return 0;
-}
-
-static int begin_job(struct protect *p, unsigned int i, struct kc_err *err)
-{
-	struct guest *g = &p->guest;
-	struct json_object *o = named("node-name", i), *server = json_object_new_object();
-	char export[12];
-	int rc;
-
-	snprintf(export, sizeof(export), "%u", i);
-	json_object_object_add(server, "type", json_object_new_string("unix"));
-	json_object_object_add(server, "path", json_object_new_string(nbd_path(p->disks.nbd)));
-	json_object_object_add(o, "driver", json_object_new_string("nbd"));
-	json_object_object_add(o, "server", server);
-	json_object_object_add(o, "export", json_object_new_string(export));
-	rc = qmp_call(&g->qmp, "blockdev-add", o, NULL, err);
-	if (rc)
-		return rc;
-	o = named("job-id", i);
-	json_object_object_add(o, "device", json_object_new_string(g->disk_nodes[i]));
-	add_name(o, "target", i);
-	json_object_object_add(o, "sync", json_object_new_string("full"));
-	json_object_object_add(o, "copy-mode", json_object_new_string("write-blocking"));
-	json_object_object_add(o, "on-target-error", json_object_new_string("stop"));
-	json_object_object_add(o, "granularity", json_object_new_int(KC_PAGE_SIZE));
-	return qmp_call(&g->qmp, "blockdev-mirror", o, NULL, err);
-}
-
-/* With the guest stopped, or a write that is under way would be neither copied nor mirrored */
-static int begin_jobs(struct protect *p, struct kc_err *err)
-{
-	struct guest *g = &p->guest;
-	struct kc_err why;
-	unsigned int i;
-	int rc, cont;
-
-	rc = guest_send_stop(g, "x-checkpoint-stop", err);
-	if (!rc)
-		rc = qmp_receive(&g->qmp, "x-checkpoint-stop", NULL, err);
-	if (rc)
-		return rc;
-	for (i = 0; i < g->id.nr_disks && !rc; i++)
-		rc = begin_job(p, i, err);
-	cont = qmp_call(&g->qmp, "x-checkpoint-cont", NULL, NULL, &why);
-	if (!rc && cont)
-		return kc_fail(err, -cont, "%s", why.text);
-	return rc;
-}
+/* --- Beginning and losing the mirror ---------------------------------------- */
 
 int kc_disks_begin(struct protect *p, bool compare, struct kc_err *err)
 {
@@ -214,7 +127,8 @@ int kc_disks_begin(struct protect *p, bool compare, struct kc_err *err)
 	if (!p->disks.nbd) {
 		for (i = 0; i < g->id.nr_disks; i++)
 			sizes[i] = g->disk_ids[i].npages * KC_PAGE_SIZE;
-		p->disks.nbd = nbd_start(sizes, g->id.nr_disks, MAX_BYTES, err);
+		p->disks.nbd = nbd_start(sizes, g->id.nr_disks, MAX_BYTES, p->disks.guard,
+					 p->guest_opts.pause_limit_ms, err);
 		if (!p->disks.nbd)
 			return -errno;
 	}
@@ -224,17 +138,19 @@ int kc_disks_begin(struct protect *p, bool compare, struct kc_err *err)
 	p->disks.kept_from = p->nr;
 	p->disks.keeps = false;
 	nbd_accept(p->disks.nbd, false);
-	rc = end_jobs(p, err);
+	rc = kc_mirror_end(p, err);
 	if (rc)
 		return rc;
 	nbd_accept(p->disks.nbd, true);
 	nbd_hurry(p->disks.nbd, false);
 	p->disks.jobs_ended = g->qmp.jobs_ended;
+	p->disks.jobs_failed = g->qmp.jobs_failed;
+	p->disks.resumes = false;
 	p->disks.known.n = 0;
 	p->disks.compare = compare;
 	/* Also if not all are: those that are end with the sink */
 	p->disks.mirrored = true;
-	rc = begin_jobs(p, err);
+	rc = kc_mirror_begin(p, err);
 	/* Not of this guest: another one's job, a name that is not unique */
 	return rc == -EREMOTEIO ? -ESTALE : rc;
 }
@@ -251,14 +167,26 @@ void kc_disks_lost(struct protect *p)
 	drop_kept(p);
 	/* Whoever begins them again tries this again, too */
 	if (p->guest.qmp.fd >= 0 && !p->guest.qmp.asked_us)
-		end_jobs(p, &err);
+		kc_mirror_end(p, &err);
+}
+
+/* There is nothing that could go on */
+static bool has_ended(const struct protect *p)
+{
+	return !p->disks.mirrored || p->disks.jobs_ended != p->guest.qmp.jobs_ended;
+}
+
+/* Did a write fail?  QEMU's jobs keep account of these. */
+static bool has_failed(const struct protect *p)
+{
+	return nbd_failed(p->disks.nbd) || p->disks.jobs_failed != p->guest.qmp.jobs_failed;
 }
 
 void kc_disks_unlinked(struct protect *p)
 {
-	struct kc_err why;
-
-	if (!p->disks.mirrored || !p->disks.keeps || kc_disks_check(p, &why))
+	p->disks.told = false;
+	/* A first copy that was not complete is known to nobody. */
+	if (has_ended(p) || !p->disks.keeps)
 		kc_disks_lost(p);
 	else
 		nbd_never_wait(p->disks.nbd, true);
@@ -266,11 +194,14 @@ void kc_disks_unlinked(struct protect *p)
 
 void kc_disks_look(struct protect *p)
 {
-	/* Each write fails now, and QEMU tells of each: it had better write to its own disk alone. */
-	if (p->disks.mirrored && nbd_failed(p->disks.nbd)) {
-		kc_log(KC_LOG_INFO,
-		       "more was written to disks than can be kept while the link is lost: they will be compared");
+	if (!p->disks.mirrored)
+		return;
+	if (has_ended(p)) {
 		kc_disks_lost(p);
+	} else if (!p->disks.told && has_failed(p)) {
+		p->disks.told = true;
+		kc_log(KC_LOG_INFO,
+		       "more was written to disks than can be kept while the link is lost: QEMU keeps account of what it is");
 	}
 }
 
@@ -284,13 +215,11 @@ bool kc_disks_again(struct protect *p)
 	uint64_t last = kc_sink_last_epoch(p->sink);
 	struct disks *d = &p->disks;
 	struct nbd_write *cut = d->cut;
-	struct kc_err why;
 
 	if (!has_disks(p))
 		return true;
 	/* The first epoch may have arrived, or not. */
-	if (!d->mirrored || !d->keeps || kc_disks_check(p, &why) ||
-	    !kc_sink_continues(p->sink) || last < d->kept_from)
+	if (has_ended(p) || !d->keeps || !kc_sink_continues(p->sink) || last < d->kept_from)
 		return false;
 	while (d->kept && d->kept->epoch <= last) {
 		struct nbd_write *w = d->kept;
@@ -307,6 +236,10 @@ bool kc_disks_again(struct protect *p)
 	d->kept_end = &d->kept;
 	d->kept_bytes = 0;
 	d->compare = false;
+	/* Or it had not gone on with the last sink */
+	d->resumes |= d->jobs_failed != p->guest.qmp.jobs_failed;
+	d->resumes |= nbd_again(d->nbd);
+	d->attempts = 0;
 	nbd_never_wait(d->nbd, false);
 	return true;
 }
@@ -323,8 +256,8 @@ void kc_disks_free(struct protect *p)
 
 int kc_disks_check(struct protect *p, struct kc_err *err)
 {
-	if (!has_disks(p) || (p->disks.mirrored && !nbd_failed(p->disks.nbd) &&
-			      p->disks.jobs_ended == p->guest.qmp.jobs_ended))
+	/* What fails until it has gone on is no news. */
+	if (!has_disks(p) || (!has_ended(p) && (p->disks.resumes || !has_failed(p))))
 		return 0;
 	return kc_fail(err, ECONNRESET, "the mirror of a disk has ended, or failed");
 }
@@ -332,28 +265,44 @@ int kc_disks_check(struct protect *p, struct kc_err *err)
 int kc_disks_ready(struct protect *p, bool *ready, uint64_t *done, uint64_t *total,
 		   struct kc_err *err)
 {
-	struct json_object *jobs = NULL;
-	unsigned int nr = 0;
-	size_t i;
+	struct disks *d = &p->disks;
+	struct mirror m;
 	int rc;
 
-	*ready = true;
-	*done = *total = 0;
-	rc = guest_call_list(&p->guest, "query-block-jobs", &jobs, err);
+	/* What fails from now on is known when this is over. */
+	if (d->resumes)
+		nbd_again(d->nbd);
+	rc = kc_mirror_look(p, &m, err);
 	if (rc)
 		return rc;
-	for (i = 0; i < json_object_array_length(jobs); i++) {
-		struct json_object *j = json_object_array_get_idx(jobs, i);
-
-		if (strncmp(qmp_str(j, "device"), JOB_NAME, strlen(JOB_NAME)))
-			continue;
-		nr++;
-		*ready = *ready && qmp_bool(j, "ready");
-		*done += qmp_u64(j, "offset");
-		*total += qmp_u64(j, "len");
+	*done = m.done;
+	*total = m.total;
+	*ready = m.ready;
+	if (!d->resumes)
+		return 0;
+	/*
+	 * Each write of the guest is mirrored before it is done.  So once QEMU has taken up all
+	 * that was not, it stays like that until something fails; and what is under way will be
+	 * here in the pause.
+	 */
+	d->jobs_failed = p->guest.qmp.jobs_failed;
+	if (!m.paused && m.ready) {
+		rc = kc_mirror_is_clean(p, ready, err);
+		if (rc)
+			return rc;
 	}
-	json_object_put(jobs);
-	*ready = *ready && nr == p->guest.id.nr_disks;
+	*ready = *ready && !m.paused && nbd_connected(d->nbd);
+	if (*ready) {
+		d->resumes = false;
+		return 0;
+	}
+	/* It connects again when it writes, which fails until it has: so this takes some attempts. */
+	if (!m.paused && nbd_connected(d->nbd))
+		return 0;
+	if (++d->attempts < MAX_ATTEMPTS)
+		return m.paused ? kc_mirror_resume(p, err) : 0;
+	kc_log(KC_LOG_WARN, "QEMU's mirror of a disk does not go on: all of it is compared");
+	kc_disks_lost(p);
 	return 0;
 }
 

@@ -31,15 +31,20 @@ enum where kc_epoch_wait(struct protect *p, uint64_t until_us, int *rc, struct k
 
 	for (;;) {
 		uint64_t now = kc_now_us();
-		bool ready, full, soon;
+		bool ready, full, soon, another;
 
 		where = kc_link_look(p, rc, err);
 		if (where != OK)
 			return where;
-		/* Who waits for packets waits for all epochs before them, and one more is in the way */
-		ready = p->acked + (g->packets_fd < 0 || !g->holds) >= p->nr;
+		/*
+		 * Who waits for packets waits for all epochs before them, and one more is in the
+		 * way.  So it is of the first one that may be taken over from, but disks do not
+		 * wait.
+		 */
+		another = p->unheld ? kc_disks_full(p) : g->packets_fd < 0 || !g->holds;
+		ready = p->acked + another >= p->nr;
 		p->packets_wait = p->packets_wait || guest_packets_wait(g);
-		soon = p->packets_wait;
+		soon = p->packets_wait || kc_net_proved(p);
 		full = (watch && g->dirty.pages >= p->max_dirty) || kc_disks_full(p);
 		if (p->acked >= p->nr && kc_switch_requested)
 			return SWITCH;
@@ -92,7 +97,8 @@ static int send_epoch(struct protect *p, struct kc_err *err)
 		rc = kc_disks_send(p, err);
 	if (!rc)
 		rc = kc_epoch_state(p->sink, p->epoch.state, p->epoch.state_len,
-				    !p->epoch.was_running, err);
+				    (p->epoch.was_running ? 0 : KC_STATE_STOPPED) |
+				    (p->taken_unheld ? KC_STATE_UNHELD : 0), err);
 	if (!rc)
 		rc = kc_epoch_commit(p->sink, err);
 	if (rc)
@@ -143,7 +149,8 @@ static enum where take_epoch(struct protect *p, int *rc, struct kc_err *err)
 		*rc = -EBUSY;
 	if (*rc == -ENODATA) {
 		kc_no_epochs(p, err->text);
-		kc_net_stuck(p);
+		if (p->epoch.was_running)
+			kc_net_stuck(p);
 	} else if (!*rc) {
 		kc_no_epochs(p, "");
 	}
@@ -165,7 +172,7 @@ enum where kc_epoch_next(struct protect *p, int *rc, struct kc_err *err)
 		return where;
 	/* Nothing can have changed since */
 	if (p->idle && !p->epoch.was_running && !p->epoch.copy.nr &&
-	    !p->epoch.copy.nr_holes && !p->lease_ms)
+	    !p->epoch.copy.nr_holes && !p->lease_ms && p->sent_unheld == p->taken_unheld)
 		return OK;
 	p->idle = !p->epoch.was_running;
 
@@ -323,7 +330,9 @@ static enum where begin_first(struct protect *p, bool compare, bool again, int *
 {
 	uint64_t last = kc_sink_last_epoch(p->sink);
 
-	*rc = guest_collect(&p->guest, err);
+	*rc = kc_net_begin(p, err);
+	if (!*rc)
+		*rc = guest_collect(&p->guest, err);
 	if (*rc)
 		return GUEST;
 	/* What is dirty by now will be read after this */
@@ -427,9 +436,10 @@ enum where kc_epoch_first(struct protect *p, int *rc, struct kc_err *err)
 
 	/*
 	 * That it has arrived may never be known here, and then it is taken over from.  If there is
-	 * a lease already it ends when it has to.
+	 * a lease already it ends when it has to.  One that is not taken over from needs none: the
+	 * next one gets it when this one is acknowledged, which may take longer than a lease.
 	 */
-	if (p->lease_ms)
+	if (p->lease_ms && !p->unheld)
 		guest_lease(&p->guest, kc_boot_us() + p->lease_ms * 1000ull, true);
 	where = take_first(p, rc, err);
 	if (where != OK)
@@ -463,6 +473,7 @@ enum where kc_epoch_last(struct protect *p, int *rc, struct kc_err *err)
 	/* Whatever comes of it, what is written after that is of no epoch. */
 	kc_sent_forget(p);
 	p->epoch.last = true;
+	p->taken_unheld = p->unheld;
 	*rc = guest_take(&p->guest, &p->epoch, err);
 	p->epoch.last = false;
 	if (*rc)

@@ -41,7 +41,7 @@ int kc_link_poll(struct protect *p, struct kc_err *err)
 		guest_lease(&p->guest, p->lease_ms ? kc_sink_heard_us(p->sink) +
 						     p->lease_ms * 1000ull : 0, false);
 	}
-	if (p->first.nr && p->acked >= p->first.nr) {
+	if (p->first.nr && p->acked >= p->first.nr && !p->unheld) {
 		kc_show_protected(p, &p->first);
 		kc_status_phase(p->status, "protected");
 		p->first.nr = 0;
@@ -67,7 +67,7 @@ void kc_no_epochs(struct protect *p, const char *why)
 		kc_log(KC_LOG_WARN, "%s", phase);
 	else
 		kc_log(KC_LOG_INFO, "there are epochs again");
-	kc_status_phase(p->status, *why ? phase : "protected");
+	kc_status_phase(p->status, *why ? phase : p->unheld ? "sent" : "protected");
 	if (p->sink && !p->lost)
 		p->lost = kc_sink_note(p->sink, p->no_epochs, &p->lost_err);
 }
@@ -117,7 +117,10 @@ static void tell(struct protect *p, int error, const char *text, const char *wha
 
 static void close_link(struct protect *p)
 {
-	kc_net_stuck(p);
+	if (p->sink)
+		kc_net_unlinked(p);
+	else
+		kc_net_stuck(p);
 	if (p->sink)
 		kc_status_sink(p->status, NULL);
 	kc_status_peer(p->status, NULL);

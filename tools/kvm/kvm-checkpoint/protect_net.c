@@ -5,11 +5,28 @@
  * QEMU holds packets back and numbers the states that it saves; an epoch's acknowledgement releases
  * what was sent before its state was saved.  (Output commit, as in Remus.)
  *
+ * The rule, for both sides: no packet leaves that the epoch does not know of which the standby
+ * would take over from.  So while the standby has none it would take over from, nothing is held:
+ * the first epoch is far from being one, as it has to be sent, and loaded on trial.
+ *
+ * - Which epoch is the first that counts: one with which all before was sent, or is held, and after
+ *   which all is.  QEMU begins to hold where a state is saved, so that is the first state after
+ *   x-checkpoint-hold.  Epochs before it have KC_STATE_UNHELD.
+ * - It begins when an epoch was acknowledged: then the standby can load what it gets, and the next
+ *   one arrives at once.
+ * - The standby does not take over by itself from an epoch with KC_STATE_UNHELD, and says in its
+ *   WELCOME whether it has one without.  If so, that one may be gone on from at any time, and
+ *   packets are held from the first epoch on, as they were before: by us or, for us, by QEMU.
+ *
  * If there are no acknowledgements, since the link is lost or there can be no epochs, packets are
- * held for as long as the standby may take over from an epoch that does not know of them: its time
- * limit, and its fence's.  Who has not been fenced by then runs on alone, without protection, and
- * its packets leave.  With a lease the guest stands still by then, and if the standby has no fence
- * it may well run there: they are held until that is known.
+ * held for as long as the standby may take over from an epoch that does not know of them.  A
+ * standby that is reached is told first that what it has counts no more, and has stored that when
+ * it answers.  One that is not reached has missed us since it last heard of us, for its time limit
+ * and then its fence's: who has not been fenced by then runs on alone, without protection, and its
+ * packets leave.  That is the first thing that the standby hears when it is reached again, before
+ * it takes our silence for anything.  With a lease the guest stands still by then, and if the
+ * standby has no fence it may well run there: they are held until that is known.  A guest that
+ * stands still sends nothing, so what it has sent can wait.
  */
 #include <errno.h>
 
@@ -35,7 +52,7 @@ static bool is_wanted(const struct protect *p)
 	return p->net == NET_COMMIT || (p->net == NET_AUTO && to_standby(p));
 }
 
-int kc_net_hold(struct protect *p, struct kc_err *err)
+static int hold(struct protect *p, struct kc_err *err)
 {
 	bool held = p->guest.holds;
 	struct kc_err why;
@@ -59,10 +76,67 @@ int kc_net_hold(struct protect *p, struct kc_err *err)
 	return 0;
 }
 
+void kc_net_stuck(struct protect *p)
+{
+	uint64_t confirmed = p->sink ? kc_sink_confirmed_us(p->sink) : 0;
+
+	if (!p->net_stuck_us)
+		p->net_stuck_us = confirmed ? confirmed : kc_now_us();
+}
+
+int kc_net_begin(struct protect *p, struct kc_err *err)
+{
+	int rc;
+
+	/* If there was something to tell, it was told, and is stored there. */
+	p->opts.unheld = p->unheld = false;
+	p->unheld_from = p->unheld_told_us = 0;
+	if (!to_standby(p) || !is_wanted(p) || p->no_cards)
+		return 0;
+	p->unheld = !kc_sink_counts(p->sink);
+	/* This may be another standby than the one that it is held for: until the limit */
+	if (p->guest.holds)
+		return 0;
+	/* Whether it can be held should be known before the first copy. */
+	rc = hold(p, err);
+	p->unheld = p->unheld && !p->no_cards;
+	if (rc || p->no_cards)
+		return rc;
+	/* What QEMU may hold for who was here before is ours now, and so is the limit. */
+	if (!p->unheld) {
+		kc_net_stuck(p);
+		return 0;
+	}
+	kc_status_output(p->status, KC_OUTPUT_PASSES);
+	return guest_release(&p->guest, 0, false, err);
+}
+
+bool kc_net_proved(const struct protect *p)
+{
+	return p->unheld && p->unheld_from && p->acked >= p->unheld_from;
+}
+
+int kc_net_hold(struct protect *p, struct kc_err *err)
+{
+	if (kc_net_proved(p)) {
+		p->unheld = false;
+		/* That is the one since which it is protected. */
+		p->first.nr = p->nr + 1;
+		/* Who takes over from it has heard of us later than now. */
+		if (p->lease_ms)
+			guest_lease(&p->guest, kc_boot_us() + p->lease_ms * 1000ull, false);
+	}
+	p->taken_unheld = p->unheld;
+	return p->unheld ? 0 : hold(p, err);
+}
+
 void kc_net_sent(struct protect *p)
 {
 	struct net_mark *m = &p->marks[p->nr % KC_SENT];
 
+	if (p->taken_unheld && !p->unheld_from)
+		p->unheld_from = p->nr;
+	p->sent_unheld = p->taken_unheld;
 	*m = (struct net_mark){ .nr = p->nr, .packets = p->epoch.packets };
 }
 
@@ -81,12 +155,33 @@ static uint64_t safe_packets(const struct protect *p)
 	return packets;
 }
 
-void kc_net_stuck(struct protect *p)
+void kc_net_unlinked(struct protect *p)
 {
-	uint64_t confirmed = p->sink ? kc_sink_confirmed_us(p->sink) : 0;
+	/* It has heard of us until now. */
+	p->net_stuck_us = 0;
+	kc_net_stuck(p);
+}
 
-	if (!p->net_stuck_us)
-		p->net_stuck_us = confirmed ? confirmed : kc_now_us();
+/* The limit is over */
+static int let_go(struct protect *p, struct kc_err *err)
+{
+	if (p->sink && to_standby(p) && !p->unheld) {
+		/* So are those that are taken from now on. */
+		p->unheld = true;
+		p->unheld_from = 0;
+		if (!p->lost)
+			p->lost = kc_sink_unheld(p->sink, &p->lost_err);
+		p->unheld_told_us = kc_now_us();
+	}
+	if (p->sink && p->unheld_told_us && kc_sink_confirmed_us(p->sink) <= p->unheld_told_us)
+		return 0;
+	kc_log(KC_LOG_WARN,
+	       "nothing was acknowledged for %u ms: what the guest sends is not held back any more, until there is a new epoch",
+	       p->net_ms);
+	kc_status_output(p->status, KC_OUTPUT_PASSES);
+	if (!p->sink)
+		p->opts.unheld = true;
+	return guest_release(&p->guest, 0, false, err);
 }
 
 int kc_net_look(struct protect *p, struct kc_err *err)
@@ -105,11 +200,7 @@ int kc_net_look(struct protect *p, struct kc_err *err)
 			p->net_stuck_us = 0;
 	} else if (p->net_stuck_us && !p->lease_ms &&
 		   kc_now_us() - p->net_stuck_us >= p->net_ms * 1000ull) {
-		kc_log(KC_LOG_WARN,
-		       "nothing was acknowledged for %u ms: what the guest sends is not held back any more, until there is a new epoch",
-		       p->net_ms);
-		kc_status_output(p->status, KC_OUTPUT_PASSES);
-		rc = guest_release(&p->guest, 0, false, err);
+		rc = let_go(p, err);
 	}
 	return rc;
 }

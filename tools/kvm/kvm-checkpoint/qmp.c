@@ -37,19 +37,23 @@ static int qemu_gone(struct kc_err *err)
 	return kc_fail(err, EPIPE, "QEMU is gone");
 }
 
-static bool ends_job(const char *name, struct json_object *o)
+static void job_event(struct qmp *q, const char *name, struct json_object *o)
 {
 	struct json_object *data;
 
-	return !strncmp(name, "BLOCK_JOB_", 10) && strcmp(name + 10, "READY") &&
-	       strcmp(name + 10, "PENDING") && json_object_object_get_ex(o, "data", &data) &&
-	       !strncmp(qmp_str(data, "device"), JOB_NAME, strlen(JOB_NAME));
+	if (!json_object_object_get_ex(o, "data", &data) ||
+	    strncmp(qmp_str(data, "device"), JOB_NAME, strlen(JOB_NAME)))
+		return;
+	if (!strcmp(name, "ERROR"))
+		q->jobs_failed++;
+	else if (strcmp(name, "READY") && strcmp(name, "PENDING"))
+		q->jobs_ended++;
 }
 
 static void event(struct qmp *q, struct json_object *o)
 {
-	if (ends_job(qmp_str(o, "event"), o))
-		q->jobs_ended++;
+	if (!strncmp(qmp_str(o, "event"), "BLOCK_JOB_", 10))
+		job_event(q, qmp_str(o, "event") + 10, o);
 	if (!strcmp(qmp_str(o, "event"), "SHUTDOWN"))
 		q->shutdown = true;
 	else if (!strcmp(qmp_str(o, "event"), "RESUME"))

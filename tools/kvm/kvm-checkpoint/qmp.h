@@ -20,7 +20,8 @@ struct qmp {
 	unsigned int timeout_ms;
 	uint64_t asked_us;	/* since when an answer is awaited, 0 if none is */
 	bool shutdown;		/* the event came: the guest or its owner ended it */
-	unsigned int jobs_ended;	/* events of that, and of their errors, of jobs that are called JOB_NAME... */
+	/* Events of that, and of their errors, of jobs that are called JOB_NAME... */
+	unsigned int jobs_ended, jobs_failed;
 	int (*idle)(void *ctx);
 	void *idle_ctx;
 	char *buf;

@@ -353,6 +353,11 @@ uint64_t kc_ram_age_ms(const struct kc_ram *ram)
 	return ram->epoch && ram->time_ms <= now ? now - ram->time_ms : UINT64_MAX;
 }
 
+bool kc_ram_counts(const struct kc_ram *ram)
+{
+	return ram->epoch && !(ram->flags & (KC_RAM_ENDED | KC_RAM_UNHELD));
+}
+
 unsigned int kc_ram_flags(const struct kc_ram *ram)
 {
 	return ram->flags;

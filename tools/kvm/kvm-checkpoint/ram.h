@@ -84,6 +84,12 @@ int kc_ram_settle(struct kc_ram *ram, struct kc_err *err);
 uint64_t kc_ram_epoch(const struct kc_ram *ram);
 
 /*
+ * May it be failed over to without being told to?  Not if the protection has ended, or if clients
+ * may know more of the guest than it does.
+ */
+bool kc_ram_counts(const struct kc_ram *ram);
+
+/*
  * How long ago it was complete, by the clock on the wall; UINT64_MAX if there is none or that clock
  * was set back since.
  */
@@ -97,6 +103,8 @@ char *kc_ram_state_path(const struct kc_ram *ram);
 #define KC_RAM_TAKEN_OVER	2u	/* QEMU got these files: they are no epoch any more */
 #define KC_RAM_STOPPED		4u	/* the guest was not running when the epoch was taken */
 #define KC_RAM_UNTRIED		8u	/* nobody knows yet whether it can be loaded */
+/* What the guest sent after the epoch has left: to go on from it is for people to decide */
+#define KC_RAM_UNHELD		16u
 
 /**
  * struct kc_ram_trial - who finds out whether an epoch can be loaded

@@ -270,7 +270,8 @@ static int try(struct kc_ram *ram, uint64_t old, struct kc_err *err)
 
 static int ram_commit(void *ctx, uint64_t nr, const struct kc_devices *state, struct kc_err *err)
 {
-	unsigned int flags = state->stopped ? KC_RAM_STOPPED : 0;
+	unsigned int flags = (state->stopped ? KC_RAM_STOPPED : 0) |
+			     (state->unheld ? KC_RAM_UNHELD : 0);
 	struct kc_devices copy = { .data = NULL };
 	struct kc_ram *ram = ctx;
 	uint64_t now = kc_wall_ms(), old = ram->epoch;

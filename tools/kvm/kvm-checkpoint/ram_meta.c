@@ -127,7 +127,7 @@ int kc_ram_write_meta_tmp(struct kc_ram *ram, uint64_t epoch, uint64_t time_ms,
 	memcpy(m.id, ram->id, sizeof(m.id));
 	memcpy(m.sender, ram->sender, sizeof(m.sender));
 	boot_id(m.boot_id);
-	m.hello_len = kc_put_hello(buf + sizeof(m), &ram->guest, nobody);
+	m.hello_len = kc_put_hello(buf + sizeof(m), &ram->guest, nobody, 0);
 	memcpy(buf, &m, sizeof(m));
 	xxh = XXH3_64bits(buf, sizeof(m) + m.hello_len);
 	rc = kc_ram_write_file(ram, "meta.tmp", buf, sizeof(m) + m.hello_len, &xxh, sizeof(xxh), err);

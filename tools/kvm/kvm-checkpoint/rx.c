@@ -47,7 +47,6 @@ struct kc_rx *kc_rx_new(const struct kc_guest *guest, const struct kc_rx_ops *op
 	return rx;
 }
 
-/* Forget what belongs to the open epoch. */
 int kc_devices_keep(struct kc_devices *to, const struct kc_devices *from, struct kc_err *err)
 {
 	uint8_t *copy = malloc(from->len + 1);
@@ -62,6 +61,7 @@ int kc_devices_keep(struct kc_devices *to, const struct kc_devices *from, struct
 	return 0;
 }
 
+/* Forget what belongs to the open epoch. */
 static void reset(struct kc_rx *rx)
 {
 	uint32_t i;
@@ -309,6 +309,7 @@ static int commit(struct kc_rx *rx, const struct kc_rec *rec, struct kc_err *err
 			.data = rx->state,
 			.len = rx->announced.len,
 			.stopped = rx->announced.flags & KC_STATE_STOPPED,
+			.unheld = rx->announced.flags & KC_STATE_UNHELD,
 		}, err);
 	reset(rx);
 	return rc ? rc : KC_COMMIT;
@@ -371,6 +372,7 @@ int kc_rx_record(struct kc_rx *rx, const struct kc_rec *rec, struct kc_err *err)
 	case KC_END:
 	case KC_DIGEST_REQ:
 	case KC_NOTE:
+	case KC_UNHELD:
 		return rec->type;
 	}
 	if (rec->flags & KC_REC_OPTIONAL)

@@ -196,6 +196,17 @@ static void show_peer(struct session *s)
 	kc_status_peer(s->sb->status, text);
 }
 
+/* Who has got what the guest sent after the last epoch may know more than that. */
+static int unheld(struct standby *sb, struct kc_err *err)
+{
+	if (!kc_ram_counts(sb->ram))
+		return 0;
+	kc_log(KC_LOG_WARN,
+	       "what the guest sends was not held back any more: epoch %" PRIu64 " is not failed over to, unless told to by promote-anyway",
+	       kc_ram_epoch(sb->ram));
+	return kc_ram_set_flags(sb->ram, kc_ram_flags(sb->ram) | KC_RAM_UNHELD, err);
+}
+
 static int greet(struct session *s, const struct kc_hello *hello, struct kc_err *err)
 {
 	struct standby *sb = s->sb;
@@ -212,6 +223,10 @@ static int greet(struct session *s, const struct kc_hello *hello, struct kc_err 
 			return kc_fail(err, EEXIST,
 				       "%s (give the standby another --ram-dir, or remove its old one)",
 				       why.text);
+		/* Before its silence means something */
+		rc = hello->flags & KC_HELLO_UNHELD ? unheld(sb, err) : 0;
+		if (rc)
+			return rc;
 		/* Whatever keeps us from taking it now: it lives. */
 		pthread_mutex_lock(&sb->lock);
 		sb->guest_died = false;
@@ -244,6 +259,7 @@ static int greet(struct session *s, const struct kc_hello *hello, struct kc_err 
 	w.fence_ms = sb->no_fence ? 0 : sb->fence_timeout_ms;
 	w.same_sender = kc_ram_set_sender(sb->ram, hello->instance, hello->guest.process);
 	w.last_epoch = kc_ram_epoch(sb->ram);
+	w.counts = kc_ram_counts(sb->ram);
 	memcpy(w.receiver, kc_ram_id(sb->ram), sizeof(w.receiver));
 	kc_put_welcome(rec, &w);
 	pthread_mutex_lock(&sb->lock);
@@ -300,12 +316,15 @@ static int acknowledge(struct session *s, const struct kc_rx *rx, uint64_t start
 	kc_status_epoch(sb->status, nr, now);
 	kc_status_sink(sb->status, &sb->stats);
 	kc_status_trouble(sb->status, NULL);
+	kc_status_phase(sb->status, kc_ram_counts(sb->ram) ? "receiving" :
+			"receiving, but nothing to fail over to yet");
 	return rc;
 }
 
 static int ended(struct session *s, const struct kc_rec *rec, struct kc_err *err)
 {
 	struct standby *sb = s->sb;
+	struct kc_err why;
 	uint32_t reason;
 	int rc;
 
@@ -316,7 +335,9 @@ static int ended(struct session *s, const struct kc_rec *rec, struct kc_err *err
 		kc_log(KC_LOG_WARN, "the primary says that its guest died");
 		pthread_mutex_lock(&sb->lock);
 		/* Not to what is not there, nor to what was left when it was once detached. */
-		if (!kc_ram_epoch(sb->ram) || (kc_ram_flags(sb->ram) & KC_RAM_ENDED))
+		if (kc_check_epoch(sb, &why) == -ESTALE)
+			kc_log(KC_LOG_ERROR, "%s", why.text);
+		else if (!kc_ram_counts(sb->ram))
 			kc_log(KC_LOG_ERROR, "there is no complete epoch of it to go on from");
 		else if (sb->mode == SERVING)
 			sb->guest_died = true;
@@ -385,6 +406,9 @@ static int receive(struct session *s, struct kc_rx *rx, struct kc_err *err)
 			noted(sb, &rec);
 			rc = 0;
 			break;
+		case KC_UNHELD:
+			rc = unheld(sb, err);
+			break;
 		case KC_DIGEST_REQ:
 			if (rec.payload)
 				rc = answer_digests(s, &rec, err);
@@ -452,7 +476,13 @@ void *kc_session_run(void *arg)
 		s->is_primary = true;
 		pthread_mutex_unlock(&sb->lock);
 		memcpy(s->instance, hello.instance, sizeof(s->instance));
-		rc = activate(s, &hello.guest, &err);
+		/* Files of older versions can be read; a primary has to know all of this one. */
+		if (hello.version < KC_VERSION)
+			rc = kc_fail(&err, EPROTONOSUPPORT,
+				     "the peer speaks version %u of the protocol, this program version %u: use the same kvm-checkpoint on both sides",
+				     hello.version, KC_VERSION);
+		else
+			rc = activate(s, &hello.guest, &err);
 		active = !rc;
 		s->busy = true;
 		if (!rc)

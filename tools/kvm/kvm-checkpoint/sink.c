@@ -133,6 +133,11 @@ bool kc_sink_continues(const struct kc_sink *s)
 	return s->same_sender;
 }
 
+bool kc_sink_counts(const struct kc_sink *s)
+{
+	return s->counts;
+}
+
 unsigned int kc_sink_start(const struct kc_sink *s)
 {
 	return s->has_ram ? KC_EPOCH_RESYNC : KC_EPOCH_FULL;
@@ -367,7 +372,7 @@ int kc_epoch_zeros(struct kc_sink *s, uint32_t block, uint64_t page, uint64_t n,
 	return kc_sink_broken(s, put_zeros(s, &z, err));
 }
 
-int kc_epoch_state(struct kc_sink *s, const void *buf, size_t len, bool stopped,
+int kc_epoch_state(struct kc_sink *s, const void *buf, size_t len, unsigned int flags,
 		   struct kc_err *err)
 {
 	size_t i, n = KC_STATE_PAGES(len), old;
@@ -399,7 +404,7 @@ int kc_epoch_state(struct kc_sink *s, const void *buf, size_t len, bool stopped,
 		old = 0;
 
 	state = (struct kc_state){ .len = len,
-				   .flags = stopped ? KC_STATE_STOPPED : 0,
+				   .flags = flags,
 				   .xxh = XXH3_64bits(copy, len) };
 	kc_put_state(rec, &state);
 	rc = kc_sink_flush_zeros(s, err);
@@ -515,9 +520,11 @@ int kc_sink_poll(struct kc_sink *s, uint64_t *acked, struct kc_err *err)
 	if (rc)
 		return rc;
 	/* Within a long epoch as well, as nothing else in it is answered. */
-	if (s->heartbeat_ms && now - s->beat_us >= s->heartbeat_ms * 1000ull) {
+	if (s->heartbeat_ms &&
+	    (s->beat_soon || now - s->beat_us >= s->heartbeat_ms * 1000ull)) {
 		n = kc_put_heartbeat(rec, now);
 		s->beat_us = now;
+		s->beat_soon = false;
 		rc = kc_sink_emit(s, rec, n, NULL, 0, err);
 	}
 	if (!rc)
@@ -543,19 +550,10 @@ unsigned int kc_sink_fence_ms(const struct kc_sink *s)
 	return s->fence_ms;
 }
 
-int kc_sink_note(struct kc_sink *s, const char *text, struct kc_err *err)
-{
-	uint8_t rec[KC_REC_HDR + KC_NOTE_MAX];
-	int rc;
-
-	rc = kc_sink_usable(s, false, err);
-	if (rc || !s->heartbeat_ms)
-		return rc;
-	return kc_sink_broken(s, kc_sink_emit(s, rec, kc_put_note(rec, text), NULL, 0, err));
-}
-
 uint64_t kc_sink_due_us(const struct kc_sink *s)
 {
+	if (s->beat_soon)
+		return 0;
 	return s->heartbeat_ms ? s->beat_us + s->heartbeat_ms * 1000ull : UINT64_MAX;
 }
 

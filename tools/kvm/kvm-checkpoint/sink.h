@@ -109,6 +109,8 @@ enum kc_codec { KC_CODEC_NONE, KC_CODEC_LZ4, KC_CODEC_ZSTD };
  * @insecure: neither authenticated nor encrypted; only to a loopback address.
  * @bandwidth: bytes a second that are sent or written at most, before encryption; 0 for no limit.
  * @keep: a directory keeps at least this many of the last epochs restorable, and merges older ones.
+ * @unheld: what the guest sent after the last epoch that was acknowledged was not held back: the
+ *	standby must not take over from what it has, unless told to.
  */
 struct kc_sink_opts {
 	enum kc_codec codec;
@@ -121,6 +123,7 @@ struct kc_sink_opts {
 	bool insecure;
 	uint64_t bandwidth;
 	unsigned int keep;
+	bool unheld;
 };
 
 /** kc_sink_defaults() - fill in what is used when the user says nothing. */
@@ -350,13 +353,18 @@ int kc_epoch_disk(struct kc_sink *sink, uint32_t disk, uint64_t offset, const vo
  * @sink: with an open epoch.
  * @buf: the state, opaque.
  * @len: its length, at most KC_STATE_MAX.
- * @stopped: the guest was not running, and is not to run where it is restored either.
+ * @flags: of the following.
  * @err: why not.
  *
  * Return: 0 or a negative errno.
  */
-int kc_epoch_state(struct kc_sink *sink, const void *buf, size_t len, bool stopped,
+int kc_epoch_state(struct kc_sink *sink, const void *buf, size_t len, unsigned int flags,
 		   struct kc_err *err);
+
+/* The guest was not running, and is not to run where it is restored either. */
+#define KC_STATE_STOPPED 1u
+/* What it sends after this epoch is not held back: no standby takes over from it by itself. */
+#define KC_STATE_UNHELD	2u
 
 #ifndef KC_STATE_MAX
 #define KC_STATE_MAX (64u << 20)
@@ -417,6 +425,24 @@ unsigned int kc_sink_fence_ms(const struct kc_sink *sink);
  * Return: 0 or a negative errno.
  */
 int kc_sink_note(struct kc_sink *sink, const char *text, struct kc_err *err);
+
+/**
+ * kc_sink_counts() - has a standby, as of kc_sink_open(), an epoch that it may take over from?
+ *
+ * By itself, when it misses the primary.  A directory has none.
+ */
+bool kc_sink_counts(const struct kc_sink *sink);
+
+/**
+ * kc_sink_unheld() - what the guest sends will not be held back: see opts.unheld
+ * @sink: any time.
+ * @err: why not.
+ *
+ * The standby knows when kc_sink_confirmed_us() is later than the return of this.
+ *
+ * Return: 0 or a negative errno.
+ */
+int kc_sink_unheld(struct kc_sink *sink, struct kc_err *err);
 
 /**
  * kc_sink_confirmed_us() - since when nothing is known of a standby

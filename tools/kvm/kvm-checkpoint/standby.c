@@ -28,19 +28,24 @@
 
 static char *command(void *ctx, const char *line, bool *ok)
 {
+	bool anyway = !strcmp(line, "promote-anyway");
 	struct standby *sb = ctx;
+	struct kc_err err;
 	const char *text;
+	int rc;
 
 	*ok = false;
 	pthread_mutex_lock(&sb->lock);
-	if (strcmp(line, "promote")) {
-		text = "unknown command; there are: status, promote";
+	rc = kc_check_epoch(sb, &err);
+	if (strcmp(line, "promote") && !anyway) {
+		text = "unknown command; there are: status, promote, promote-anyway";
 	} else if (sb->mode != SERVING) {
 		text = "it is failing over or has done so";
-	} else if (!kc_ram_epoch(sb->ram)) {
-		text = "there is no complete epoch to go on from";
+	} else if (rc && (rc != -ESTALE || !anyway)) {
+		text = err.text;
 	} else {
 		sb->promote = "told to";
+		sb->anyway = anyway;
 		text = "failing over";
 		*ok = true;
 	}
@@ -116,8 +121,7 @@ static bool may_be_missed(struct standby *sb)
 	pthread_mutex_lock(&sb->lock);
 	armed = sb->armed;
 	pthread_mutex_unlock(&sb->lock);
-	return armed && sb->timeout_ms && kc_ram_epoch(sb->ram) &&
-	       !(kc_ram_flags(sb->ram) & KC_RAM_ENDED);
+	return armed && sb->timeout_ms && kc_ram_counts(sb->ram);
 }
 
 /* Until something may have to be done that nothing wakes us for */
@@ -280,7 +284,7 @@ static void usage(FILE *f)
 		"  --capability NAME     migration capability to set before the state is loaded\n"
 		"  --no-trial            do not try to load the guest's state before it is needed\n"
 		"  --load-timeout TIME   for QEMU to have loaded the state (default 30s)\n"
-		"  --control PATH        unix socket for status and promote\n"
+		"  --control PATH        unix socket for status, promote, promote-anyway\n"
 		"  --psk-file FILE, --psk-identity NAME, --insecure, --io-timeout TIME\n"
 		"                        as for protect\n"
 		"  --json                messages as JSON\n"
@@ -471,9 +475,15 @@ static int parse(struct standby *sb, int argc, char **argv)
 static void look_at_stored(struct standby *sb)
 {
 	uint64_t age = kc_ram_age_ms(sb->ram);
+	struct kc_err err;
 
 	if (!kc_ram_epoch(sb->ram) || (kc_ram_flags(sb->ram) & KC_RAM_ENDED))
 		return;
+	if (!kc_ram_counts(sb->ram)) {
+		kc_check_epoch(sb, &err);
+		kc_log(KC_LOG_WARN, "%s", err.text);
+		return;
+	}
 	sb->armed = sb->restart_age_ms && age <= sb->restart_age_ms;
 	if (sb->armed && sb->timeout_ms)
 		kc_log(KC_LOG_INFO,

@@ -75,6 +75,7 @@ struct standby {
 	unsigned int nr_sessions;
 	/* By whom failing over was asked for, if it was. */
 	const char *promote;
+	bool anyway;		/* and from an epoch that clients may know more than */
 	/* The primary has handed over the guest; why that did not work. */
 	bool switches;
 	struct kc_err why_not;
@@ -143,6 +144,9 @@ void kc_free_launch(struct kc_launch *l);
 
 /* Would QEMU get all of the guest's memory?  0 or -EOPNOTSUPP. */
 int kc_check_command(struct standby *sb, const struct kc_guest *guest, struct kc_err *err);
+
+/* Is there an epoch to go on from, and one that clients do not know more than?  Else why not. */
+int kc_check_epoch(struct standby *sb, struct kc_err *err);
 
 /*
  * 0 if the guest runs here now (*pid > 0) or its files are given away (*pid is 0).  Without the

@@ -127,7 +127,7 @@ static int merge_file(struct kc_place *pl, const struct kc_store *st, const size
 		goto out;
 	}
 	XXH3_128bits_reset(sum);
-	rc = merge_put(f, sum, NULL, buf, kc_put_hello(buf, &st->guest, nobody));
+	rc = merge_put(f, sum, NULL, buf, kc_put_hello(buf, &st->guest, nobody, 0));
 	if (!rc)
 		rc = merge_put(f, sum, &c.records, buf, kc_put_begin(buf, &b));
 	if (rc)

@@ -127,7 +127,7 @@ static int store_begin(struct kc_sink *s, struct kc_err *err)
 	hello = malloc(KC_REC_HDR + KC_REC_MAX);
 	if (!hello)
 		return kc_fail(err, ENOMEM, "out of memory");
-	n = kc_put_hello(hello, &s->guest, nobody);
+	n = kc_put_hello(hello, &s->guest, nobody, 0);
 	ss->scanned = n;
 	rc = store_write(s, hello, n, err);
 	free(hello);

@@ -27,6 +27,9 @@
  *			has the same number, and 0 if it is no answer
  *	NOTE		any time, optional: why there are no epochs for now, in words; empty when
  *			there are again
+ *	UNHELD		any time: what the guest sends is not held back any more, so that who has got
+ *			it may know more than the last epoch.  There will be no takeover from that
+ *			by itself once a heartbeat is answered that was sent after this
  *	END		there will be no more
  *
  * Receiver to sender: WELCOME or ERROR after HELLO; then DIGESTS, ACK, HEARTBEAT, END when it has
@@ -47,7 +50,9 @@
 
 #include "sink.h"
 
-#define KC_VERSION	4
+#define KC_VERSION	5
+/* The oldest whose files can be read: what came since is between a primary and its standby. */
+#define KC_VERSION_FILES 4
 #define KC_REC_HDR	8u
 #define KC_REC_MAX	(64u << 10)
 #define KC_REC_OPTIONAL	1u
@@ -55,6 +60,7 @@
 
 enum kc_rec_type {
 	KC_HELLO = 1, KC_WELCOME, KC_ERROR, KC_HEARTBEAT, KC_END, KC_DIGEST_REQ, KC_DIGESTS, KC_NOTE,
+	KC_UNHELD,
 	KC_BEGIN = 0x10, KC_PAGE, KC_ZERO, KC_STATE, KC_COMMIT, KC_ABORT, KC_ACK,
 	KC_PART = 0x40,
 };
@@ -74,8 +80,12 @@ struct kc_rec {
 	const uint8_t *raw;
 };
 
+/* The same as KC_UNHELD, of the time before the connection */
+#define KC_HELLO_UNHELD	1u
+
 struct kc_hello {
 	uint16_t version, version_min;
+	uint32_t flags;
 	uint8_t instance[16];
 	struct kc_guest guest;		/* kc_guest_free() */
 };
@@ -83,6 +93,7 @@ struct kc_hello {
 struct kc_welcome {
 	uint16_t version;
 	bool has_ram, same_sender;	/* the last epoch came from the same instance */
+	bool counts;			/* there is one that may be taken over from by itself */
 	uint32_t timeout_ms, fence_ms;	/* of silence, then for the fence; 0: never, none */
 	uint64_t last_epoch;
 	uint8_t receiver[16];
@@ -114,8 +125,6 @@ struct kc_page {
 /* The device state is paged as RAM is, because little of it changes from one epoch to the next. */
 #define KC_STATE_BLOCK 0xffffu
 #define KC_STATE_PAGES(len) (((len) + KC_PAGE_SIZE - 1) / KC_PAGE_SIZE)
-
-#define KC_STATE_STOPPED 1u		/* the guest was not running: nor is it to be after a failover */
 
 struct kc_state {
 	uint32_t len, flags;
@@ -154,7 +163,8 @@ struct kc_digest_req {
 /* Packing: each returns the length of the whole record in @out. */
 size_t kc_put_rec(uint8_t *out, uint16_t type, uint16_t flags, uint32_t len);
 /* @out has room for KC_REC_HDR + KC_REC_MAX; 0 if the description does not fit. */
-size_t kc_put_hello(uint8_t *out, const struct kc_guest *guest, const uint8_t instance[16]);
+size_t kc_put_hello(uint8_t *out, const struct kc_guest *guest, const uint8_t instance[16],
+		    uint32_t flags);
 size_t kc_put_welcome(uint8_t *out, const struct kc_welcome *w);
 size_t kc_put_note(uint8_t *out, const char *text);
 size_t kc_put_error(uint8_t *out, uint32_t code, const char *text);
@@ -282,7 +292,7 @@ int kc_unpack(struct kc_unpacker *up, const struct kc_page *p, const void *base,
 struct kc_devices {
 	uint8_t *data;
 	uint32_t len;
-	bool stopped;			/* KC_STATE_STOPPED */
+	bool stopped, unheld;		/* KC_STATE_STOPPED, KC_STATE_UNHELD */
 };
 
 /* A copy, in place of what *to has; 0 or -ENOMEM, and then *to is as it was. */

@@ -90,15 +90,30 @@ static int start_guest(struct standby *sb, pid_t *pid, struct kc_err *err)
 	return rc;
 }
 
+int kc_check_epoch(struct standby *sb, struct kc_err *err)
+{
+	if (!kc_ram_epoch(sb->ram))
+		return kc_fail(err, ENOENT, "there is no complete epoch to go on from");
+	if (kc_ram_flags(sb->ram) & KC_RAM_UNHELD)
+		return kc_fail(err, ESTALE,
+			       "epoch %" PRIu64 " is of before the guest was protected, or what it sent since was not held back: clients may know more than it does; promote-anyway goes on from it nevertheless",
+			       kc_ram_epoch(sb->ram));
+	return 0;
+}
+
 int kc_take_over(struct standby *sb, const char *reason, pid_t *pid, struct kc_err *err)
 {
 	uint64_t t = kc_now_us(), fenced;
+	bool anyway;
 	int rc = 0;
 
 	*pid = 0;
 	pthread_mutex_lock(&sb->lock);
 	sb->mode = FAILING_OVER;
 	sb->promote = NULL;
+	/* A guest that was handed over stands still since its last epoch. */
+	anyway = sb->anyway || sb->switches;
+	sb->anyway = false;
 	if (sb->active)
 		kc_session_kick(sb->active);
 	while (sb->active && !rc)
@@ -106,8 +121,10 @@ int kc_take_over(struct standby *sb, const char *reason, pid_t *pid, struct kc_e
 	pthread_mutex_unlock(&sb->lock);
 	if (rc)
 		return kc_fail(err, ETIMEDOUT, "the connection to the primary does not end");
-	if (!kc_ram_epoch(sb->ram))
-		return kc_fail(err, ENOENT, "there is no complete epoch to go on from");
+	/* It may be another one than when this was decided. */
+	rc = kc_check_epoch(sb, err);
+	if (rc && (rc != -ESTALE || !anyway))
+		return rc;
 	rc = kc_ram_settle(sb->ram, err);
 	if (rc)
 		return rc;

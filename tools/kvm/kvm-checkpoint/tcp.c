@@ -321,7 +321,7 @@ int kc_tcp_open(struct kc_sink *s, const char *hostport, struct kc_err *err)
 	if (!hello)
 		return kc_fail(err, ENOMEM, "out of memory");
 	sent_us = kc_now_us();
-	len = kc_put_hello(hello, &s->guest, instance());
+	len = kc_put_hello(hello, &s->guest, instance(), s->opts.unheld ? KC_HELLO_UNHELD : 0);
 	rc = kc_io_write(io, hello, len, err);
 	free(hello);
 	if (!rc)
@@ -341,6 +341,7 @@ int kc_tcp_open(struct kc_sink *s, const char *hostport, struct kc_err *err)
 	s->takeover_ms = w.timeout_ms;
 	s->fence_ms = w.fence_ms;
 	s->same_sender = w.same_sender;
+	s->counts = w.counts;
 	memcpy(s->receiver, w.receiver, sizeof(s->receiver));
 	s->heartbeat_ms = w.timeout_ms ? (w.timeout_ms + 3) / 4 : 1000;
 	s->data_us = s->beat_us = kc_now_us();

@@ -61,7 +61,8 @@ static size_t finish(uint8_t *out, uint16_t type, uint8_t *end)
 	return end - out;
 }
 
-size_t kc_put_hello(uint8_t *out, const struct kc_guest *guest, const uint8_t instance[16])
+size_t kc_put_hello(uint8_t *out, const struct kc_guest *guest, const uint8_t instance[16],
+		    uint32_t flags)
 {
 	uint8_t *p = out + KC_REC_HDR;
 	uint32_t i;
@@ -72,7 +73,7 @@ size_t kc_put_hello(uint8_t *out, const struct kc_guest *guest, const uint8_t in
 	p = put_bytes(p, magic, sizeof(magic));
 	p = put16(p, KC_VERSION);
 	p = put16(p, KC_VERSION);
-	p = put32(p, 0);
+	p = put32(p, flags);
 	p = put_bytes(p, instance, 16);
 	p = put_bytes(p, guest->uuid, sizeof(guest->uuid));
 	p = put_bytes(p, guest->process, sizeof(guest->process));
@@ -98,7 +99,7 @@ size_t kc_put_welcome(uint8_t *out, const struct kc_welcome *w)
 	uint8_t *p = out + KC_REC_HDR;
 
 	p = put16(p, w->version);
-	p = put16(p, w->has_ram | w->same_sender << 1);
+	p = put16(p, w->has_ram | w->same_sender << 1 | w->counts << 2);
 	p = put32(put32(p, w->timeout_ms), w->fence_ms);
 	p = put64(p, w->last_epoch);
 	p = put_bytes(p, w->receiver, sizeof(w->receiver));
@@ -339,11 +340,13 @@ int kc_get_hello(const struct kc_rec *rec, struct kc_hello *h, struct kc_err *er
 	h->version = get16(&in);
 	h->version_min = get16(&in);
 	/* Of another version nothing further is understood. */
-	if (h->version_min > KC_VERSION || h->version < KC_VERSION)
+	if (h->version_min > KC_VERSION || h->version < KC_VERSION_FILES)
 		return kc_fail(err, EPROTONOSUPPORT,
 			       "the peer speaks versions %u to %u of the protocol, this program version %u: use the same kvm-checkpoint on both sides",
 			       h->version_min, h->version, KC_VERSION);
-	get_reserved(&in, 4);
+	h->flags = get32(&in);
+	if (h->flags & ~KC_HELLO_UNHELD)
+		in.bad = true;
 	get_copy(&in, h->instance, sizeof(h->instance));
 	get_copy(&in, g->uuid, sizeof(g->uuid));
 	get_copy(&in, g->process, sizeof(g->process));
@@ -392,11 +395,12 @@ int kc_get_welcome(const struct kc_rec *rec, struct kc_welcome *w, struct kc_err
 	flags = get16(&in);
 	w->has_ram = flags & 1;
 	w->same_sender = flags & 2;
+	w->counts = flags & 4;
 	w->timeout_ms = get32(&in);
 	w->fence_ms = get32(&in);
 	w->last_epoch = get64(&in);
 	get_copy(&in, w->receiver, sizeof(w->receiver));
-	if (flags & ~3)
+	if (flags & ~7)
 		in.bad = true;
 	return done(&in, "welcome", err);
 }
@@ -501,7 +505,7 @@ int kc_get_state(const struct kc_rec *rec, struct kc_state *s, struct kc_err *er
 	s->len = get32(&in);
 	s->flags = get32(&in);
 	s->xxh = get64(&in);
-	if (s->len > KC_STATE_MAX || s->flags & ~KC_STATE_STOPPED)
+	if (s->len > KC_STATE_MAX || s->flags & ~(KC_STATE_STOPPED | KC_STATE_UNHELD))
 		in.bad = true;
 	return done(&in, "state", err);
 }

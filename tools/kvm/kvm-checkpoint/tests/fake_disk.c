@@ -4,6 +4,7 @@
  */
 #include <endian.h>
 #include <errno.h>
+#include <poll.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -99,24 +100,83 @@ static void lose(struct qemu *q)
 	q->disk.fd = -1;
 }
 
-/* The guest does not notice */
-static void mirror(struct qemu *q, uint64_t offset, uint32_t len, bool zeros)
+static void lose_all(struct qemu *q)
+{
+	lose(q);
+	q->disk.fd = q->disk.next_fd;
+	q->disk.next_fd = -1;
+	lose(q);
+}
+
+/* As QEMU does it before a request; the first of these fails, as it does not wait */
+static void connect_again(struct fake_disk *d)
+{
+	struct pollfd p = { .events = POLLIN };
+
+	if (d->fd >= 0)
+		return;
+	d->fd = d->next_fd;
+	d->next_fd = -1;
+	if (d->fd >= 0)
+		return;
+	d->next_fd = p.fd = nbd_connect_to(d->path);
+	/* Nor is a server waited for that is stopped */
+	if (p.fd >= 0 && (poll(&p, 1, 20) != 1 || !nbd_negotiate(p.fd, "0"))) {
+		close(p.fd);
+		d->next_fd = -1;
+	}
+}
+
+/* Is not what the server has */
+static void mark(struct fake_disk *d, uint64_t offset, uint32_t len, bool dirty)
+{
+	uint64_t first = offset / KC_PAGE_SIZE, end = (offset + len + KC_PAGE_SIZE - 1) / KC_PAGE_SIZE;
+
+	if (!dirty) {
+		first = (offset + KC_PAGE_SIZE - 1) / KC_PAGE_SIZE;
+		end = (offset + len) / KC_PAGE_SIZE;
+	}
+	for (; first < end; first++) {
+		d->nr_dirty += dirty - d->dirty[first];
+		d->dirty[first] = dirty;
+	}
+}
+
+static bool send_to_server(struct qemu *q, uint64_t offset, uint32_t len, bool zeros)
 {
 	struct fake_disk *d = &q->disk;
 	int error;
 
-	if (!d->job || d->paused)
-		return;
+	connect_again(d);
+	mark(d, offset, len, false);
 	error = d->fd < 0 ? -1 : nbd_request(d->fd, zeros ? 6 : 1, offset, len,
 					     zeros ? NULL : d->data + offset);
 	d->mirrored += len;
 	if (!error)
-		return;
+		return true;
 	if (error < 0)
 		lose(q);
+	mark(d, offset, len, true);
 	d->paused = true;
 	d->errors++;
 	send_job_event(q, "BLOCK_JOB_ERROR");
+	return false;
+}
+
+/* The guest does not notice.  What is less than a page of what is to be copied anyway is not sent. */
+static void mirror(struct qemu *q, uint64_t offset, uint32_t len, bool zeros)
+{
+	struct fake_disk *d = &q->disk;
+	uint64_t end = offset + len;
+
+	if (!d->job)
+		return;
+	if (offset % KC_PAGE_SIZE && d->dirty[offset / KC_PAGE_SIZE])
+		offset += KC_PAGE_SIZE - offset % KC_PAGE_SIZE;
+	if (end % KC_PAGE_SIZE && d->dirty[end / KC_PAGE_SIZE])
+		end -= end % KC_PAGE_SIZE;
+	if (offset < end)
+		send_to_server(q, offset, end - offset, zeros);
 }
 
 void disk_writes(struct qemu *q)
@@ -147,45 +207,65 @@ void disk_writes(struct qemu *q)
 	mirror(q, offset, len, zeros);
 }
 
-void disk_fills(struct qemu *q)
+void disk_fills(struct qemu *q, uint64_t npages)
 {
-	uint64_t size = q->disk.npages * KC_PAGE_SIZE;
+	uint64_t size = npages * KC_PAGE_SIZE;
 
 	memset(q->disk.data, rnd(&rng_state), size);
 	mirror(q, 0, size, false);
 }
 
-/* A part of the initial copy */
+/* A part of what is to be copied */
 void disk_copies(struct qemu *q)
 {
 	struct fake_disk *d = &q->disk;
-	uint64_t size = d->npages * KC_PAGE_SIZE;
+	uint64_t first = 0, n = 0;
 
-	if (!d->job || d->paused || d->ready)
+	if (!d->job || d->paused)
 		return;
-	mirror(q, d->copied, size - d->copied < CHUNK ? size - d->copied : CHUNK, false);
-	if (d->paused)
+	while (first < d->npages && !d->dirty[first])
+		first++;
+	while (first + n < d->npages && n < CHUNK / KC_PAGE_SIZE && d->dirty[first + n])
+		n++;
+	if (n && !send_to_server(q, first * KC_PAGE_SIZE, n * KC_PAGE_SIZE, false))
 		return;
-	d->copied += CHUNK;
-	if (d->copied >= size) {
+	d->copied += n * KC_PAGE_SIZE;
+	if (!d->nr_dirty && !d->ready) {
 		d->ready = true;
 		send_job_event(q, "BLOCK_JOB_READY");
 	}
 }
 
+const char *disk_says(struct qemu *q)
+{
+	struct fake_disk *d = &q->disk;
+	char bitmap[200] = "";
+
+	/* Unless a test has something else to say */
+	if (!d->data || (*d->text && q->disks != d->text))
+		return q->disks;
+	if (d->job)
+		snprintf(bitmap, sizeof(bitmap),
+			 ", \"dirty-bitmaps\": [{\"name\": \"mine\", \"count\": 4096}, {\"count\": %" PRIu64 ", \"granularity\": 4096}]",
+			 d->nr_dirty * KC_PAGE_SIZE);
+	snprintf(d->text, sizeof(d->text),
+		 "[{\"device\": \"virtio0\", \"inserted\": {\"ro\": false, \"node-name\": \"#block1\", \"image\": {\"virtual-size\": %" PRIu64 "}%s}}]",
+		 d->npages * KC_PAGE_SIZE, bitmap);
+	q->disks = d->text;
+	return q->disks;
+}
+
 void start_disk(struct qemu *q, uint64_t npages)
 {
 	struct fake_disk *d = &q->disk;
-	static char text[200];
 
-	snprintf(text, sizeof(text),
-		 "[{\"device\": \"virtio0\", \"inserted\": {\"ro\": false, \"node-name\": \"#block1\", \"image\": {\"virtual-size\": %" PRIu64 "}}}]",
-		 npages * KC_PAGE_SIZE);
-	q->disks = text;
 	d->npages = npages;
 	d->data = calloc(npages, KC_PAGE_SIZE);
-	d->fd = -1;
-	CHECK(d->data, "no memory");
+	/* And one behind its end */
+	d->dirty = calloc(npages + 1, sizeof(*d->dirty));
+	d->fd = d->next_fd = -1;
+	CHECK(d->data && d->dirty, "no memory");
+	disk_says(q);
 }
 
 static const char *text_of(struct json_object *args, const char *name)
@@ -209,7 +289,8 @@ bool disk_obeys(struct qemu *q, const char *command, struct json_object *args)
 	if (!strcmp(command, "blockdev-add")) {
 		CHECK(!d->node, "the node is added twice");
 		CHECK(json_object_object_get_ex(args, "server", &server), "where is the server?");
-		d->fd = nbd_connect_to(text_of(server, "path"));
+		snprintf(d->path, sizeof(d->path), "%s", text_of(server, "path"));
+		d->fd = nbd_connect_to(d->path);
 		if (d->fd < 0 || !nbd_negotiate(d->fd, text_of(args, "export"))) {
 			lose(q);
 			refuse(q, "cannot connect");
@@ -225,6 +306,7 @@ bool disk_obeys(struct qemu *q, const char *command, struct json_object *args)
 		d->job = true;
 		d->ready = d->paused = false;
 		d->copied = 0;
+		mark(d, 0, d->npages * KC_PAGE_SIZE, true);
 		d->begun++;
 		answer(q, "{}");
 	} else if (!strcmp(command, "block-job-cancel")) {
@@ -241,13 +323,22 @@ bool disk_obeys(struct qemu *q, const char *command, struct json_object *args)
 		}
 		CHECK(!d->job, "deletes what is in use");
 		d->node = false;
-		lose(q);
+		lose_all(q);
+		answer(q, "{}");
+	} else if (!strcmp(command, "block-job-resume")) {
+		if (!d->job || !d->paused) {
+			refuse(q, "Can't resume a job that was not paused");
+			return true;
+		}
+		d->paused = false;
+		d->resumed++;
 		answer(q, "{}");
 	} else if (!strcmp(command, "query-block-jobs")) {
 		if (d->job)
 			answer(q,
-			       "[{\"device\": \"kvm-checkpoint-0\", \"ready\": %s, \"offset\": %" PRIu64 ", \"len\": %" PRIu64 "}]",
-			       d->ready ? "true" : "false", d->copied, d->npages * KC_PAGE_SIZE);
+			       "[{\"device\": \"kvm-checkpoint-0\", \"ready\": %s, \"paused\": %s, \"offset\": %" PRIu64 ", \"len\": %" PRIu64 "}]",
+			       d->ready ? "true" : "false", d->paused ? "true" : "false", d->copied,
+			       d->copied + d->nr_dirty * KC_PAGE_SIZE);
 		else
 			answer(q, "[]");
 	} else {

@@ -691,7 +691,7 @@ static void obey(struct qemu *q, const char *command, struct json_object *args)
 	else if (!strcmp(command, "query-status"))
 		answer(q, "{\"running\": %s}", q->running ? "true" : "false");
 	else if (!strcmp(command, "query-block"))
-		answer(q, "%s", q->disks);
+		answer(q, "%s", disk_says(q));
 	else if (!strcmp(command, "query-uuid"))
 		answer(q, "{\"UUID\": \"%s\"}", q->uuid);
 	else if (!strcmp(command, "query-name"))

@@ -64,9 +64,12 @@ enum { TOLD_STOPPED = 1, TOLD_SAVED };
 struct fake_disk {
 	uint64_t npages, copied, mirrored;	/* bytes that came to the server, or not */
 	uint8_t *data;			/* NULL: there is none */
-	int fd;
+	bool *dirty;			/* pages that the server lacks */
+	uint64_t nr_dirty;
+	int fd, next_fd;		/* one that was connected in the background */
+	char path[200], text[400];
 	bool node, job, ready, paused;
-	unsigned int begun, errors;
+	unsigned int begun, resumed, errors;
 };
 
 extern struct qemu {
@@ -154,9 +157,11 @@ const char *ranges_text(const struct qemu *q);
 void do_hints(struct qemu *q, const char *action);
 /* Before that: it has a disk */
 void start_disk(struct qemu *q, uint64_t npages);
+/* What query-block says */
+const char *disk_says(struct qemu *q);
 void disk_writes(struct qemu *q);
-/* All of it, with one byte */
-void disk_fills(struct qemu *q);
+/* So many pages from the first one on, with one byte */
+void disk_fills(struct qemu *q, uint64_t npages);
 void disk_copies(struct qemu *q);
 bool disk_obeys(struct qemu *q, const char *command, struct json_object *args);
 /* Somebody cancels it */

@@ -4,6 +4,7 @@
  */
 #include <fcntl.h>
 #include <glob.h>
+#include <poll.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -18,13 +19,16 @@
 
 #define DISK_PAGES 300
 
+/* What it says when the link is lost and there is too much to keep */
+#define MORE "more was written to disks than can be kept"
+
 static void with_standby(void)
 {
 	start_standby(path_of("ram"), "--no-fence", "--timeout", "0", "--insecure", "--disk",
 		      path_of("image"));
 }
 
-static void begin(void)
+static void begin_with(const char *option, const char *value)
 {
 	/* Where the socket is: tests run side by side */
 	setenv("XDG_RUNTIME_DIR", dir, 1);
@@ -32,9 +36,14 @@ static void begin(void)
 	start_disk(&qemu, DISK_PAGES);
 	start_qemu(&qemu);
 	with_standby();
-	start_protect(CHECKED, spec(), "--interval", "5ms", NULL);
+	start_protect(CHECKED, spec(), "--interval", "5ms", option, value, NULL);
 	serve_until_log("protected since");
 	CHECK(!link(path_of("log"), path_of("protect.log")), "cannot link the log");
+}
+
+static void begin(void)
+{
+	begin_with(NULL, NULL);
 }
 
 /* RAM, state and disk are of one epoch */
@@ -190,10 +199,10 @@ static void write_disk(uint64_t bytes)
 {
 	uint64_t end = kc_now_us() + LIMIT_US;
 
-	while (qemu.disk.mirrored < bytes && !qemu.disk.paused) {
+	while (qemu.disk.mirrored < bytes && !qemu.disk.paused && qemu.disk.job) {
 		CHECK(kc_now_us() < end, "it takes too long to write");
 		disk_writes(&qemu);
-		disk_fills(&qemu);
+		disk_fills(&qemu, DISK_PAGES);
 	}
 }
 
@@ -218,11 +227,115 @@ void test_disk_long_blip(void)
 			step(&qemu, 1);
 		}
 		be_qemu_for(50);
-		CHECK(qemu.disk.begun == 1 + (i == 3), "the disk was copied %u times",
-		      qemu.disk.begun);
+		CHECK(qemu.disk.begun == 1 && !qemu.disk.resumed == (i < 3),
+		      "the disk was copied %u times, and %u times in part", qemu.disk.begun,
+		      qemu.disk.resumed);
 	}
-	CHECK(times_in(path_of("protect.log"), "more was written to disks than can be kept") == 1,
-	      "it does not say why it compares");
+	CHECK(times_in(path_of("protect.log"), MORE) == 1, "it does not say that it is too much");
+	finish();
+}
+
+/* So much that nothing is taken any more, all of it in one place; then some more somewhere */
+static void overflow(void)
+{
+	uint64_t end = kc_now_us() + LIMIT_US;
+	unsigned int i;
+
+	while (!qemu.disk.paused) {
+		CHECK(kc_now_us() < end, "it takes too long to write");
+		disk_fills(&qemu, 16);
+	}
+	for (i = 0; i < 5; i++)
+		disk_writes(&qemu);
+}
+
+static void until_protected_again(unsigned int times)
+{
+	uint64_t end = kc_now_us() + LIMIT_US;
+
+	while (times_in(path_of("protect.log"), "protected since") < times) {
+		CHECK(kc_now_us() < end && !waitpid(qemu.client, NULL, WNOHANG),
+		      "it is not protected again");
+		step(&qemu, 1);
+	}
+}
+
+/* What was not taken is copied when the standby is there again, and nothing else. */
+void test_disk_resumed(void)
+{
+	unsigned int i;
+
+	begin();
+	for (i = 1; i <= 2; i++) {
+		be_qemu_for(60);
+		stop_standby(SIGKILL);
+		be_qemu_for(50);
+		overflow();
+		CHECK(qemu.disk.paused && qemu.disk.nr_dirty >= 16, "there is nothing to resume");
+		qemu.disk.copied = 0;
+		with_standby();
+		until_protected_again(i + 1);
+		CHECK(qemu.disk.begun == 1 && qemu.disk.resumed >= i,
+		      "the disk was copied %u times, and %u times in part", qemu.disk.begun,
+		      qemu.disk.resumed);
+		CHECK(!qemu.disk.nr_dirty, "it is protected, and %" PRIu64 " pages are not",
+		      qemu.disk.nr_dirty);
+		CHECK(qemu.disk.copied >= 4 * KC_PAGE_SIZE &&
+		      qemu.disk.copied < DISK_PAGES / 2 * KC_PAGE_SIZE, "%" PRIu64 " bytes are copied",
+		      qemu.disk.copied);
+	}
+	finish();
+}
+
+/* The standby is killed again while that is under way: it keeps the epoch of before. */
+void test_disk_resumed_killed(void)
+{
+	unsigned int i, before, n;
+
+	begin();
+	be_qemu_for(60);
+	for (i = 0; i < 6; i++) {
+		stop_standby(SIGKILL);
+		before = of_one_epoch();
+		be_qemu_for(20);
+		/* Where a first copy is lost there is no job */
+		qemu.disk.mirrored = 0;
+		write_disk(400ull << 20);
+		with_standby();
+		be_qemu_for(below(60));
+		stop_standby(SIGKILL);
+		CHECK(of_one_epoch() >= before, "it has an older epoch than before");
+		with_standby();
+		be_qemu_for(below(100));
+	}
+	stop_standby(SIGKILL);
+	n = times_in(path_of("protect.log"), "protected since");
+	with_standby();
+	until_protected_again(n + 1);
+	finish();
+}
+
+/* It will not go on: then all of it is compared. */
+static const char *stays_paused(struct qemu *q, const char *command)
+{
+	if (!strcmp(command, "block-job-resume"))
+		return "{\"error\": {\"desc\": \"not now\"}}\n";
+	(void)q;
+	return NULL;
+}
+
+void test_disk_not_resumed(void)
+{
+	begin();
+	be_qemu_for(60);
+	qemu.hook = stays_paused;
+	stop_standby(SIGKILL);
+	be_qemu_for(50);
+	write_disk(400ull << 20);
+	with_standby();
+	until_protected_again(2);
+	CHECK(qemu.disk.begun == 2 && times_in(path_of("protect.log"), "does not go on: all of it"),
+	      "the disk was copied %u times", qemu.disk.begun);
 	finish();
 }
 
@@ -322,6 +435,53 @@ void test_disk_fails(void)
 		CHECK(kc_now_us() < end, "it does not begin again");
 		step(&qemu, 1);
 	}
+	finish();
+}
+
+/* It is stopped for long: the guest, which writes to its disk, waits for it no longer than for an epoch */
+void test_disk_frozen(void)
+{
+	uint64_t end = kc_now_us() + LIMIT_US, t;
+	unsigned int i;
+
+	begin_with("--pause-limit", "700ms");
+	for (i = 1; i <= 3; i++) {
+		be_qemu_for(60);
+		freeze(qemu.client);
+		t = kc_now_us();
+		qemu.disk.errors = 0;
+		/* Its guest writes, and waits. */
+		while (!qemu.disk.errors) {
+			CHECK(kc_now_us() < end, "QEMU does not notice");
+			step(&qemu, 1);
+		}
+		t = kc_now_us() - t;
+		CHECK(t > 350000, "it is cut off after %" PRIu64 " us", t);
+		kill(qemu.client, SIGCONT);
+		while (times_in(path_of("protect.log"), "protected since") <= i) {
+			CHECK(kc_now_us() < end, "it does not begin again");
+			step(&qemu, 1);
+		}
+	}
+	CHECK(qemu.disk.begun == 1 && qemu.disk.resumed >= 3, "the disk was copied %u times",
+	      qemu.disk.begun);
+	finish();
+}
+
+/* Not for ever, but for less than that: it is as if nothing had been */
+void test_disk_frozen_shortly(void)
+{
+	unsigned int i;
+
+	begin_with("--pause-limit", "20s");
+	for (i = 0; i < 5; i++) {
+		be_qemu_for(60);
+		freeze(qemu.client);
+		poll(NULL, 0, 200);
+		kill(qemu.client, SIGCONT);
+	}
+	be_qemu_for(60);
+	CHECK(!qemu.disk.errors && qemu.disk.begun == 1, "the mirror is lost");
 	finish();
 }
 

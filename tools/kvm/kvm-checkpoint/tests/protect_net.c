@@ -15,6 +15,20 @@
 
 #define ONE_CARD "[\"net0\"]"
 
+/* Of the standby */
+#define UNHELD "is not failed over to, unless told to by promote-anyway"
+#define NOT_FROM_THERE "promote-anyway goes on from it nevertheless"
+
+/* Whether it can hold them it has found out before, and has let go what somebody else may have held */
+static void until_protected(void)
+{
+	serve_until_log("protected since");
+	CHECK(qemu.holds && qemu.holds_begun == 2 && qemu.released_all == 1,
+	      "protected: %u times held, %u times released", qemu.holds_begun, qemu.released_all);
+	qemu.holds_begun = 1;
+	qemu.released_all = 0;
+}
+
 static void begin(const char *option, const char *value)
 {
 	qemu.cards = ONE_CARD;
@@ -22,7 +36,10 @@ static void begin(const char *option, const char *value)
 	start_standby(path_of("ram"), "--no-fence", "--timeout", "0", "--insecure", "--control",
 		      path_of("ctl"));
 	start_protect(CHECKED, spec(), "--interval", "5ms", option, value, NULL);
-	serve_until_log("protected since");
+	if (option && !strcmp(option, "--net"))
+		serve_until_log("protected since");
+	else
+		until_protected();
 }
 
 static void until_released(uint64_t packets)
@@ -84,7 +101,7 @@ void test_net_epochs(void)
 	start_standby(path_of("ram"), "--no-fence", "--timeout", "0", "--insecure", "--control",
 		      path_of("ctl"));
 	start_protect(CHECKED, spec(), "--interval", "3600s", "--packet-epochs", NULL);
-	serve_until_log("protected since");
+	until_protected();
 	until_released(1);
 	for (i = 0; i < 20; i++) {
 		be_qemu_for(below(20));
@@ -176,7 +193,9 @@ void test_net_limit(void)
 	packets = qemu.released;
 	start_standby(path_of("ram"), "--no-fence", "--timeout", "0", "--insecure");
 	until_released(packets + 3);
-	CHECK(qemu.holds_begun == 2 && qemu.released_all == 1, "%u times held, %u times released",
+	CHECK(log_has(UNHELD), "the standby does not know that they are");
+	/* Once it was looked whether they can be held */
+	CHECK(qemu.holds_begun == 3 && qemu.released_all == 2, "%u times held, %u times released",
 	      qemu.holds_begun, qemu.released_all);
 	finish(0);
 }
@@ -213,7 +232,7 @@ void test_net_lease(void)
 	start_standby(path_of("ram"), "--no-fence", "--timeout", "2s", "--insecure");
 	start_protect(CHECKED, spec(), "--interval", "5ms", "--net-limit", "100ms", "--lease",
 		      "1s", NULL);
-	serve_until_log("protected since");
+	until_protected();
 	lose_standby();
 	be_qemu_for(1000);
 	CHECK(!qemu.released_all, "packets are released, and the standby may run the guest");
@@ -229,10 +248,32 @@ void test_net_no_epochs(void)
 	until_released(5);
 	qemu.blocked = "a share is mounted";
 	until_all_released();
+	/* The standby is there, and has no epoch that it may take over from now. */
+	CHECK(log_has(UNHELD), "packets leave that the standby's epoch does not know of");
+	CHECK(run("status", path_of("ctl"), "promote", NULL) == 1 && log_has(NOT_FROM_THERE),
+	      "it can be promoted");
 	CHECK(log_has("no epochs for now"), "it does not say why");
 	qemu.blocked = NULL;
 	until_released(qemu.released + 3);
 	CHECK(qemu.holds_begun == 2, "it does not begin to hold packets again");
+	finish(0);
+}
+
+/* It stands still, and so sends nothing: what it has sent before can wait. */
+void test_net_stands_still(void)
+{
+	begin("--net-limit", "300ms");
+	until_released(5);
+	qemu.running = false;
+	qemu.run_state = "internal-error";
+	serve_until_log("no epochs for now");
+	be_qemu_for(1000);
+	CHECK(!qemu.released_all && !log_has(UNHELD),
+	      "packets are released, and the standby would go on from before they were sent");
+	qemu.run_state = NULL;
+	qemu.running = true;
+	until_released(qemu.released + 3);
+	CHECK(qemu.holds_begun == 1 && !qemu.released_all, "packets have left in between");
 	finish(0);
 }
 
@@ -256,6 +297,214 @@ void test_net_reopened(void)
 	      "%u times attached, %u times begun", qemu.attaches, qemu.holds_begun);
 	finish(0);
 }
+
+/* --- From which epoch on ---------------------------------------------------- */
+
+/* When the last part of the first epoch is taken the standby is about to try it for a while. */
+static uint64_t lease_of_second;
+
+static const char *standby_tries(struct qemu *q, const char *command)
+{
+	if (!strcmp(command, CONT) && q->stops == 1)
+		freeze(standby);
+	if (!strcmp(command, CONT) && q->stops == 2)
+		lease_of_second = q->lease_us;
+	return NULL;
+}
+
+static void first(const char *lease, const char *timeout)
+{
+	uint64_t cont_us;
+
+	qemu.cards = ONE_CARD;
+	qemu.hook = standby_tries;
+	start_qemu(&qemu);
+	start_standby(path_of("ram"), "--no-fence", "--timeout", timeout, "--insecure", "--control",
+		      path_of("ctl"));
+	start_protect(CHECKED, spec(), "--interval", "5ms", "--control", path_of("pctl"), lease,
+		      lease ? "10s" : NULL, NULL);
+	while (!qemu.nr_snaps)
+		step(&qemu, 1);
+	be_qemu_for(500);
+	CHECK(!qemu.holds && !qemu.packets,
+	      "packets are held, and nobody would take over from before they were sent");
+	CHECK(qemu.nr_snaps == 1, "%u epochs wait", qemu.nr_snaps);
+	CHECK(!log_has("protected since"), "it says that the guest is protected");
+	CHECK(!run("status", path_of("pctl"), NULL) && log_has("not held back"),
+	      "it does not show that packets pass");
+	CHECK(!qemu.lease_us, "the guest would stand still when its lease is over");
+	cont_us = kc_boot_us();
+	kill(standby, SIGCONT);
+	until_protected();
+	/* And not one that was nearly over, or is */
+	CHECK(lease ? lease_of_second >= cont_us + 10000000 : !lease_of_second,
+	      "the lease ends %" PRId64 " us after the trial", lease_of_second - cont_us);
+	until_released(5);
+	finish(0);
+}
+
+void test_net_first(void)
+{
+	first(NULL, "0");
+}
+
+/* What no standby takes over from needs no lease, and may take longer than that. */
+void test_net_first_lease(void)
+{
+	first("--lease", "15s");
+}
+
+/* It is killed when it takes an epoch: the one before has arrived. */
+static unsigned int kill_at;
+
+static const char *dies_in_epoch(struct qemu *q, const char *command)
+{
+	if (!strcmp(command, STOP) && q->stops == kill_at) {
+		/* All that was sent arrives before the connection is reset. */
+		poll(NULL, 0, 100);
+		CHECK(!run("status", path_of("ctl"), NULL), "the standby does not answer");
+		kill(q->client, SIGKILL);
+		CHECK(waitpid(q->client, NULL, 0) == q->client, "it does not die");
+		kill_at = 0;
+	}
+	return NULL;
+}
+
+/* When it begins with the @at-th: what came before has arrived */
+static void die_at(unsigned int at)
+{
+	qemu.cards = ONE_CARD;
+	qemu.hook = dies_in_epoch;
+	kill_at = at;
+	start_qemu(&qemu);
+	start_standby(path_of("ram"), "--fence", fence(), "--timeout", "300ms", "--insecure",
+		      "--control", path_of("ctl"));
+	start_protect(CHECKED, spec(), "--interval", "5ms", NULL);
+	while (kill_at)
+		step(&qemu, 1);
+}
+
+/* Clients may know more than the first one. */
+void test_net_first_alone(void)
+{
+	unsigned int snap;
+	uint64_t epoch;
+
+	die_at(2);
+	wait_log("lost the primary");
+	CHECK(log_has("receiving, but nothing to fail over to yet"), "it does not show that");
+	be_qemu_for(1500);
+	CHECK(!exists(path_of("fenced")), "it fails over to an epoch from before packets were held");
+	CHECK(run("status", path_of("ctl"), "promote", NULL) == 1 && log_has(NOT_FROM_THERE),
+	      "it can be promoted");
+	/* That is not forgotten. */
+	stop_standby(SIGKILL);
+	epoch = ram_epoch(path_of("ram"));
+	CHECK(epoch == 1, "it has epoch %" PRIu64, epoch);
+	start_standby(path_of("ram"), "--fence", fence(), "--timeout", "300ms", "--insecure",
+		      "--control", path_of("ctl"), "--failover-after-restart", "1m");
+	be_qemu_for(1000);
+	CHECK(!exists(path_of("fenced")) && log_has(NOT_FROM_THERE),
+	      "it fails over to an epoch from before packets were held, after a restart");
+	CHECK(run("status", path_of("ctl"), "promote", NULL) == 1, "it can be promoted now");
+	CHECK(!run("status", path_of("ctl"), "promote-anyway", NULL), "promote-anyway fails");
+	CHECK(reap(&standby) == 0 && exists(path_of("fenced")), "it does not go on anyway");
+	snap = snap_of_standby(path_of("ram"));
+	CHECK(!snap, "it goes on from epoch %u", snap);
+}
+
+/* The second one has all that was sent before it, and all after it is held. */
+void test_net_second(void)
+{
+	die_at(3);
+	CHECK(reap(&standby) == 0 && exists(path_of("fenced")), "it does not take over");
+	CHECK(snap_of_standby(path_of("ram")) == 1, "from another epoch");
+	CHECK(qemu.holds, "packets leave");
+}
+
+/* QEMU dies: the standby is told, and has the first epoch alone. */
+static const char *qemu_dies(struct qemu *q, const char *command)
+{
+	return !strcmp(command, STOP) && q->stops == 2 ? dead : NULL;
+}
+
+void test_net_first_dies(void)
+{
+	qemu.cards = ONE_CARD;
+	qemu.hook = qemu_dies;
+	start_qemu(&qemu);
+	start_standby(path_of("ram"), "--fence", fence(), "--timeout", "300ms", "--insecure");
+	start_protect(CHECKED, spec(), "--interval", "5ms", NULL);
+	CHECK(serve() == 1, "it does not fail");
+	wait_log("the primary says that its guest died");
+	wait_log(NOT_FROM_THERE);
+	be_qemu_for(1000);
+	CHECK(!exists(path_of("fenced")), "it fails over to an epoch from before packets were held");
+	stop_standby(SIGTERM);
+}
+
+/* Packets have left while the link was lost: not from the epoch of before, nor from the next one. */
+void test_net_limit_dies(void)
+{
+	begin("--net-limit", "200ms");
+	lose_standby();
+	until_all_released();
+	qemu.hook = dies_in_epoch;
+	/* The first one that is sent, and the last one that counts for nothing */
+	kill_at = qemu.stops + 2;
+	start_standby(path_of("ram"), "--fence", fence(), "--timeout", "300ms", "--insecure",
+		      "--control", path_of("ctl"));
+	while (kill_at)
+		step(&qemu, 1);
+	be_qemu_for(1500);
+	CHECK(log_has(UNHELD) && !exists(path_of("fenced")),
+	      "it fails over to an epoch that clients know more than");
+	CHECK(run("status", path_of("ctl"), "promote", NULL) == 1, "it can be promoted");
+	stop_standby(SIGTERM);
+}
+
+/* The guest stands still, and its epochs are all the same: there is one that counts nevertheless. */
+void test_net_first_stopped(void)
+{
+	qemu.cards = ONE_CARD;
+	start_qemu(&qemu);
+	qemu.running = false;
+	start_standby(path_of("ram"), "--no-fence", "--timeout", "0", "--insecure", "--control",
+		      path_of("ctl"));
+	start_protect(CHECKED, spec(), "--interval", "5ms", NULL);
+	until_protected();
+	kill(qemu.client, SIGKILL);
+	CHECK(waitpid(qemu.client, NULL, 0) == qemu.client, "it does not die");
+	CHECK(!run("status", path_of("ctl"), "promote", NULL), "promote fails");
+	CHECK(reap(&standby) == 0, "the standby fails");
+}
+
+/* Killed, and started again: what QEMU holds is its own before it copies anything, and kept. */
+static unsigned int holds_at_first_look;
+
+static const char *looks_when_held(struct qemu *q, const char *command)
+{
+	if (!strcmp(command, COLLECT) && !holds_at_first_look)
+		holds_at_first_look = q->holds_begun;
+	return NULL;
+}
+
+void test_net_restarted(void)
+{
+	begin("--net-limit", "60s");
+	until_released(3);
+	kill(qemu.client, SIGKILL);
+	CHECK(waitpid(qemu.client, NULL, 0) == qemu.client, "it does not die");
+	be_qemu_for(100);
+	qemu.hook = looks_when_held;
+	start_protect(CHECKED, spec(), "--interval", "5ms", "--net-limit", "60s", NULL);
+	until_released(qemu.packets + 1);
+	CHECK(holds_at_first_look == 2 && qemu.holds_begun == 2 && !qemu.released_all,
+	      "%u times held when it begins to copy", holds_at_first_look);
+	finish(0);
+}
+
+/* --- Ends -------------------------------------------------------------------- */
 
 void test_net_detached(void)
 {
@@ -285,7 +534,7 @@ void test_net_taken_over(void)
 	start_standby(path_of("ram"), "--no-fence", "--timeout", "0", "--insecure", "--bare-exec",
 		      "--", "/bin/sleep", "100");
 	start_protect(CHECKED, spec(), "--interval", "5ms", NULL);
-	serve_until_log("protected since");
+	until_protected();
 	until_released(2);
 	CHECK(!run("status", path_of("ctl"), "promote", NULL), "promote failed");
 	CHECK(serve() == 1 && !qemu.running, "the guest runs here and there");
@@ -300,7 +549,7 @@ void test_net_switchover(void)
 	start_qemu(&qemu);
 	start_standby(path_of("ram"), "--no-fence", "--timeout", "0", "--insecure");
 	start_protect(CHECKED, spec(), "--interval", "5ms", "--control", path_of("pctl"), NULL);
-	serve_until_log("protected since");
+	until_protected();
 	until_released(2);
 	CHECK(!run("status", path_of("pctl"), "switchover", NULL), "switchover failed");
 	CHECK(serve() == 0, "it fails");

@@ -87,7 +87,7 @@ static void test_records(void)
 	const struct kc_part part = { .page = 78, .block = KC_DISK_BLOCK + 1, .offset = 4000,
 				      .len = 96 };
 	const struct kc_digest_req req = { .first = 5, .n = 3, .block = 1 };
-	const struct kc_welcome welcome = { 1, true, true, 5, 8, 6, { 7 } };
+	const struct kc_welcome welcome = { 1, true, true, true, 5, 8, 6, { 7 } };
 	uint8_t id[16] = { 1 };
 	struct kc_rec rec;
 	size_t n[16], i, len;
@@ -98,7 +98,7 @@ static void test_records(void)
 		memset(buf, 0xee, sizeof(buf));
 		switch (k) {
 		case 0:
-			n[k] = kc_put_hello(buf, &guest, id);
+			n[k] = kc_put_hello(buf, &guest, id, KC_HELLO_UNHELD);
 			break;
 		case 1:
 			n[k] = kc_put_welcome(buf, &welcome);
@@ -113,7 +113,7 @@ static void test_records(void)
 			n[k] = kc_put_zero(buf, &(struct kc_zero){ 1, 2, 1, KC_ZERO_HOLE });
 			break;
 		case 5:
-			n[k] = kc_put_state(buf, &(struct kc_state){ 12, KC_STATE_STOPPED, 13 });
+			n[k] = kc_put_state(buf, &(struct kc_state){ 12, KC_STATE_STOPPED | KC_STATE_UNHELD, 13 });
 			break;
 		case 6:
 			n[k] = kc_put_commit(buf, &(struct kc_commit){ .nr = 7 });
@@ -159,7 +159,7 @@ static void test_records(void)
 	CHECK(kc_get_rec(buf, sizeof(buf), &rec, &err) == -EPROTO, "an overlong record is taken");
 	kc_put_rec(buf, KC_PAGE, 2, 0);
 	CHECK(kc_get_rec(buf, sizeof(buf), &rec, &err) == -EPROTO, "unknown flags are taken");
-	len = kc_put_state(buf, &(struct kc_state){ 12, KC_STATE_STOPPED << 1, 13 });
+	len = kc_put_state(buf, &(struct kc_state){ 12, KC_STATE_UNHELD << 1, 13 });
 	CHECK(kc_get_rec(buf, len, &rec, &err) == (ssize_t)len && get_any(&rec) == -EPROTO,
 	      "unknown flags of a device state are taken");
 	len = kc_put_zero(buf, &(struct kc_zero){ 1, 2, 1, KC_ZERO_HOLE << 1 });
@@ -773,13 +773,20 @@ static void test_wrong_guest(void)
 
 	/* Of another version, and no kvm-checkpoint at all. */
 	start_standby(path_of("ram"), "--no-fence", "--timeout", "0", "--insecure");
-	n = kc_put_hello(hello, &guest, id);
+	n = kc_put_hello(hello, &guest, id, 0);
 	hello[KC_REC_HDR + 8] = hello[KC_REC_HDR + 10] = 9;
 	raw(hello, n, text, sizeof(text));
 	CHECK(strstr(text, "versions 9 to 9"), "it says \"%s\"", text);
 	raw((const uint8_t *)"GET / HTTP/1.0\r\n\r\n", 18, text, sizeof(text));
 	CHECK(strstr(text, "no kvm-checkpoint"), "it says \"%s\"", text);
+	hello[KC_REC_HDR + 8] = hello[KC_REC_HDR + 10] = 4;
+	raw(hello, n, text, sizeof(text));
+	CHECK(strstr(text, "speaks version 4"), "it says \"%s\"", text);
 	hello[KC_REC_HDR + 8] = hello[KC_REC_HDR + 10] = KC_VERSION;
+	hello[KC_REC_HDR + 12] = 2;
+	raw(hello, n, text, sizeof(text));
+	CHECK(strstr(text, "malformed"), "it says \"%s\"", text);
+	hello[KC_REC_HDR + 12] = 0;
 	hello[KC_REC_HDR] ^= 1;
 	raw(hello, n, text, sizeof(text));
 	CHECK(strstr(text, "no stream of kvm-checkpoint"), "it says \"%s\"", text);
@@ -877,6 +884,7 @@ static const struct test tests[] = {
 	{ "verify_once", test_verify_once },
 	{ "no_files", test_no_files },
 	{ "open_store", test_open_store },
+	{ "store_of_before", test_store_of_before },
 	{ "full_directory", test_full_directory },
 	{ "full_standby", test_full_standby },
 	{ "security", test_security },
