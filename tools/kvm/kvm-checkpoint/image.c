@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 #include <errno.h>
 #include <fcntl.h>
+#include <poll.h>
 #include <linux/fs.h>
 #include <string.h>
 #include <sys/ioctl.h>
@@ -15,12 +16,7 @@ static const unsigned char locks[] = {
 	201, 203,	/* nobody else writes, nor changes its size */
 };
 
-static int in_use(const char *path, struct kc_err *err)
-{
-	return kc_fail(err, EBUSY, "%s is in use by another program", path);
-}
-
-int kc_image_lock(int fd, const char *path, struct kc_err *err)
+static bool lock(int fd)
 {
 	size_t k;
 
@@ -29,7 +25,7 @@ int kc_image_lock(int fd, const char *path, struct kc_err *err)
 				   .l_len = 1 };
 
 		if (fcntl(fd, F_OFD_SETLK, &l) && (errno == EAGAIN || errno == EACCES))
-			return in_use(path, err);
+			return false;
 	}
 	/* QEMU takes those that it does not share last, and looks for others' */
 	for (k = 0; k < 2; k++) {
@@ -37,7 +33,20 @@ int kc_image_lock(int fd, const char *path, struct kc_err *err)
 				   .l_start = k ? 201 : 101, .l_len = 1 };
 
 		if (!fcntl(fd, F_OFD_GETLK, &l) && l.l_type != F_UNLCK)
-			return in_use(path, err);
+			return false;
+	}
+	return true;
+}
+
+int kc_image_lock(int fd, const char *path, struct kc_err *err)
+{
+	/* As kc_flock() */
+	const uint64_t until = kc_now_us() + 1000000;
+
+	while (!lock(fd)) {
+		if (kc_now_us() >= until)
+			return kc_fail(err, EBUSY, "%s is in use by another program", path);
+		poll(NULL, 0, 10);
 	}
 	return 0;
 }

@@ -9,7 +9,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/file.h>
 #include <sys/mman.h>
 #include <sys/random.h>
 #include <sys/stat.h>
@@ -265,7 +264,7 @@ int kc_ram_open(const char *path, bool durable, struct kc_ram **out, struct kc_e
 	rc = kc_check_owner(ram->dir, path, err);
 	if (rc)
 		goto fail;
-	if (flock(ram->lock, LOCK_EX | LOCK_NB)) {
+	if (kc_flock(ram->lock)) {
 		rc = kc_fail(err, EBUSY, "%s is in use by another kvm-checkpoint", path);
 		goto fail;
 	}

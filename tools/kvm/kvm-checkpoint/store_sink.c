@@ -7,7 +7,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/file.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -418,7 +417,7 @@ int kc_store_open(struct kc_sink *s, const char *path, struct kc_err *err)
 	ss->lock = openat(ss->store.dir, "lock", O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0600);
 	if (ss->lock < 0)
 		return sink_error(ss, err);
-	if (flock(ss->lock, LOCK_EX | LOCK_NB))
+	if (kc_flock(ss->lock))
 		return kc_fail(err, EBUSY, "another kvm-checkpoint writes to %s", path);
 	/* Nobody else writes now: what is temporary is of the past. */
 	unlinkat(ss->store.dir, KC_STORE_TMP, 0);

@@ -10,6 +10,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/file.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <time.h>
@@ -36,6 +37,18 @@ int kc_fail(struct kc_err *err, int error, const char *fmt, ...)
 	va_end(ap);
 	memcpy(err->text, text, sizeof(text));
 	return -error;
+}
+
+int kc_flock(int fd)
+{
+	const uint64_t until = kc_now_us() + 1000000;
+
+	while (flock(fd, LOCK_EX | LOCK_NB)) {
+		if (errno != EWOULDBLOCK || kc_now_us() >= until)
+			return -1;
+		poll(NULL, 0, 10);
+	}
+	return 0;
 }
 
 uint64_t kc_boot_us(void)

@@ -8,6 +8,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include <xxhash.h>
+
 #include "stream.h"
 
 static const char magic[8] = { 'K', 'V', 'M', 'C', 'K', 'P', 'T', '\n' };
@@ -91,6 +93,8 @@ size_t kc_put_hello(uint8_t *out, const struct kc_guest *guest, const uint8_t in
 		p = put64(p, guest->disks[i].npages);
 		p = put_string(p, guest->disks[i].name);
 	}
+	/* In files there is nothing else that would notice another name. */
+	p = put64(p, XXH3_64bits(out + KC_REC_HDR, p - out - KC_REC_HDR));
 	return finish(out, KC_HELLO, p);
 }
 
@@ -345,7 +349,7 @@ int kc_get_hello(const struct kc_rec *rec, struct kc_hello *h, struct kc_err *er
 			       "the peer speaks versions %u to %u of the protocol, this program version %u: use the same kvm-checkpoint on both sides",
 			       h->version_min, h->version, KC_VERSION);
 	h->flags = get32(&in);
-	if (h->flags & ~KC_HELLO_UNHELD)
+	if (rec->flags || h->flags & ~KC_HELLO_UNHELD)
 		in.bad = true;
 	get_copy(&in, h->instance, sizeof(h->instance));
 	get_copy(&in, g->uuid, sizeof(g->uuid));
@@ -378,6 +382,9 @@ int kc_get_hello(const struct kc_rec *rec, struct kc_hello *h, struct kc_err *er
 		g->disks[i].npages = get64(&in);
 		get_string(&in, g->disks[i].name, sizeof(g->disks[i].name));
 	}
+	if (h->version > KC_VERSION_FILES && !in.bad &&
+	    (in.left != 8 || get64(&in) != XXH3_64bits(rec->payload, rec->len - 8)))
+		in.bad = true;
 	rc = done(&in, "hello", err);
 	if (!rc)
 		rc = kc_guest_check(g, err);

@@ -97,6 +97,31 @@ void test_resync_disk(void)
 	test_resync_directory();
 }
 
+/* Also of what says which guest it is, each bit counts. */
+static void damage_hello(const char *file)
+{
+	size_t at, len, hello;
+	struct kc_store st;
+	uint8_t *buf;
+	int fd;
+
+	read_all(file, &buf, &len);
+	fd = open(file, O_WRONLY);
+	hello = KC_REC_HDR + buf[0] + 256 * buf[1];
+	CHECK(hello > 100 && hello < len, "the first record has %zu bytes", hello);
+	for (at = 0; at < 8 * hello; at++) {
+		buf[at / 8] ^= 1u << at % 8;
+		CHECK(pwrite(fd, &buf[at / 8], 1, at / 8) == 1, "cannot write");
+		OK(kc_store_read(path_of("store"), &st, &err));
+		CHECK(st.files[st.nr_files - 1].damaged, "no damage is seen at %zu", at / 8);
+		kc_store_free(&st);
+		buf[at / 8] ^= 1u << at % 8;
+		CHECK(pwrite(fd, &buf[at / 8], 1, at / 8) == 1, "cannot write");
+	}
+	close(fd);
+	free(buf);
+}
+
 void test_damage_directory(void)
 {
 	char file[64], nr[32];
@@ -124,12 +149,11 @@ void test_damage_directory(void)
 		copy = malloc(len);
 		memcpy(copy, buf, len);
 		at = below(len);
-		/* Flipped in the last byte of the name, nothing but the name changes. */
-		if (i % 2 && at > 140)
+		if (i % 2)
 			copy[at] ^= 1u << below(8);
 		else
 			rc = truncate(path_of(file), at);
-		if (i % 2 && at > 140) {
+		if (i % 2) {
 			int fd = open(path_of(file), O_WRONLY | O_TRUNC);
 
 			CHECK(write(fd, copy, len) == (ssize_t)len, "cannot write");
@@ -160,6 +184,7 @@ void test_damage_directory(void)
 		free(buf);
 		free(copy);
 	}
+	damage_hello(path_of("store/epoch-00000000000000000004.kc"));
 	CHECK(!run("verify", path_of("store"), NULL), "verify finds something");
 	/* One that writes on: from the last sound epoch, and nothing is removed. */
 	CHECK(!truncate(path_of("store/epoch-00000000000000000003.kc"), 1000), "cannot truncate");

@@ -779,10 +779,17 @@ static void test_wrong_guest(void)
 	CHECK(strstr(text, "versions 9 to 9"), "it says \"%s\"", text);
 	raw((const uint8_t *)"GET / HTTP/1.0\r\n\r\n", 18, text, sizeof(text));
 	CHECK(strstr(text, "no kvm-checkpoint"), "it says \"%s\"", text);
+	/* That one had no sum. */
 	hello[KC_REC_HDR + 8] = hello[KC_REC_HDR + 10] = 4;
-	raw(hello, n, text, sizeof(text));
+	kc_put_rec(hello, KC_HELLO, 0, n - KC_REC_HDR - 8);
+	raw(hello, n - 8, text, sizeof(text));
 	CHECK(strstr(text, "speaks version 4"), "it says \"%s\"", text);
+	kc_put_rec(hello, KC_HELLO, 0, n - KC_REC_HDR);
 	hello[KC_REC_HDR + 8] = hello[KC_REC_HDR + 10] = KC_VERSION;
+	hello[n - 1] ^= 1;
+	raw(hello, n, text, sizeof(text));
+	CHECK(strstr(text, "malformed"), "it says \"%s\"", text);
+	hello[n - 1] ^= 1;
 	hello[KC_REC_HDR + 12] = 2;
 	raw(hello, n, text, sizeof(text));
 	CHECK(strstr(text, "malformed"), "it says \"%s\"", text);
@@ -918,6 +925,7 @@ static const struct test tests[] = {
 	{ "silent_qemu", test_silent_qemu },
 	{ "reboot", test_reboot },
 	{ "foreign_directory", test_foreign_directory },
+	{ "killed_lock", test_killed_lock },
 	{ "kill_standby", test_kill_standby },
 	{ "kill_primary", test_kill_primary },
 	{ "kill_directory", test_kill_directory },

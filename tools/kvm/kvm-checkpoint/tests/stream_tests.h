@@ -28,6 +28,7 @@ void test_full_ram_dir(void);
 void test_full_holes(void);
 
 /* stream_kills.c */
+void test_killed_lock(void);
 void test_kill_standby(void);
 void test_kill_primary(void);
 void test_kill_directory(void);
