@@ -247,7 +247,7 @@ extern const char * const who_names[NR_WHO];
 
 /* Notes from now on which thread runs when; false if this kernel cannot */
 bool trace_begin(void);
-/* The threads of these are told apart, as they are now */
+/* The threads of these are told apart, as they are now; @protect may be 0 */
 void trace_know(struct vm *vm, pid_t protect, pid_t standby);
 /* Adds up, for the pauses of epochs @from to @to of the log, or all of them; microseconds */
 void trace_end(uint64_t from, uint64_t to, bool pauses, uint64_t us[NR_WHO]);
