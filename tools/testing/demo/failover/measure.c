@@ -4,7 +4,6 @@
  */
 #define _GNU_SOURCE
 #include <sched.h>
-#include <signal.h>
 #include <stdlib.h>
 
 #include "failover.h"
@@ -29,14 +28,10 @@ struct row {
 	double rate;
 };
 
-/*
- * Where there is one CPU: the standby would be on another host, and has what is left.  What QEMU
- * tells protect during a pause would be heard at once, on another CPU.
- */
-static bool share_cpu(const struct pair *x)
+/* What QEMU tells it in a pause it would hear at once, on another CPU: where there is one, as well */
+static bool hears_at_once(pid_t protect)
 {
-	return !sched_setscheduler(x->standby, SCHED_IDLE, &(struct sched_param){ 0 }) &&
-	       !sched_setscheduler(x->protect.pid, SCHED_FIFO,
+	return !sched_setscheduler(protect, SCHED_FIFO,
 				   &(struct sched_param){ .sched_priority = 1 });
 }
 
@@ -57,11 +52,15 @@ static bool run_epochs(const char *interval, unsigned int n, struct row *r, uint
 	if (who && !trace_begin())
 		return fail("the scheduler cannot be traced");
 	x.standby = start_standby(&x);
-	start_protect(&x.protect, &vm, &x, interval, n);
-	if (measured.instructions && !share_cpu(&x))
+	/* It would be on another host, and all that it starts: they have what the CPU has left */
+	if (measured.instructions &&
+	    sched_setscheduler(x.standby, SCHED_IDLE, &(struct sched_param){ 0 }))
 		return fail("the scheduler does not do what it is asked to");
+	start_protect(&x.protect, &vm, &x, interval, n);
 	if (!wait_synced(&x.protect, &vm, 1))
 		return false;
+	if (measured.instructions && !hears_at_once(x.protect.pid))
+		return fail("the scheduler does not do what it is asked to");
 	if (who)
 		trace_know(&vm, x.protect.pid, x.standby);
 	status = wait_protect(&x.protect);
@@ -148,12 +147,12 @@ static void take_turn(struct machine *m)
 	accel = logs[m->log].accel;
 	vm = m->vm;
 	if (vm.pid)
-		kill(vm.pid, SIGCONT);
+		qmp(&vm, "cont");
 }
 
 static void end_turn(struct machine *m)
 {
-	kill(vm.pid, SIGSTOP);
+	qmp(&vm, "stop");
 	m->vm = vm;
 	vm = (struct vm){ .ctl = -1, .mon = -1 };
 }
