@@ -320,12 +320,54 @@ static void print_table(unsigned int epochs)
 	printf("END\n");
 }
 
+static void put_away(struct machine *m)
+{
+	take_turn(m);
+	leave(&vm);
+	remove_ram(vm.ram);
+	m->vm = (struct vm){ .ctl = -1, .mon = -1 };
+}
+
+/* What else the host does comes and goes: in turn, so that all have their share of it */
+static bool measure_in_turn(unsigned int share)
+{
+	unsigned int i, round;
+	bool ok = true;
+
+	for (i = 0; i < nr_machines && ok; i++)
+		ok = prepare(&machines[i], i / builds, i % builds, share * ROUNDS);
+	for (round = 0; round < ROUNDS && ok; round++) {
+		for (i = 0; i < nr_machines && ok; i++)
+			ok = measure_once(&machines[i], share);
+		if (ok)
+			note("round %u of %u", round + 1, ROUNDS);
+	}
+	return ok;
+}
+
+/* Instructions are the same whenever they are counted: nobody else is there */
+static bool measure_alone(unsigned int share)
+{
+	unsigned int i, round;
+	bool ok = true;
+
+	for (i = 0; i < nr_machines && ok; i++) {
+		ok = prepare(&machines[i], i / builds, i % builds, share * ROUNDS);
+		for (round = 0; round < ROUNDS && ok; round++)
+			ok = measure_once(&machines[i], share);
+		if (ok)
+			note("%s%s", logs[machines[i].log].title, machines[i].old ? ", old" : "");
+		put_away(&machines[i]);
+	}
+	return ok;
+}
+
 bool test_measure(unsigned int epochs)
 {
 	const char *was_accel = accel, *was_cpus = guest_cpus;
-	unsigned int was_rate = guest_rate, i, round;
+	unsigned int was_rate = guest_rate, i;
 	unsigned int share = (epochs + ROUNDS - 1) / ROUNDS;
-	bool ok = true;
+	bool ok;
 
 	leave(&vm);
 	remove_ram(vm.ram);
@@ -345,21 +387,11 @@ bool test_measure(unsigned int epochs)
 	nr_machines = builds * (measured.logs && measured.logs < NR_LOGS ? measured.logs : NR_LOGS);
 	for (i = 0; i < nr_machines; i++)
 		machines[i].vm = (struct vm){ .ctl = -1, .mon = -1 };
-	for (i = 0; i < nr_machines && ok; i++)
-		ok = prepare(&machines[i], i / builds, i % builds, share * ROUNDS);
-	for (round = 0; round < ROUNDS && ok; round++) {
-		for (i = 0; i < nr_machines && ok; i++)
-			ok = measure_once(&machines[i], share);
-		if (ok)
-			note("round %u of %u", round + 1, ROUNDS);
-	}
+	ok = measured.instructions ? measure_alone(share) : measure_in_turn(share);
 	if (ok)
 		print_table(share * ROUNDS);
-	for (i = 0; i < nr_machines; i++) {
-		take_turn(&machines[i]);
-		leave(&vm);
-		remove_ram(vm.ram);
-	}
+	for (i = 0; i < nr_machines; i++)
+		put_away(&machines[i]);
 	qemu = new_qemu;
 	checkpoint = new_checkpoint;
 	accel = was_accel;
