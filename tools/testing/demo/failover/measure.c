@@ -105,7 +105,6 @@ bool test_early(unsigned int epochs)
 	return ok;
 }
 
-
 /*
  * What is compared: the ways to log, with this build and perhaps an old one.  Each has a guest of
  * its own, which is stopped when it is not its turn.
