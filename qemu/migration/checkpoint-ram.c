@@ -9,6 +9,7 @@
  */
 
 #include "qemu/osdep.h"
+#include "qemu/cutils.h"
 #include "qemu/error-report.h"
 #include "qemu/rcu.h"
 #include "qemu/slot-ring-compat.h"
@@ -26,6 +27,9 @@
 
 /* What one message takes, see qio_channel_socket_writev() */
 #define FDS_PER_MESSAGE 16
+
+/* Words of the dirty bitmap that are looked at as one: 128 MiB of the guest */
+#define WORDS_AT_ONCE   512
 
 /* The layout that has this number; never the same number for two layouts */
 static struct {
@@ -108,34 +112,48 @@ static void protect_again(RAMBlock *rb, uint64_t from, uint64_t to)
 /*
  * Moves the block's bits in the dirty bitmap to @pages, and write-protects the
  * pages again where that is not done yet.  Does not take what KVM logs.
+ *
+ * The guest waits, and QEMU writes to few pages of it: in a large guest, what
+ * this costs is to find out that there is nothing.
  */
 static void collect_block(RAMBlock *rb, uint32_t nr, GArray *pages)
 {
     uint64_t npages = rb->used_length >> TARGET_PAGE_BITS;
-    uint64_t page = rb->offset >> TARGET_PAGE_BITS;
-    uint64_t i, from = UINT64_MAX;      /* of words in a row that had bits */
+    uint64_t nwords = DIV_ROUND_UP(npages, BITS_PER_LONG);
+    uint64_t word = BIT_WORD(rb->offset >> TARGET_PAGE_BITS);
+    const uint64_t per_block = DIRTY_MEMORY_BLOCK_SIZE / BITS_PER_LONG;
+    uint64_t i, k, n;
+    uint64_t from = UINT64_MAX;         /* of words in a row that had bits */
     DirtyMemoryBlocks *dirty;
 
     /* find_ram_offset() sees to it */
-    assert(!(page % BITS_PER_LONG));
+    assert(!((rb->offset >> TARGET_PAGE_BITS) % BITS_PER_LONG));
 
     dirty = qatomic_rcu_read(&ram_list.dirty_memory[DIRTY_MEMORY_MIGRATION]);
-    for (i = 0; i < npages; i += BITS_PER_LONG) {
-        uint64_t n = page + i;
-        unsigned long *word = dirty->blocks[n / DIRTY_MEMORY_BLOCK_SIZE] +
-                              BIT_WORD(n % DIRTY_MEMORY_BLOCK_SIZE);
-        unsigned long bits = *word ? qatomic_xchg(word, 0) : 0;
+    for (i = 0; i < nwords; i += n) {
+        unsigned long *words = dirty->blocks[(word + i) / per_block] +
+                               (word + i) % per_block;
 
-        if (bits) {
-            report_bits(pages, nr, i, bits);
-            from = MIN(from, i);
-        } else if (from != UINT64_MAX) {
-            protect_again(rb, from, i);
-            from = UINT64_MAX;
+        n = MIN(nwords - i, per_block - (word + i) % per_block);
+        n = MIN(n, WORDS_AT_ONCE);
+        if (from == UINT64_MAX && buffer_is_zero(words, n * sizeof(*words))) {
+            continue;
+        }
+        for (k = 0; k < n; k++) {
+            unsigned long bits = words[k] ? qatomic_xchg(&words[k], 0) : 0;
+
+            if (bits) {
+                report_bits(pages, nr, (i + k) * BITS_PER_LONG, bits);
+                from = MIN(from, i + k);
+            } else if (from != UINT64_MAX) {
+                protect_again(rb, from * BITS_PER_LONG,
+                              (i + k) * BITS_PER_LONG);
+                from = UINT64_MAX;
+            }
         }
     }
     if (from != UINT64_MAX) {
-        protect_again(rb, from, npages);
+        protect_again(rb, from * BITS_PER_LONG, npages);
     }
 }
 

@@ -16,7 +16,6 @@
 #include "exec/ram_addr.h"
 #include "exec/target_page.h"
 #include "hw/boards.h"
-#include "io/channel-buffer.h"
 #include "migration/global_state.h"
 #include "migration/migration.h"
 #include "migration/qemu-file.h"
@@ -149,17 +148,6 @@ static void save_unmapped_ram(QEMUFile *f)
     }
 }
 
-/* A stream into memory, gone with its QEMUFile */
-static QEMUFile *memory_file(size_t capacity, QIOChannelBuffer **bioc)
-{
-    QEMUFile *f;
-
-    *bioc = qio_channel_buffer_new(capacity);
-    f = qemu_file_new_output(QIO_CHANNEL(*bioc));
-    object_unref(OBJECT(*bioc));
-    return f;
-}
-
 bool checkpoint_write(int fd, const void *data, size_t size, uint64_t *offset,
                       Error **errp)
 {
@@ -183,50 +171,44 @@ bool checkpoint_write(int fd, const void *data, size_t size, uint64_t *offset,
 
 static bool write_head(int fd, Error **errp)
 {
-    QIOChannelBuffer *head;
+    CheckpointPlace place = { .fd = fd };
     QEMUFile *f;
-    uint64_t offset = 0;
-    bool ok;
     int ret;
 
     if (head_is_the_same()) {
         return true;
     }
     head_size = 0;
-    f = memory_file(1 << 20, &head);
+    f = checkpoint_file(&place);
     compat_savevm_state_header(f);
     save_unmapped_ram(f);
-    qemu_fflush(f);
-    ret = qemu_file_get_error(f);
+    ret = qemu_fclose(f);
     if (ret < 0) {
         error_setg_errno(errp, -ret, "cannot save memory");
+        return false;
     }
-    ok = ret >= 0 &&
-         checkpoint_write(fd, head->data, head->usage, &offset, errp);
-    qemu_fclose(f);
-    if (ok) {
-        head_size = offset;
-        head_generation = checkpoint_generation();
-    }
-    return ok;
+    head_size = place.offset;
+    head_generation = checkpoint_generation();
+    return true;
 }
 
 bool checkpoint_save_state(int fd, uint64_t *offset, bool running,
                            Error **errp)
 {
     bool vmdesc = !MACHINE(qdev_get_machine())->suppress_vmdesc;
-    QIOChannelBuffer *tail;
+    /* Its header, two words, is in the first part already */
+    CheckpointPlace place = { .fd = fd, .skip = 8 };
     QEMUFile *df;
-    int ret;
+    int ret, failed;
 
     if (!write_head(fd, errp)) {
         return false;
     }
-    *offset = head_size;
+    place.offset = head_size;
     if (!head_can_stay()) {
         head_size = 0;
     }
-    df = memory_file(1 << 18, &tail);
+    df = checkpoint_file(&place);
 
     /* How the guest is to go on where the state is loaded */
     if (running) {
@@ -241,17 +223,14 @@ bool checkpoint_save_state(int fd, uint64_t *offset, bool running,
         qemu_put_byte(df, QEMU_VM_VMDESCRIPTION);
         qemu_put_be32(df, 0);
     }
-    qemu_fflush(df);
-    if (!ret) {
-        ret = qemu_file_get_error(df);
+    failed = qemu_fclose(df);
+    if (!ret && failed < 0) {
+        ret = failed;
     }
     if (ret < 0) {
         error_setg_errno(errp, -ret, "cannot save the state of the devices");
-    } else {
-        /* Its header, two words, is in the first part already */
-        ret = checkpoint_write(fd, tail->data + 8, tail->usage - 8, offset,
-                               errp) ? 0 : -1;
+        return false;
     }
-    qemu_fclose(df);
-    return ret == 0;
+    *offset = place.offset;
+    return true;
 }

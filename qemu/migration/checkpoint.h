@@ -144,6 +144,19 @@ bool checkpoint_write(int fd, const void *data, size_t size, uint64_t *offset,
                       Error **errp);
 
 /*
+ * checkpoint-channel.c
+ */
+
+typedef struct CheckpointPlace {
+    int fd;
+    uint64_t offset;    /* where the next byte goes to */
+    size_t skip;        /* so many are left out before */
+} CheckpointPlace;
+
+/* A stream to @place, which must be there until it is closed */
+QEMUFile *checkpoint_file(CheckpointPlace *place);
+
+/*
  * checkpoint-take.c
  */
 

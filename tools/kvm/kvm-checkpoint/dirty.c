@@ -88,7 +88,7 @@ static int copy_reserve(struct copy *c, size_t n)
 	if (!pages)
 		return -ENOMEM;
 	c->pages = pages;
-	/* Populated, so that the first copies do not fault while the guest is paused */
+	/* Populated, so that copies do not fault */
 	if (c->data)
 		data = mremap(c->data, c->max * KC_PAGE_SIZE, max * KC_PAGE_SIZE, MREMAP_MAYMOVE);
 	else
@@ -100,6 +100,21 @@ static int copy_reserve(struct copy *c, size_t n)
 	c->data = data;
 	c->max = max;
 	return 0;
+}
+
+/*
+ * What grows faster than this is faulted in while the guest waits.  If there is no memory, that is
+ * for who needs it to say.
+ */
+void guest_ready_copy(const struct guest *g, struct copy *c)
+{
+	size_t had = c->max;
+
+	if (copy_reserve(c, 2 * (c->nr + g->dirty.pages) + 1) || c->max == had || !had)
+		return;
+#ifdef MADV_POPULATE_WRITE
+	madvise(c->data + had * KC_PAGE_SIZE, (c->max - had) * KC_PAGE_SIZE, MADV_POPULATE_WRITE);
+#endif
 }
 
 bool guest_is_hole(struct guest_holes *h, int fd, uint64_t page)

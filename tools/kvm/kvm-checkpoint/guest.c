@@ -502,6 +502,7 @@ int guest_take(struct guest *g, struct guest_epoch *e, struct kc_err *err)
 	char lost[200], blocked[200];
 	int rc;
 
+	guest_ready_copy(g, &e->copy);
 	copy_reset(&e->copy);
 	e->resumed = false;
 	rc = guest_take_brief(g, e, err);

@@ -307,6 +307,8 @@ struct guest_holes {
 bool guest_is_hole(struct guest_holes *h, int fd, uint64_t page);
 /* Moves dirty pages to the copy: at most max of those that have memory, and all holes on the way */
 int guest_copy_dirty(struct guest *g, struct copy *c, uint64_t max);
+/* Before the guest is stopped: memory for twice as much as last time */
+void guest_ready_copy(const struct guest *g, struct copy *c);
 void copy_sort(struct copy *c);
 
 static inline void copy_reset(struct copy *c)

@@ -12,7 +12,7 @@
 #include "protecting.h"
 #include "protect_tests.h"
 
-static unsigned int last;
+static unsigned int last, nr_told;
 
 static void take_epochs(unsigned int n)
 {
@@ -33,9 +33,35 @@ void test_take(void)
 	CHECK(qemu.nr_snaps == 21, "%u epochs were taken", qemu.nr_snaps);
 }
 
-/* --- It comes to nothing -------------------------------------------------- */
+/* Memory for copies is there before the guest stands still: 8 MiB of it, for a start */
+static unsigned long rss_pages[2];
 
-static unsigned int nr_told;
+static bool looks_at_memory(struct qemu *q, struct told *told)
+{
+	char path[64];
+	FILE *f;
+
+	if (told->what != TOLD_STOPPED || nr_told == 2)
+		return true;
+	snprintf(path, sizeof(path), "/proc/%d/statm", q->client);
+	f = fopen(path, "r");
+	CHECK(f && fscanf(f, "%*u %lu", &rss_pages[nr_told]) == 1, "no memory of protect's");
+	fclose(f);
+	nr_told++;
+	return true;
+}
+
+void test_take_ready(void)
+{
+	qemu.tells = looks_at_memory;
+	take_epochs(4);
+	check_store(&last);
+	CHECK(nr_told == 2 && rss_pages[1] < rss_pages[0] + 1024,
+	      "protect had %lu pages when the guest was stopped, and %lu the next time", rss_pages[0],
+	      rss_pages[1]);
+}
+
+/* --- It comes to nothing -------------------------------------------------- */
 
 /* Twice, when there are some epochs */
 static bool now_and_then(const struct told *told)

@@ -757,6 +757,7 @@ static const struct test tests[] = {
 	{ "protect_goes_slowly", test_goes_slowly },
 	{ "protect_lost", test_lost },
 	{ "protect_take", test_take },
+	{ "protect_take_ready", test_take_ready },
 	{ "protect_take_spoilt", test_take_spoilt },
 	{ "protect_take_late", test_take_late },
 	{ "protect_take_layout", test_take_layout },

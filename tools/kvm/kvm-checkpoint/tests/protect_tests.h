@@ -128,6 +128,7 @@ void test_off(void);
 void test_goes_slowly(void);
 void test_lost(void);
 void test_take(void);
+void test_take_ready(void);
 void test_take_spoilt(void);
 void test_take_late(void);
 void test_take_layout(void);

@@ -16,6 +16,8 @@
 #define ARRAY_SIZE(a)	(sizeof(a) / sizeof((a)[0]))
 
 #define GUEST_MB	64
+/* What its two writers write, of that */
+#define WORK_MB		8
 #define DISK_FILE	"/dev/shm/guest-disk"
 #define HOLDER_FILE	"/dev/shm/guest-holder"
 #define PSK_FILE	"/tmp/psk"
@@ -34,6 +36,15 @@ extern bool tls;
 /* The guest's shape; an old build to measure beside this one, or NULL */
 extern const char *guest_cpus;
 extern unsigned int guest_rate;
+extern unsigned int guest_mb, guest_work_mb;
+/* What "measure" was asked for, 0 for what it does else */
+struct measured {
+	const char *cpus;
+	unsigned int rate, mb, work_mb, interval_ms;
+	unsigned int logs;		/* how many ways to log */
+	bool instructions;		/* the clock counts them */
+};
+extern struct measured measured;
 /* It says which pages it does not use, and allocates and frees all the time; 2: also by hints */
 extern unsigned int guest_tells;
 /* For "protect", in place of checkpoint, or NULL */
@@ -97,6 +108,8 @@ struct args {
 };
 
 void arg(struct args *a, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
+/* What it has of its memory for itself, if it has more */
+unsigned int guest_used_mb(void);
 void args_of_qemu(struct args *a, unsigned int gen, const char *ram);
 
 char *ask(struct vm *vm, const char *what, unsigned int seconds);
@@ -234,7 +247,7 @@ extern const char * const who_names[NR_WHO];
 
 /* Notes from now on which thread runs when; false if this kernel cannot */
 bool trace_begin(void);
-/* The threads of these are told apart, as they are now */
+/* The threads of these are told apart, as they are now; @protect may be 0 */
 void trace_know(struct vm *vm, pid_t protect, pid_t standby);
 /* Adds up, for the pauses of epochs @from to @to of the log, or all of them; microseconds */
 void trace_end(uint64_t from, uint64_t to, bool pauses, uint64_t us[NR_WHO]);

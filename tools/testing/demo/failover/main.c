@@ -35,6 +35,8 @@ const char *accel = "kvm,dirty-slot-ring-size=512";
 bool tls;
 const char *guest_cpus = "2";
 unsigned int guest_rate = 400;
+unsigned int guest_mb = GUEST_MB, guest_work_mb = WORK_MB;
+struct measured measured;
 unsigned int guest_tells;
 bool guest_has_net, guest_has_ledger;
 const char *net_option;
@@ -132,6 +134,37 @@ static void set_seed(uint64_t n)
 	note("seed=%lu", seed);
 }
 
+/* What guests are like, for what follows: "measure", or all */
+static bool set_shape(const char *arg, size_t len, const char *value, unsigned int n)
+{
+	static const struct {
+		const char *name;
+		unsigned int *to;
+	} numbers[] = {
+		{ "rate", &measured.rate }, { "ram", &measured.mb }, { "work", &measured.work_mb },
+		{ "logs", &measured.logs }, { "interval", &measured.interval_ms },
+	};
+	size_t k;
+
+	if (len == 4 && !strncmp(arg, "cpus", len)) {
+		guest_cpus = value;
+		measured.cpus = value;
+		booted = NULL;
+		return true;
+	}
+	for (k = 0; k < ARRAY_SIZE(numbers); k++) {
+		if (strlen(numbers[k].name) != len || strncmp(arg, numbers[k].name, len))
+			continue;
+		*numbers[k].to = n;
+		if (!k) {
+			guest_rate = n;
+			booted = NULL;
+		}
+		return true;
+	}
+	return false;
+}
+
 static bool own_files(void)
 {
 	return !unshare(CLONE_NEWNS) && !mount("none", "/", NULL, MS_REC | MS_PRIVATE, NULL) &&
@@ -196,6 +229,7 @@ int main(int argc, char **argv)
 	initrd = argv[4];
 	checkpoint = argv[5];
 	started = now_us();
+	measured.instructions = getenv("COUNTS_INSTRUCTIONS");
 	signal(SIGPIPE, SIG_IGN);
 	vm.ctl = -1;
 	vm.mon = -1;
@@ -229,11 +263,8 @@ int main(int argc, char **argv)
 			accel = value + 1;
 			continue;
 		}
-		if (!strncmp(argv[i], "rate=", 5)) {
-			guest_rate = n;
-			booted = NULL;
+		if (set_shape(argv[i], len, value + 1, n))
 			continue;
-		}
 		if (!strncmp(argv[i], "unused=", 7)) {
 			guest_tells = n;
 			booted = NULL;

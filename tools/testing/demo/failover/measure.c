@@ -3,7 +3,7 @@
  * What epochs cost.
  */
 #define _GNU_SOURCE
-#include <signal.h>
+#include <sched.h>
 #include <stdlib.h>
 
 #include "failover.h"
@@ -28,6 +28,13 @@ struct row {
 	double rate;
 };
 
+/* What QEMU tells it in a pause it would hear at once, on another CPU: where there is one, as well */
+static bool hears_at_once(pid_t protect)
+{
+	return !sched_setscheduler(protect, SCHED_FIFO,
+				   &(struct sched_param){ .sched_priority = 1 });
+}
+
 /*
  * One run; the rate is that of epochs after the first, which copied everything.  @v: where the
  * parts of their pauses go, or NULL; @who: who had the CPU is added to that, in the pauses if there
@@ -45,14 +52,23 @@ static bool run_epochs(const char *interval, unsigned int n, struct row *r, uint
 	if (who && !trace_begin())
 		return fail("the scheduler cannot be traced");
 	x.standby = start_standby(&x);
+	/* It would be on another host, and all that it starts: they have what the CPU has left */
+	if (measured.instructions &&
+	    sched_setscheduler(x.standby, SCHED_IDLE, &(struct sched_param){ 0 }))
+		return fail("the scheduler does not do what it is asked to");
 	start_protect(&x.protect, &vm, &x, interval, n);
 	if (!wait_synced(&x.protect, &vm, 1))
 		return false;
+	if (measured.instructions && !hears_at_once(x.protect.pid))
+		return fail("the scheduler does not do what it is asked to");
 	if (who)
 		trace_know(&vm, x.protect.pid, x.standby);
 	status = wait_protect(&x.protect);
-	if (who)
+	/* And those that have come since */
+	if (who) {
+		trace_know(&vm, 0, x.standby);
 		trace_end(2, n + 1, v, us);
+	}
 	for (i = 0; who && i < NR_WHO; i++)
 		who[i] += us[i];
 	kill_now(&x.standby, true);
@@ -89,7 +105,6 @@ bool test_early(unsigned int epochs)
 	return ok;
 }
 
-
 /*
  * What is compared: the ways to log, with this build and perhaps an old one.  Each has a guest of
  * its own, which is stopped when it is not its turn.
@@ -98,6 +113,8 @@ bool test_early(unsigned int epochs)
 #define MAX_MACHINES	(2 * NR_LOGS)
 #define ROUNDS		3
 #define WARM_UP		5
+#define RATE		1000		/* 300 pages in 100 ms, by three */
+#define INTERVAL_MS	100
 
 static const struct {
 	const char *title, *accel;
@@ -117,7 +134,8 @@ static struct machine {
 	struct row row;
 	double fastest;
 } machines[MAX_MACHINES];
-static unsigned int nr_machines;
+static unsigned int nr_machines, builds;
+static char slow_interval[16];
 
 static const char *new_qemu, *new_checkpoint;
 
@@ -128,12 +146,12 @@ static void take_turn(struct machine *m)
 	accel = logs[m->log].accel;
 	vm = m->vm;
 	if (vm.pid)
-		kill(vm.pid, SIGCONT);
+		qmp(&vm, "cont");
 }
 
 static void end_turn(struct machine *m)
 {
-	kill(vm.pid, SIGSTOP);
+	qmp(&vm, "stop");
 	m->vm = vm;
 	vm = (struct vm){ .ctl = -1, .mon = -1 };
 }
@@ -164,7 +182,7 @@ static bool measure_once(struct machine *m, unsigned int epochs)
 
 	take_turn(m);
 	/* Which moves on where the next ones go */
-	ok = run_epochs("100ms", epochs, &m->row, m->next, m->who[0]) &&
+	ok = run_epochs(slow_interval, epochs, &m->row, m->next, m->who[0]) &&
 	     run_epochs("1ms", epochs, &fast, NULL, m->who[1]);
 	end_turn(m);
 	m->n += epochs;
@@ -173,60 +191,99 @@ static bool measure_once(struct machine *m, unsigned int epochs)
 	return ok;
 }
 
-static void print_line(const char *what, const char *of, void (*cell)(struct machine *m, int arg),
-		       int arg)
-{
-	unsigned int i;
-
-	printf("| %s | %s |", what, of);
-	for (i = 0; i < nr_machines; i++)
-		cell(&machines[i], arg);
-	printf("\n");
-}
-
 static void cell_title(struct machine *m, int arg)
 {
 	(void)arg;
-	printf(" %s%s |", logs[m->log].title, m->old ? ", old" : "");
+	printf(m->old ? " %s, old | old / new |" : " %s |", logs[m->log].title);
 }
 
 static void cell_rule(struct machine *m, int arg)
 {
-	(void)m;
 	(void)arg;
-	printf("---|");
+	printf(m->old ? "---|---|" : "---|");
+}
+
+static double median(struct machine *m, int part)
+{
+	return percentile(m->v[part], m->n, 50);
 }
 
 static void cell_part(struct machine *m, int part)
 {
-	printf(" %lu / %lu |", percentile(m->v[part], m->n, 50), percentile(m->v[part], m->n, 99));
+	printf(" %.0f / %lu |", median(m, part), percentile(m->v[part], m->n, 99));
+}
+
+static double in_pause(struct machine *m, int who)
+{
+	return (double)m->who[0][who] / m->n;
 }
 
 static void cell_in_pause(struct machine *m, int who)
 {
-	printf(" %lu |", m->who[0][who] / m->n);
+	printf(" %.0f |", in_pause(m, who));
+}
+
+static double in_epoch(struct machine *m, int who)
+{
+	return (double)m->who[1][who] / m->n;
 }
 
 static void cell_in_epoch(struct machine *m, int who)
 {
-	printf(" %lu |", m->who[1][who] / m->n);
+	printf(" %.0f |", in_epoch(m, who));
+}
+
+static double pages(struct machine *m, int arg)
+{
+	(void)arg;
+	return m->row.pages;
 }
 
 static void cell_pages(struct machine *m, int arg)
 {
+	printf(" %.0f |", pages(m, arg));
+}
+
+static double bytes(struct machine *m, int arg)
+{
 	(void)arg;
-	printf(" %lu |", m->row.pages);
+	return m->row.bytes;
 }
 
 static void cell_bytes(struct machine *m, int arg)
 {
-	(void)arg;
-	printf(" %lu |", m->row.bytes);
+	printf(" %.0f |", bytes(m, arg));
+}
+
+static double rate(struct machine *m, int fastest)
+{
+	return fastest ? m->fastest : m->row.rate;
 }
 
 static void cell_rate(struct machine *m, int fastest)
 {
-	printf(" %.1f |", fastest ? m->fastest : m->row.rate);
+	printf(" %.1f |", rate(m, fastest));
+}
+
+/* @value: of which an old build and this one are compared, or NULL */
+static void print_line(const char *what, const char *of, void (*cell)(struct machine *m, int arg),
+		       double (*value)(struct machine *m, int arg), int arg)
+{
+	unsigned int i;
+	double now;
+
+	printf("| %s | %s |", what, of);
+	for (i = 0; i < nr_machines; i++) {
+		cell(&machines[i], arg);
+		if (!value || !machines[i].old)
+			continue;
+		now = value(&machines[i - 1], arg);
+		if (now > 0)
+			printf(" %.2f |", value(&machines[i], arg) / now);
+		else
+			printf(" |");
+	}
+	printf("\n");
 }
 
 static void print_table(unsigned int epochs)
@@ -236,45 +293,46 @@ static void print_table(unsigned int epochs)
 		[COPY] = "copy", [RESUME] = "resume",
 	};
 	static const int order[] = { PAUSE, STOP, HARVEST, STATE, COPY, RESUME };
-	char what[64];
+	/* With -icount a nanosecond of the clock is an instruction */
+	const char *unit = measured.instructions ? "1,000 instructions" : "µs";
+	char what[96], of[96];
 	int i;
 
-	snprintf(what, sizeof(what), "%u epochs each", epochs);
+	snprintf(what, sizeof(what), "%u epochs each, %s vCPU, %u MiB", epochs, guest_cpus, guest_mb);
 	printf("\nTABLE\n");
-	print_line(what, "", cell_title, 0);
-	print_line("---", "---", cell_rule, 0);
+	print_line(what, "", cell_title, NULL, 0);
+	print_line("---", "---", cell_rule, NULL, 0);
+	snprintf(of, sizeof(of), "%s, p50 / p99", unit);
 	for (i = 0; i < PARTS; i++)
-		print_line(titles[order[i]], "µs, p50 / p99", cell_part, order[i]);
+		print_line(titles[order[i]], of, cell_part, median, order[i]);
+	snprintf(of, sizeof(of), "%s of a pause", unit);
 	for (i = 0; i < NR_WHO; i++)
-		print_line(who_names[i], "µs of a pause", cell_in_pause, i);
+		print_line(who_names[i], of, cell_in_pause, in_pause, i);
+	snprintf(of, sizeof(of), "%s from one epoch to the next, --interval 1ms", unit);
 	for (i = 0; i < NR_WHO; i++)
-		print_line(who_names[i], "µs from one epoch to the next, --interval 1ms",
-			   cell_in_epoch, i);
-	print_line("pages in an epoch", "mean", cell_pages, 0);
-	print_line("bytes sent for it", "mean", cell_bytes, 0);
-	print_line("epochs a second", "--interval 100ms", cell_rate, 0);
-	print_line("", "--interval 1ms", cell_rate, 1);
+		print_line(who_names[i], of, cell_in_epoch, in_epoch, i);
+	print_line("pages in an epoch", "mean", cell_pages, pages, 0);
+	print_line("bytes sent for it", "mean", cell_bytes, bytes, 0);
+	snprintf(of, sizeof(of), "--interval %s", slow_interval);
+	print_line("epochs a second", of, cell_rate, rate, 0);
+	print_line("", "--interval 1ms", cell_rate, rate, 1);
 	printf("END\n");
 }
 
-bool test_measure(unsigned int epochs)
+static void put_away(struct machine *m)
 {
-	const char *was_accel = accel, *was_cpus = guest_cpus;
-	unsigned int was_rate = guest_rate, builds = old_qemu ? 2 : 1, i, round;
-	unsigned int share = (epochs + ROUNDS - 1) / ROUNDS;
-	bool ok = true;
-
+	take_turn(m);
 	leave(&vm);
 	remove_ram(vm.ram);
-	kill_now(&standby, true);
-	new_qemu = qemu;
-	new_checkpoint = checkpoint;
-	guest_cpus = "1";
-	guest_rate = 1400;
-	guest_has_net = true;
-	nr_machines = builds * NR_LOGS;
-	for (i = 0; i < nr_machines; i++)
-		machines[i].vm = (struct vm){ .ctl = -1, .mon = -1 };
+	m->vm = (struct vm){ .ctl = -1, .mon = -1 };
+}
+
+/* What else the host does comes and goes: in turn, so that all have their share of it */
+static bool measure_in_turn(unsigned int share)
+{
+	unsigned int i, round;
+	bool ok = true;
+
 	for (i = 0; i < nr_machines && ok; i++)
 		ok = prepare(&machines[i], i / builds, i % builds, share * ROUNDS);
 	for (round = 0; round < ROUNDS && ok; round++) {
@@ -283,18 +341,63 @@ bool test_measure(unsigned int epochs)
 		if (ok)
 			note("round %u of %u", round + 1, ROUNDS);
 	}
+	return ok;
+}
+
+/* Instructions are the same whenever they are counted: nobody else is there */
+static bool measure_alone(unsigned int share)
+{
+	unsigned int i, round;
+	bool ok = true;
+
+	for (i = 0; i < nr_machines && ok; i++) {
+		ok = prepare(&machines[i], i / builds, i % builds, share * ROUNDS);
+		for (round = 0; round < ROUNDS && ok; round++)
+			ok = measure_once(&machines[i], share);
+		if (ok)
+			note("%s%s", logs[machines[i].log].title, machines[i].old ? ", old" : "");
+		put_away(&machines[i]);
+	}
+	return ok;
+}
+
+bool test_measure(unsigned int epochs)
+{
+	const char *was_accel = accel, *was_cpus = guest_cpus;
+	unsigned int was_rate = guest_rate, i;
+	unsigned int share = (epochs + ROUNDS - 1) / ROUNDS;
+	bool ok;
+
+	leave(&vm);
+	remove_ram(vm.ram);
+	kill_now(&standby, true);
+	new_qemu = qemu;
+	new_checkpoint = checkpoint;
+	guest_cpus = measured.cpus ? measured.cpus : "1";
+	guest_rate = measured.rate ? measured.rate : RATE;
+	guest_work_mb = measured.work_mb ? measured.work_mb : WORK_MB;
+	guest_mb = guest_used_mb();
+	if (measured.mb > guest_mb)
+		guest_mb = measured.mb;
+	guest_has_net = true;
+	snprintf(slow_interval, sizeof(slow_interval), "%ums",
+		 measured.interval_ms ? measured.interval_ms : INTERVAL_MS);
+	builds = old_qemu ? 2 : 1;
+	nr_machines = builds * (measured.logs && measured.logs < NR_LOGS ? measured.logs : NR_LOGS);
+	for (i = 0; i < nr_machines; i++)
+		machines[i].vm = (struct vm){ .ctl = -1, .mon = -1 };
+	ok = measured.instructions ? measure_alone(share) : measure_in_turn(share);
 	if (ok)
 		print_table(share * ROUNDS);
-	for (i = 0; i < nr_machines; i++) {
-		take_turn(&machines[i]);
-		leave(&vm);
-		remove_ram(vm.ram);
-	}
+	for (i = 0; i < nr_machines; i++)
+		put_away(&machines[i]);
 	qemu = new_qemu;
 	checkpoint = new_checkpoint;
 	accel = was_accel;
 	guest_cpus = was_cpus;
 	guest_rate = was_rate;
+	guest_mb = GUEST_MB;
+	guest_work_mb = WORK_MB;
 	guest_has_net = false;
 	return ok;
 }

@@ -101,7 +101,8 @@ void trace_know(struct vm *vm, pid_t protect, pid_t standby)
 			know(atoi(p + strlen("\"thread-id\": ")), BY_VCPUS);
 	}
 	know_all(vm->pid, BY_QEMU);
-	know_all(protect, BY_PROTECT);
+	if (protect)
+		know_all(protect, BY_PROTECT);
 	know_all(standby, BY_STANDBY);
 	know_children(standby, BY_STANDBY);
 }

@@ -134,6 +134,11 @@ void arg(struct args *a, const char *fmt, ...)
 	a->v[a->n++] = a->text[a->texts++];
 }
 
+unsigned int guest_used_mb(void)
+{
+	return GUEST_MB + guest_work_mb - WORK_MB;
+}
+
 void args_of_qemu(struct args *a, unsigned int gen, const char *ram)
 {
 	const char * const fixed[] = {
@@ -146,14 +151,18 @@ void args_of_qemu(struct args *a, unsigned int gen, const char *ram)
 		/* Nothing but the guest itself may notice that there are two of it */
 		"-drive", "if=virtio,format=raw,file.locking=off,file=" HOLDER_FILE,
 	};
+	char limit[32] = "";
 	size_t i;
 
 	for (i = 0; i < ARRAY_SIZE(fixed); i++)
 		a->v[a->n++] = (char *)fixed[i];
+	/* The rest is there, but nobody writes it, not even to note that it is free */
+	if (guest_mb > guest_used_mb())
+		snprintf(limit, sizeof(limit), " mem=%uM", guest_used_mb());
 	a->v[a->n++] = "-append";
-	arg(a, "console=ttyS0 quiet panic=-1 tsc=reliable no_timer_check rcupdate.rcu_expedited=1 demo.work=8 demo.still=8 demo.rate=%u demo.ledger=%d demo.churn=%d demo.churn_us=20000%s",
-	    guest_rate, guest_has_ledger, guest_tells ? 300 : 0,
-	    guest_tells ? " init_on_alloc=1" : "");
+	arg(a, "console=ttyS0 quiet panic=-1 tsc=reliable no_timer_check rcupdate.rcu_expedited=1 demo.work=%u demo.still=8 demo.rate=%u demo.ledger=%d demo.churn=%d demo.churn_us=20000%s%s",
+	    guest_work_mb, guest_rate, guest_has_ledger, guest_tells ? 300 : 0,
+	    guest_tells ? " init_on_alloc=1" : "", limit);
 	if (guest_tells) {
 		if (guest_tells > 1) {
 			a->v[a->n++] = "-object";
@@ -184,7 +193,7 @@ void args_of_qemu(struct args *a, unsigned int gen, const char *ram)
 		a->v[a->n++] = "virtio-net-pci,netdev=net0,romfile=";
 	}
 	a->v[a->n++] = "-object";
-	arg(a, "memory-backend-file,id=ram0,size=%dM,share=on,mem-path=%s", GUEST_MB, ram);
+	arg(a, "memory-backend-file,id=ram0,size=%uM,share=on,mem-path=%s", guest_mb, ram);
 	a->v[a->n++] = "-qmp";
 	arg(a, "unix:/tmp/%u.qmp,server=on,wait=off", gen);
 	a->v[a->n++] = "-qmp";
