@@ -133,6 +133,59 @@ int kc_ram_add_entry(struct kc_ram *ram, const struct entry *e, struct kc_err *e
 	return rc;
 }
 
+/* What comes next in a block: pages in a row that are the same zeros, or one with contents, or none */
+static uint64_t noted_run(const uint32_t *at, uint64_t left)
+{
+	uint64_t n = 1;
+
+	while (n < left && at[n] == at[0])
+		n++;
+	return n;
+}
+
+/*
+ * The slots have all of it: of each page what came last, and of each run what is left of it.  So one
+ * of the lists is made anew, which cannot become longer than there are pages.
+ */
+static void note_anew(struct kc_ram *ram, bool zeros)
+{
+	uint64_t npages, page, n;
+	uint32_t i, block, *at;
+
+	ram->nr_zeros = zeros ? 0 : ram->nr_zeros;
+	ram->nr_entries = zeros ? ram->nr_entries : 0;
+	for (i = 0; i < KC_MAX_INDEX; i++) {
+		block = kc_block_of_index(i);
+		npages = kc_guest_block_pages(&ram->guest, block);
+		for (page = 0; page < npages; page += n) {
+			at = kc_ram_slot(ram, block, page);
+			n = noted_run(at, npages - page);
+			if (*at == SLOT_NONE || zeros != (*at == SLOT_ZERO || *at == SLOT_HOLE))
+				continue;
+			if (zeros)
+				ram->zeros[ram->nr_zeros++] =
+					(struct zero_run){ page, n, block, *at };
+			else
+				ram->entries[ram->nr_entries++] =
+					(struct entry){ page, block, *at, 1 };
+		}
+	}
+}
+
+/*
+ * Who says the same again and again, without an end, is not to have all memory: no more is kept than
+ * twice what there are pages.
+ */
+static void bound_notes(struct kc_ram *ram)
+{
+	uint64_t most = 2 * (kc_guest_pages(&ram->guest) + kc_guest_disk_pages(&ram->guest));
+
+	if (ram->nr_zeros > most)
+		note_anew(ram, true);
+	if (ram->nr_entries > most)
+		note_anew(ram, false);
+}
+
 /*
  * The page is in the open epoch, at a slot of redo.  One that was zero in it before may be noted
  * twice, which does no harm: where it is, the slots tell.
@@ -143,6 +196,7 @@ static int note(struct kc_ram *ram, uint16_t block, uint64_t page, uint32_t slot
 	uint32_t *at = kc_ram_slot(ram, block, page);
 	int rc = 0;
 
+	bound_notes(ram);
 	if (*at == SLOT_NONE || *at == SLOT_ZERO || *at == SLOT_HOLE)
 		rc = kc_ram_add_entry(ram, &(struct entry){ page, block, slot, 1 }, err);
 	if (!rc)
@@ -155,9 +209,11 @@ static int note_zeros(struct kc_ram *ram, const struct kc_zero *z, struct kc_err
 {
 	uint32_t slot = (z->flags & KC_ZERO_HOLE) && z->block < KC_DISK_BLOCK ? SLOT_HOLE :
 			SLOT_ZERO;
-	struct zero_run *last = ram->nr_zeros ? &ram->zeros[ram->nr_zeros - 1] : NULL;
+	struct zero_run *last;
 	int rc = 0;
 
+	bound_notes(ram);
+	last = ram->nr_zeros ? &ram->zeros[ram->nr_zeros - 1] : NULL;
 	if (last && last->block == z->block && last->slot == slot &&
 	    last->page + last->npages == z->page) {
 		last->npages += z->npages;

@@ -25,7 +25,7 @@
 #define CHURN_ID	100	/* and up, one for each thread */
 #define CHILD_PAGES	64
 
-static uint64_t npages, pause_us;
+static _Atomic uint64_t npages, pause_us;
 static atomic_ulong rounds, bad;
 static char first_bad[200];
 
@@ -98,12 +98,13 @@ static void in_child(uint64_t id, uint64_t round)
 
 static void *churn(void *arg)
 {
-	uint64_t id = CHURN_ID + (uintptr_t)arg, round;
+	uint64_t id = CHURN_ID + (uintptr_t)arg, round, n;
 
 	for (round = 1; ; round++) {
-		in_memory(id, round, npages);
+		n = npages;
+		in_memory(id, round, n);
 		if (round % 4 == 0)
-			in_file(id, round, npages / 4);
+			in_file(id, round, n / 4);
 		/* It starts with what was found so far */
 		if (round % 4 == 2 && !bad)
 			in_child(id, round);
@@ -117,14 +118,16 @@ static void *churn(void *arg)
 const char *churn_start(uint64_t n, uint64_t us)
 {
 	long cpus = sysconf(_SC_NPROCESSORS_ONLN), i;
+	static bool begun;
 	pthread_t thread;
 
 	npages = n;
 	pause_us = us;
-	for (i = 0; i < cpus; i++) {
+	for (i = 0; i < cpus && !begun; i++) {
 		if (pthread_create(&thread, NULL, churn, (void *)(uintptr_t)i))
 			return "pthread_create";
 	}
+	begun = true;
 	return NULL;
 }
 
@@ -141,6 +144,30 @@ uint64_t churn_bad(void)
 const char *churn_first_bad(void)
 {
 	return first_bad;
+}
+
+/* Each page written and given back at once; by children, if it is to be these that are counted */
+uint64_t churn_cost(uint64_t n, bool forks)
+{
+	uint64_t begun, i;
+	int status;
+	pid_t pid;
+
+	begun = __builtin_ia32_rdtsc();
+	if (!forks) {
+		volatile uint8_t *p = (volatile uint8_t *)get_pages(n);
+
+		for (i = 0; p && i < n; i++)
+			p[i * PAGE] = 1;
+		munmap((void *)p, n * PAGE);
+	}
+	for (i = 0; forks && i < n; i++) {
+		pid = fork();
+		if (!pid)
+			_exit(0);
+		waitpid(pid, &status, 0);
+	}
+	return __builtin_ia32_rdtsc() - begun;
 }
 
 bool churn_once(uint64_t n, bool file)

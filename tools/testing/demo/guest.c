@@ -24,7 +24,13 @@
  *	slots	-> "slots TIMES", after the host bridge was told as often to show the firmware's
  *		   shadow as RAM or as ROM, so that the VMM has to lay out all memory anew
  *	start N US	-> "start N US ok": churn_start(), see churn.h
+ *	cost N	-> "cost N TICKS", of the TSC, to write to N pages and give them back; "cost N fork": of N
+ *		   children
  *	churn	-> "churn ROUNDS BAD"
+ *	lie WHAT	-> "lie WHAT: ok", "lie WHAT: refused": lies_tell(), see lies.h
+ *	table	-> "table ADDRESS", in hex, of what it tells of its pages; 0: nothing
+ *	kexec	-> "kexec begun": the kernel in /other takes over; "kexec crash": in a panic
+ *	hibernate	-> "hibernate ok", after it was hibernated to a third disk and is back
  *	mem	-> "mem TOTAL FREE", in MiB
  *	once N	-> "once N ok", after N MiB were written and given back; "once N file": of files
  *	broken	-> "broken begun" and, when told again, whether block 256 of a second disk, which has
@@ -32,7 +38,8 @@
  *
  * usage: kernel parameters demo.work= and demo.still= (MiB), demo.rate= (pages
  * written in a second by each thread), demo.ledger=1 (a database on a third disk, see ledger.h),
- * demo.churn= and demo.churn_us= (see churn.h: pages of a round, and the pause after it)
+ * demo.churn= and demo.churn_us= (see churn.h: pages of a round, and the pause after it), demo.lies=1
+ * (it can be told to lie)
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -57,7 +64,9 @@
 #include <unistd.h>
 
 #include "churn.h"
+#include "kernels.h"
 #include "ledger.h"
+#include "lies.h"
 #include "pattern.h"
 
 #define WRITERS		3
@@ -390,6 +399,9 @@ int main(void)
 	ctl = fdopen(dup(fd), "w");
 	setvbuf(ctl, NULL, _IOLBF, 0);
 
+	if (param("demo.lies=", 0) && !lies_init())
+		die("no huge page");
+
 	work = param("demo.work=", 24) * 256;
 	still_pages = param("demo.still=", 48) * 256;
 	rate = param("demo.rate=", 500);
@@ -461,8 +473,27 @@ int main(void)
 			change_slots();
 		} else if (sscanf(line, "start %lu %lu", &n, &rate) == 2) {
 			fprintf(ctl, "start %lu %lu %s\n", n, rate, churn_start(n, rate) ?: "ok");
+		} else if (sscanf(line, "cost %lu", &n) == 1) {
+			line[strcspn(line, "\n")] = '\0';
+			fprintf(ctl, "%s %lu\n", line, churn_cost(n, strstr(line, "fork")));
 		} else if (!strncmp(line, "churn", 5)) {
 			fprintf(ctl, "churn %lu %lu\n", churn_rounds(), churn_bad());
+		} else if (!strncmp(line, "lie ", 4)) {
+			line[strcspn(line, "\n")] = '\0';
+			fprintf(ctl, "%s: %s\n", line, lies_tell(line + 4));
+		} else if (!strncmp(line, "table", 5)) {
+			fprintf(ctl, "table %lx\n", (unsigned long)(lies_truth() & ~(PAGE - 1ull)));
+		} else if (!strncmp(line, "kexec", 5)) {
+			const char *failed = kernels_load(strstr(line, "crash"));
+
+			line[strcspn(line, "\n")] = '\0';
+			fprintf(ctl, "%s %s\n", line, failed ?: "begun");
+			/* It is to be read before */
+			sleep(2);
+			if (!failed)
+				kernels_go(strstr(line, "crash"));
+		} else if (!strncmp(line, "hibernate", 9)) {
+			fprintf(ctl, "hibernate %s\n", kernels_hibernate());
 		} else if (!strncmp(line, "mem", 3)) {
 			tell_memory();
 		} else if (!strncmp(line, "once ", 5)) {

@@ -82,7 +82,7 @@ void states_change(struct qemu *q)
 {
 	unsigned int n;
 
-	for (n = q->states_nr && q->undefined ? below(60) : 0; n; n--)
+	for (n = q->states_nr && q->undefined && !q->lies ? below(60) : 0; n; n--)
 		change(q, below(q->blocks[0].npages));
 }
 
@@ -103,8 +103,8 @@ void start_states(struct qemu *q, uint64_t page)
 
 void do_hints(struct qemu *q, const char *action)
 {
-	struct pages run = { .block = 0 };
-	unsigned int n = 0;
+	struct pages run = { .block = q->hint_block };
+	uint64_t n = 0;
 
 	if (!strcmp(action, "start")) {
 		CHECK(q->attached && q->running, "hints are asked for at a wrong time");
@@ -116,13 +116,13 @@ void do_hints(struct qemu *q, const char *action)
 	}
 	if (q->hinting && q->hint_pages && !strcmp(action, "get")) {
 		/* Whatever it was until now, it is free now */
-		if (q->undefined)
+		if (q->undefined && q->hint_page + q->hint_pages <= q->blocks[0].npages)
 			memset(q->undefined + q->hint_page, 1, q->hint_pages);
 		run.page = q->hint_page;
 		run.npages = q->hint_pages;
 		write_buffer(q, &run, sizeof(run), 0);
 		q->hint_pages = 0;
-		n = 1;
+		n = 1 + q->hint_more;
 	}
-	answer(q, "{\"offset\": 0, \"runs\": %u}", n);
+	answer(q, "{\"offset\": %" PRIu64 ", \"runs\": %" PRIu64 "}", n ? q->hint_offset : 0, n);
 }

@@ -64,10 +64,10 @@ void guest_writes(struct qemu *q, unsigned int n)
 		uint64_t page = below(b->npages);
 
 		/* Not the table, nor what is free */
-		if (b == q->blocks && is_free(q, page))
+		if (b == q->blocks && !q->lies && is_free(q, page))
 			continue;
 		write_page(b, page);
-		if (b == q->blocks && q->undefined)
+		if (b == q->blocks && q->undefined && !q->lies)
 			q->undefined[page] = false;
 		if (!below(10))
 			disk_writes(q);

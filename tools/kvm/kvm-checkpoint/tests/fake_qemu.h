@@ -124,11 +124,15 @@ extern struct qemu {
 	/* Where its block 0 has a table of page states, what the client is told, and 0: nowhere */
 	uint64_t states_page, states_nr;
 	bool *undefined;		/* as in struct snap */
+	bool lies;			/* the table does: a test says what is undefined */
 	const char *ranges;		/* instead of the truth, or NULL */
 	/* What became of hints; pages that are named by the next one */
 	unsigned int hints_begun, hints_ended;
 	bool hinting;
 	uint64_t hint_page, hint_pages;
+	uint32_t hint_block;
+	/* So many more, and so much further on in the buffer, than is true */
+	uint64_t hint_more, hint_offset;
 	uint64_t packets, released;
 	unsigned int released_all, dropped_all;
 	unsigned int notified;		/* how often the client was told that there are some */

@@ -255,6 +255,68 @@ void test_states_kexec(void)
 	CHECK(last == 5, "epochs are missing");
 }
 
+/*
+ * A guest whose table is another one each time, says anything, also of itself, and goes on to change
+ * while it is looked at: all that it does not speak of is copied as ever, and so is what it says that
+ * it uses from the first copy on.
+ */
+static const char *lies(struct qemu *q, const char *command)
+{
+	uint8_t *table = q->blocks[0].ram + q->states_page * KC_PAGE_SIZE;
+	uint64_t i;
+
+	if (!q->attached)
+		return NULL;
+	if (!strcmp(command, STOP) || !strcmp(command, "x-checkpoint-take"))
+		q->states_page = below(990);
+	/* Behind its end, too, where it is not to be looked at */
+	memset(table, 1, 2 * KC_PAGE_SIZE);
+	for (i = 0; i < q->states_nr; i += 1 + below(20))
+		table[i] = rnd(&rng_state);
+	if (q->running)
+		write_page(&q->blocks[0], 1000 + below(24));
+	return NULL;
+}
+
+static bool lies_on(struct qemu *q, struct told *told)
+{
+	(void)told;
+	lies(q, STOP);
+	return true;
+}
+
+static void lying_table(bool takes)
+{
+	static bool undefined[1024];
+
+	/* Of block 0, but for what is behind the table's end */
+	memset(undefined, 1, 1000);
+	qemu.lies = true;
+	qemu.takes = takes;
+	qemu.hook = lies;
+	qemu.tells = lies_on;
+	qemu.ranges = "{\"gfn\": 0, \"pages\": 1000, \"block\": 0, \"page\": 0}, "
+		      "{\"gfn\": 5000, \"pages\": 24, \"block\": 0, \"page\": 1000}";
+	start_qemu(&qemu);
+	qemu.undefined = undefined;
+	qemu.states_page = 3;
+	qemu.states_nr = 5000;
+	start_standby(path_of("ram"), "--no-fence", "--timeout", "2s", "--insecure");
+	protect_epochs(spec(), "30");
+	stop_standby(SIGTERM);
+	CHECK(snap_of_standby(path_of("ram")) == qemu.nr_snaps - 1, "it has another epoch");
+}
+
+void test_states_lies(void)
+{
+	lying_table(false);
+}
+
+void test_states_lies_take(void)
+{
+	lying_table(true);
+}
+
 /* What it says of its table makes no sense: it is not looked at */
 static void garbage(uint64_t page, uint64_t nr, const char *ranges)
 {
@@ -323,10 +385,60 @@ void test_hints(void)
 	CHECK(last == 8, "epochs are missing");
 }
 
+/* Hints of what is not there */
+static void lying_hint(uint32_t block, uint64_t page, uint64_t n, const char *text)
+{
+	hint_at(page, n);
+	qemu.hint_block = block;
+	start_qemu(&qemu);
+	must_fail(protect(CHECKED, path_of("store"), NULL), text);
+	CHECK(!exists(path_of("store/epoch-00000000000000000001.kc")), "there is an epoch");
+}
+
+static const char nowhere[] = "QEMU has hints of memory that was not there before";
+
 void test_hints_garbage(void)
 {
-	hint_at(1000, 30);
+	lying_hint(0, 1000, 30, nowhere);
+}
+
+void test_hints_long(void)
+{
+	lying_hint(0, 0, UINT32_MAX, nowhere);
+}
+
+void test_hints_wrap(void)
+{
+	lying_hint(0, UINT64_MAX, 2, nowhere);
+}
+
+void test_hints_block(void)
+{
+	lying_hint(77, 0, 2, nowhere);
+}
+
+/* That may be a QEMU that was in the midst of something: nothing comes of it, and it is tried again */
+static void short_hints(void)
+{
+	hint_at(0, 900);
 	start_qemu(&qemu);
-	must_fail(protect(CHECKED, path_of("store"), NULL),
-		  "QEMU has hints of memory that was not there before");
+	CHECK(!protect(CHECKED, path_of("store"), "--epochs", "5", "--interval", "10ms"),
+	      "it gives up");
+	CHECK(log_has("QEMU wrote less to the buffer than it said; connecting to QEMU again"),
+	      "it says nothing of it");
+	CHECK(qemu.hints_begun == 2 && qemu.hints_ended == 1, "it is not asked again");
+	check_store(&last);
+	CHECK(last > 1, "epochs are missing");
+}
+
+void test_hints_more(void)
+{
+	qemu.hint_more = 1ull << 40;
+	short_hints();
+}
+
+void test_hints_offset(void)
+{
+	qemu.hint_offset = INT64_MAX - 3;
+	short_hints();
 }

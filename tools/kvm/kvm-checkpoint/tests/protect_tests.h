@@ -113,8 +113,15 @@ void test_states_kexec(void);
 void test_states_outside(void);
 void test_states_nowhere(void);
 void test_states_ranges(void);
+void test_states_lies(void);
+void test_states_lies_take(void);
 void test_hints(void);
 void test_hints_garbage(void);
+void test_hints_long(void);
+void test_hints_wrap(void);
+void test_hints_block(void);
+void test_hints_more(void);
+void test_hints_offset(void);
 
 /* protect_pairs.c */
 void test_pairs(void);

@@ -15,6 +15,7 @@
 #include <xxhash.h>
 
 #include "sim.h"
+#include "stream.h"
 
 struct kc_block blocks[2] = { { "pc.ram", 700 }, { "/objects/ram1", 61 } };
 struct kc_disk disks[1] = { { "vda", 90 } };
@@ -210,7 +211,11 @@ int sim_send(struct sim *g, struct kc_sink *s, unsigned int flags)
 			} else if (!flags && !g->dirty[b][i]) {
 				continue;
 			}
-			rc = kc_epoch_page(s, b, i, p, &err);
+			/* Of some of what is zero it has no memory */
+			if (i % 3 && kc_is_zero_page(p))
+				rc = kc_epoch_zeros(s, b, i, 1, i % 3 == 1, &err);
+			else
+				rc = kc_epoch_page(s, b, i, p, &err);
 		}
 	}
 	if (!rc)

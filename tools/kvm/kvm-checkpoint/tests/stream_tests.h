@@ -27,6 +27,13 @@ void test_full_standby(void);
 void test_full_ram_dir(void);
 void test_full_holes(void);
 
+/* stream_hostile.c */
+void test_lying_runs(void);
+void test_overlapping_runs(void);
+void test_overlapping_trial(void);
+void test_endless_runs(void);
+void test_lying_redo(void);
+
 /* stream_kills.c */
 void test_killed_lock(void);
 void test_kill_standby(void);

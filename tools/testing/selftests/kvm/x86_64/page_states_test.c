@@ -7,6 +7,7 @@
 #include <linux/kvm_para.h>
 #include <stddef.h>
 
+#include "apic.h"
 #include "kvm_test_harness.h"
 #include "kvm_util.h"
 #include "processor.h"
@@ -191,8 +192,9 @@ KVM_ONE_VCPU_TEST(page_states, refused, guest_steps)
 		host_is_refused(vcpu, max | ON);
 		host_is_refused(vcpu, BIT_ULL(63) | ON);
 
-		/* one that there could be, but without memory */
+		/* one that there could be, but without memory, or with KVM's own */
 		guest_is_refused(vcpu, NOWHERE | ON, good[i]);
+		guest_is_refused(vcpu, APIC_DEFAULT_GPA | ON, good[i]);
 		guest_is_refused(vcpu, (max - 4096) | ON, good[i]);
 
 		guest_reads(vcpu, good[i]);
@@ -212,6 +214,46 @@ TEST(host_before_memory)
 	host_writes(vcpu, (beyond_maxphyaddr() - 4096) | ON);
 	host_is_refused(vcpu, beyond_maxphyaddr() | ON);
 	host_writes(vcpu, 0);
+	kvm_vm_free(vm);
+}
+
+/*
+ * Only the header has to be in memory, and only when a guest says where it is: KVM never looks, so
+ * there is nothing that it would have to check again.
+ */
+KVM_ONE_VCPU_TEST(page_states, memory_goes, guest_steps)
+{
+	const uint64_t pages = 4, last = NOWHERE + (pages - 1) * 4096;
+
+	vm_userspace_mem_region_add(vcpu->vm, VM_MEM_SRC_ANONYMOUS, NOWHERE, 10, pages, 0);
+	guest_writes(vcpu, NOWHERE | ON);
+	guest_writes(vcpu, last | ON);
+	guest_is_refused(vcpu, (last + 4096) | ON, last | ON);
+
+	vm_mem_region_delete(vcpu->vm, 10);
+	guest_reads(vcpu, last | ON);
+	TEST_ASSERT_EQ(vcpu_get_msr(vcpu, MSR), last | ON);
+	guest_is_refused(vcpu, NOWHERE | ON, last | ON);
+	guest_writes(vcpu, 0);
+}
+
+/* By what userspace saves of any vCPU and restores in another VM; one that is new has none. */
+TEST(migrates)
+{
+	struct kvm_x86_state *state;
+	struct kvm_vcpu *vcpu;
+	struct kvm_vm *vm = vm_create_with_one_vcpu(&vcpu, guest_steps);
+
+	guest_writes(vcpu, TABLE | ON);
+	state = vcpu_save_state(vcpu);
+	kvm_vm_release(vm);
+
+	vcpu = vm_recreate_with_one_vcpu(vm);
+	TEST_ASSERT_EQ(vcpu_get_msr(vcpu, MSR), 0);
+	vcpu_load_state(vcpu, state);
+	kvm_x86_state_cleanup(state);
+	guest_reads(vcpu, TABLE | ON);
+	guest_writes(vcpu, TABLE_2 | ON);
 	kvm_vm_free(vm);
 }
 
