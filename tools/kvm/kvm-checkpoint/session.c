@@ -476,13 +476,7 @@ void *kc_session_run(void *arg)
 		s->is_primary = true;
 		pthread_mutex_unlock(&sb->lock);
 		memcpy(s->instance, hello.instance, sizeof(s->instance));
-		/* Files of older versions can be read; a primary has to know all of this one. */
-		if (hello.version < KC_VERSION)
-			rc = kc_fail(&err, EPROTONOSUPPORT,
-				     "the peer speaks version %u of the protocol, this program version %u: use the same kvm-checkpoint on both sides",
-				     hello.version, KC_VERSION);
-		else
-			rc = activate(s, &hello.guest, &err);
+		rc = activate(s, &hello.guest, &err);
 		active = !rc;
 		s->busy = true;
 		if (!rc)

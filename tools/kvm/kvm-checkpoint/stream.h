@@ -12,7 +12,7 @@
  *
  * Sender to receiver:
  *
- *	HELLO		once, first: magic, versions, instance, guest
+ *	HELLO		once, first: magic, versions, instance, guest, sum
  *	DIGEST_REQ	any time: which digests it wants
  *	BEGIN		an epoch begins: number, number it builds upon, flags
  *	PAGE, ZERO	contents of a page; a run of zero pages
@@ -51,8 +51,6 @@
 #include "sink.h"
 
 #define KC_VERSION	5
-/* The oldest whose files can be read: what came since is between a primary and its standby. */
-#define KC_VERSION_FILES 4
 #define KC_REC_HDR	8u
 #define KC_REC_MAX	(64u << 10)
 #define KC_REC_OPTIONAL	1u

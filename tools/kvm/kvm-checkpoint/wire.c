@@ -344,7 +344,7 @@ int kc_get_hello(const struct kc_rec *rec, struct kc_hello *h, struct kc_err *er
 	h->version = get16(&in);
 	h->version_min = get16(&in);
 	/* Of another version nothing further is understood. */
-	if (h->version_min > KC_VERSION || h->version < KC_VERSION_FILES)
+	if (h->version_min > KC_VERSION || h->version < KC_VERSION)
 		return kc_fail(err, EPROTONOSUPPORT,
 			       "the peer speaks versions %u to %u of the protocol, this program version %u: use the same kvm-checkpoint on both sides",
 			       h->version_min, h->version, KC_VERSION);
@@ -382,7 +382,7 @@ int kc_get_hello(const struct kc_rec *rec, struct kc_hello *h, struct kc_err *er
 		g->disks[i].npages = get64(&in);
 		get_string(&in, g->disks[i].name, sizeof(g->disks[i].name));
 	}
-	if (h->version > KC_VERSION_FILES && !in.bad &&
+	if (!in.bad &&
 	    (in.left != 8 || get64(&in) != XXH3_64bits(rec->payload, rec->len - 8)))
 		in.bad = true;
 	rc = done(&in, "hello", err);

@@ -206,6 +206,21 @@ static void write_disk(uint64_t bytes)
 	}
 }
 
+/*
+ * Until protect knows that the standby is gone a guest that writes too much has to wait, and in this
+ * QEMU the monitor waits with it.
+ */
+static void lose_standby(int sig)
+{
+	const char *text = "the guest runs on";
+	uint64_t end = kc_now_us() + 3000000;
+	unsigned int told = times_in(path_of("protect.log"), text);
+
+	stop_standby(sig);
+	while (times_in(path_of("protect.log"), text) == told && kc_now_us() < end)
+		step(&qemu, 1);
+}
+
 /* While the link is lost much is written, or more than can be kept. */
 void test_disk_long_blip(void)
 {
@@ -215,7 +230,7 @@ void test_disk_long_blip(void)
 	begin();
 	be_qemu_for(50);
 	for (i = 1; i <= 3; i++) {
-		stop_standby(i == 2 ? SIGTERM : SIGKILL);
+		lose_standby(i == 2 ? SIGTERM : SIGKILL);
 		be_qemu_for(20);
 		qemu.disk.mirrored = 0;
 		write_disk(i == 3 ? 400ull << 20 : much);
@@ -268,7 +283,7 @@ void test_disk_resumed(void)
 	begin();
 	for (i = 1; i <= 2; i++) {
 		be_qemu_for(60);
-		stop_standby(SIGKILL);
+		lose_standby(SIGKILL);
 		be_qemu_for(50);
 		overflow();
 		CHECK(qemu.disk.paused && qemu.disk.nr_dirty >= 16, "there is nothing to resume");
@@ -295,7 +310,7 @@ void test_disk_resumed_killed(void)
 	begin();
 	be_qemu_for(60);
 	for (i = 0; i < 6; i++) {
-		stop_standby(SIGKILL);
+		lose_standby(SIGKILL);
 		before = of_one_epoch();
 		be_qemu_for(20);
 		/* Where a first copy is lost there is no job */
@@ -329,7 +344,7 @@ void test_disk_not_resumed(void)
 	begin();
 	be_qemu_for(60);
 	qemu.hook = stays_paused;
-	stop_standby(SIGKILL);
+	lose_standby(SIGKILL);
 	be_qemu_for(50);
 	write_disk(400ull << 20);
 	with_standby();

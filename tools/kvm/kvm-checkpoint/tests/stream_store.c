@@ -580,30 +580,6 @@ void test_no_files(void)
 	      "the FIFO is left there");
 }
 
-/* What this version has in addition is between a primary and its standby: older files can be read. */
-void test_store_of_before(void)
-{
-	const char *store = strdup(path_of("store"));
-	uint16_t version = 4;
-	uint64_t i;
-	int fd;
-
-	make_store(store, 3);
-	for (i = 1; i <= 3; i++) {
-		fd = open(epoch_path("store", i), O_WRONLY | O_CLOEXEC);
-		/* After the magic of HELLO: which version, and since which */
-		CHECK(fd >= 0 && pwrite(fd, &version, 2, 16) == 2 && pwrite(fd, &version, 2, 18) == 2,
-		      "cannot write to an epoch");
-		close(fd);
-	}
-	CHECK(!run("verify", store, NULL), "files of version 4 cannot be read");
-	version = 3;
-	fd = open(epoch_path("store", 3), O_WRONLY | O_CLOEXEC);
-	CHECK(fd >= 0 && pwrite(fd, &version, 2, 16) == 2, "cannot write to an epoch");
-	close(fd);
-	CHECK(run("verify", store, NULL) == 1, "files of version 3 can");
-}
-
 /* What others can write to is no place for what a guest is to go on from. */
 void test_open_store(void)
 {

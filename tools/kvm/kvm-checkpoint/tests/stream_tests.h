@@ -19,7 +19,6 @@ void test_read_while_replaced(void);
 void test_verify_once(void);
 void test_no_files(void);
 void test_open_store(void);
-void test_store_of_before(void);
 
 /* stream_full.c */
 void test_full_directory(void);
