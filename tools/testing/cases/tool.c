@@ -8,9 +8,7 @@
  *	  tool clock SOCKET		the guest's answer to "time", after the time here
  *	  tool fence RAM OUT		succeeds, as a fence, and leaves somebody behind who writes to OUT when
  *					the guest whose memory is in RAM made its next step, and which
- *	  tool same FILE FILE [used [ADDRESS]]
- *					compares page by page; only what the guest says that it uses, in the
- *					first table that it has, or in that at an address
+ *	  tool same FILE FILE [used]	compares page by page; only what the guest says that it uses
  *	  tool disk FILE		makes the guest's disk
  *
  * A command is a name, or a whole object.  An answer of the guest begins with the first word of what
@@ -230,25 +228,23 @@ static uint8_t *read_page(int fd, uint64_t page, uint8_t *to)
 }
 
 /* What the guest says of its pages; NULL: nothing */
-static uint8_t *find_states(int fd, uint64_t npages, const char *address)
+static uint8_t *find_states(int fd, uint64_t npages)
 {
-	uint64_t at = address ? strtoull(address, NULL, 16) / PAGE : 0, nr;
 	static uint8_t page[PAGE];
+	uint64_t at, nr;
 	uint8_t *states;
 
-	for (; read_page(fd, at, page); at++) {
+	for (at = 0; read_page(fd, at, page); at++) {
 		nr = has_page_states(page, npages);
 		states = nr ? calloc(npages, 1) : NULL;
 		if (states && pread(fd, states, nr, (at + 1) * PAGE) == (ssize_t)nr)
 			return states;
 		free(states);
-		if (address)
-			break;
 	}
 	return NULL;
 }
 
-static int same(const char *a, const char *b, bool but_unused, const char *address)
+static int same(const char *a, const char *b, bool but_unused)
 {
 	int fd[2] = { open(a, O_RDONLY), open(b, O_RDONLY) };
 	static uint8_t left[PAGE], right[PAGE];
@@ -265,7 +261,7 @@ static int same(const char *a, const char *b, bool but_unused, const char *addre
 	}
 	n = st[0].st_size / PAGE;
 	if (but_unused)
-		states = find_states(fd[0], n, address);
+		states = find_states(fd[0], n);
 	if (but_unused && !states) {
 		printf("there are no page states\n");
 		return 3;
@@ -296,9 +292,9 @@ int main(int argc, char **argv)
 	if (!strcmp(what, "fence") && argc == 4)
 		return next_step(argv[2], argv[3]);
 	if (!strcmp(what, "same") && argc == 4)
-		return same(argv[2], argv[3], false, NULL);
-	if (!strcmp(what, "same") && (argc == 5 || argc == 6) && !strcmp(argv[4], "used"))
-		return same(argv[2], argv[3], true, argv[5]);
+		return same(argv[2], argv[3], false);
+	if (!strcmp(what, "same") && argc == 5 && !strcmp(argv[4], "used"))
+		return same(argv[2], argv[3], true);
 	if (!strcmp(what, "disk") && argc == 3)
 		return !make_disk(argv[2]);
 	fprintf(stderr, "usage: tool qmp|guest|gdb|clock|fence|same|disk ...\n");

@@ -146,30 +146,6 @@ const char *churn_first_bad(void)
 	return first_bad;
 }
 
-/* Each page written and given back at once; by children, if it is to be these that are counted */
-uint64_t churn_cost(uint64_t n, bool forks)
-{
-	uint64_t begun, i;
-	int status;
-	pid_t pid;
-
-	begun = __builtin_ia32_rdtsc();
-	if (!forks) {
-		volatile uint8_t *p = (volatile uint8_t *)get_pages(n);
-
-		for (i = 0; p && i < n; i++)
-			p[i * PAGE] = 1;
-		munmap((void *)p, n * PAGE);
-	}
-	for (i = 0; forks && i < n; i++) {
-		pid = fork();
-		if (!pid)
-			_exit(0);
-		waitpid(pid, &status, 0);
-	}
-	return __builtin_ia32_rdtsc() - begun;
-}
-
 bool churn_once(uint64_t n, bool file)
 {
 	uint64_t *p, i;

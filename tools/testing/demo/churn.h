@@ -22,9 +22,6 @@ uint64_t churn_bad(void);
 /* What the first of these was */
 const char *churn_first_bad(void);
 
-/* How many ticks of the TSC it takes to write to that many pages, once, and to give them back; or to fork */
-uint64_t churn_cost(uint64_t n, _Bool forks);
-
 /* Writes that many pages once, in files or not, and gives them back; false if there is no memory */
 _Bool churn_once(uint64_t npages, _Bool file);
 

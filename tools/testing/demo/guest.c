@@ -24,13 +24,9 @@
  *	slots	-> "slots TIMES", after the host bridge was told as often to show the firmware's
  *		   shadow as RAM or as ROM, so that the VMM has to lay out all memory anew
  *	start N US	-> "start N US ok": churn_start(), see churn.h
- *	cost N	-> "cost N TICKS", of the TSC, to write to N pages and give them back; "cost N fork": of N
- *		   children
  *	churn	-> "churn ROUNDS BAD"
  *	lie WHAT	-> "lie WHAT: ok", "lie WHAT: refused": lies_tell(), see lies.h
  *	table	-> "table ADDRESS", in hex, of what it tells of its pages; 0: nothing
- *	kexec	-> "kexec begun": the kernel in /other takes over; "kexec crash": in a panic
- *	hibernate	-> "hibernate ok", after it was hibernated to a third disk and is back
  *	mem	-> "mem TOTAL FREE", in MiB
  *	once N	-> "once N ok", after N MiB were written and given back; "once N file": of files
  *	broken	-> "broken begun" and, when told again, whether block 256 of a second disk, which has
@@ -64,7 +60,6 @@
 #include <unistd.h>
 
 #include "churn.h"
-#include "kernels.h"
 #include "ledger.h"
 #include "lies.h"
 #include "pattern.h"
@@ -473,9 +468,6 @@ int main(void)
 			change_slots();
 		} else if (sscanf(line, "start %lu %lu", &n, &rate) == 2) {
 			fprintf(ctl, "start %lu %lu %s\n", n, rate, churn_start(n, rate) ?: "ok");
-		} else if (sscanf(line, "cost %lu", &n) == 1) {
-			line[strcspn(line, "\n")] = '\0';
-			fprintf(ctl, "%s %lu\n", line, churn_cost(n, strstr(line, "fork")));
 		} else if (!strncmp(line, "churn", 5)) {
 			fprintf(ctl, "churn %lu %lu\n", churn_rounds(), churn_bad());
 		} else if (!strncmp(line, "lie ", 4)) {
@@ -483,17 +475,6 @@ int main(void)
 			fprintf(ctl, "%s: %s\n", line, lies_tell(line + 4));
 		} else if (!strncmp(line, "table", 5)) {
 			fprintf(ctl, "table %lx\n", (unsigned long)(lies_truth() & ~(PAGE - 1ull)));
-		} else if (!strncmp(line, "kexec", 5)) {
-			const char *failed = kernels_load(strstr(line, "crash"));
-
-			line[strcspn(line, "\n")] = '\0';
-			fprintf(ctl, "%s %s\n", line, failed ?: "begun");
-			/* It is to be read before */
-			sleep(2);
-			if (!failed)
-				kernels_go(strstr(line, "crash"));
-		} else if (!strncmp(line, "hibernate", 9)) {
-			fprintf(ctl, "hibernate %s\n", kernels_hibernate());
 		} else if (!strncmp(line, "mem", 3)) {
 			tell_memory();
 		} else if (!strncmp(line, "once ", 5)) {
