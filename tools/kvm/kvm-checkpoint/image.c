@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 #include <errno.h>
 #include <fcntl.h>
-#include <poll.h>
 #include <linux/fs.h>
 #include <string.h>
 #include <sys/ioctl.h>
@@ -16,7 +15,7 @@ static const unsigned char locks[] = {
 	201, 203,	/* nobody else writes, nor changes its size */
 };
 
-static bool lock(int fd)
+static bool try_lock(int fd)
 {
 	size_t k;
 
@@ -40,15 +39,8 @@ static bool lock(int fd)
 
 int kc_image_lock(int fd, const char *path, struct kc_err *err)
 {
-	/* As kc_flock() */
-	const uint64_t until = kc_now_us() + 1000000;
-
-	while (!lock(fd)) {
-		if (kc_now_us() >= until)
-			return kc_fail(err, EBUSY, "%s is in use by another program", path);
-		poll(NULL, 0, 10);
-	}
-	return 0;
+	return kc_lock(fd, try_lock) ? 0 :
+	       kc_fail(err, EBUSY, "%s is in use by another program", path);
 }
 
 int64_t kc_image_size(int fd)

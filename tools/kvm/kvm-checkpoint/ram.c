@@ -264,7 +264,7 @@ int kc_ram_open(const char *path, bool durable, struct kc_ram **out, struct kc_e
 	rc = kc_check_owner(ram->dir, path, err);
 	if (rc)
 		goto fail;
-	if (kc_flock(ram->lock)) {
+	if (!kc_lock(ram->lock, kc_try_flock)) {
 		rc = kc_fail(err, EBUSY, "%s is in use by another kvm-checkpoint", path);
 		goto fail;
 	}

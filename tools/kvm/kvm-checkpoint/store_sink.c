@@ -417,7 +417,7 @@ int kc_store_open(struct kc_sink *s, const char *path, struct kc_err *err)
 	ss->lock = openat(ss->store.dir, "lock", O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0600);
 	if (ss->lock < 0)
 		return sink_error(ss, err);
-	if (kc_flock(ss->lock))
+	if (!kc_lock(ss->lock, kc_try_flock))
 		return kc_fail(err, EBUSY, "another kvm-checkpoint writes to %s", path);
 	/* Nobody else writes now: what is temporary is of the past. */
 	unlinkat(ss->store.dir, KC_STORE_TMP, 0);

@@ -39,16 +39,21 @@ int kc_fail(struct kc_err *err, int error, const char *fmt, ...)
 	return -error;
 }
 
-int kc_flock(int fd)
+bool kc_lock(int fd, bool (*try)(int fd))
 {
 	const uint64_t until = kc_now_us() + 1000000;
 
-	while (flock(fd, LOCK_EX | LOCK_NB)) {
-		if (errno != EWOULDBLOCK || kc_now_us() >= until)
-			return -1;
+	while (!try(fd)) {
+		if (kc_now_us() >= until)
+			return false;
 		poll(NULL, 0, 10);
 	}
-	return 0;
+	return true;
+}
+
+bool kc_try_flock(int fd)
+{
+	return !flock(fd, LOCK_EX | LOCK_NB);
 }
 
 uint64_t kc_boot_us(void)

@@ -32,15 +32,19 @@ __attribute__((format(printf, 3, 4)))
 int kc_fail(struct kc_err *err, int error, const char *fmt, ...);
 
 /**
- * kc_flock() - take a file's lock, as nobody else does
+ * kc_lock() - take a file's lock, as nobody else does
  * @fd: of the file.
+ * @try: takes it, if nobody has it.
  *
  * One that was just killed may have it for some milliseconds more: as long as a process that it had
  * forked has not come to its exec().
  *
- * Return: 0, or -1 if somebody has had it for a second.
+ * Return: false if somebody has had it for a second.
  */
-int kc_flock(int fd);
+bool kc_lock(int fd, bool (*try)(int fd));
+
+/** kc_try_flock() - flock(), for kc_lock() */
+bool kc_try_flock(int fd);
 
 /** kc_now_us() - CLOCK_MONOTONIC in microseconds. */
 uint64_t kc_now_us(void);

@@ -131,6 +131,15 @@ void test_disk_store(void)
 	printf("# %u epochs with their disks\n", n);
 }
 
+static void until_protected_again(unsigned int times, uint64_t end)
+{
+	while (times_in(path_of("protect.log"), "protected since") < times) {
+		CHECK(kc_now_us() < end && !waitpid(qemu.client, NULL, WNOHANG),
+		      "it is not protected again");
+		step(&qemu, 1);
+	}
+}
+
 /* The standby is killed at any moment: what it has is always of one epoch. */
 void test_disk_blip(void)
 {
@@ -150,11 +159,7 @@ void test_disk_blip(void)
 		last = now;
 		guest_writes(&qemu, i % 3 == 1 ? 3000 : 20);
 		with_standby();
-		while (times_in(path_of("protect.log"), "protected since") <= i) {
-			CHECK(kc_now_us() < end && !waitpid(qemu.client, NULL, WNOHANG),
-			      "it is not protected again");
-			step(&qemu, 1);
-		}
+		until_protected_again(i + 1, end);
 	}
 	CHECK(qemu.disk.begun == 1, "the disk was copied %u times", qemu.disk.begun);
 	finish();
@@ -174,10 +179,7 @@ void test_disk_set_back(void)
 		 path_of("old"), path_of("image"), path_of("old-image"));
 	CHECK(!system(command), "cannot copy");
 	with_standby();
-	while (times_in(path_of("protect.log"), "protected since") < 2) {
-		CHECK(kc_now_us() < end, "it is not protected again");
-		step(&qemu, 1);
-	}
+	until_protected_again(2, end);
 	for (conts = qemu.conts; qemu.conts < conts + 10;) {
 		disk_writes(&qemu);
 		step(&qemu, 1);
@@ -187,10 +189,7 @@ void test_disk_set_back(void)
 	CHECK(!rename(path_of("old"), path_of("ram")) &&
 	      !rename(path_of("old-image"), path_of("image")), "cannot rename");
 	with_standby();
-	while (times_in(path_of("protect.log"), "protected since") < 3) {
-		CHECK(kc_now_us() < end, "it is not protected again");
-		step(&qemu, 1);
-	}
+	until_protected_again(3, end);
 	CHECK(qemu.disk.begun == 2, "the disk was copied %u times", qemu.disk.begun);
 	finish();
 }
@@ -236,11 +235,7 @@ void test_disk_long_blip(void)
 		write_disk(i == 3 ? 400ull << 20 : much);
 		CHECK(qemu.disk.paused == (i == 3), "it keeps %" PRIu64 " bytes", qemu.disk.mirrored);
 		with_standby();
-		while (times_in(path_of("protect.log"), "protected since") <= i) {
-			CHECK(kc_now_us() < end && !waitpid(qemu.client, NULL, WNOHANG),
-			      "it is not protected again");
-			step(&qemu, 1);
-		}
+		until_protected_again(i + 1, end);
 		be_qemu_for(50);
 		CHECK(qemu.disk.begun == 1 && !qemu.disk.resumed == (i < 3),
 		      "the disk was copied %u times, and %u times in part", qemu.disk.begun,
@@ -264,17 +259,6 @@ static void overflow(void)
 		disk_writes(&qemu);
 }
 
-static void until_protected_again(unsigned int times)
-{
-	uint64_t end = kc_now_us() + LIMIT_US;
-
-	while (times_in(path_of("protect.log"), "protected since") < times) {
-		CHECK(kc_now_us() < end && !waitpid(qemu.client, NULL, WNOHANG),
-		      "it is not protected again");
-		step(&qemu, 1);
-	}
-}
-
 /* What was not taken is copied when the standby is there again, and nothing else. */
 void test_disk_resumed(void)
 {
@@ -289,7 +273,7 @@ void test_disk_resumed(void)
 		CHECK(qemu.disk.paused && qemu.disk.nr_dirty >= 16, "there is nothing to resume");
 		qemu.disk.copied = 0;
 		with_standby();
-		until_protected_again(i + 1);
+		until_protected_again(i + 1, kc_now_us() + LIMIT_US);
 		CHECK(qemu.disk.begun == 1 && qemu.disk.resumed >= i,
 		      "the disk was copied %u times, and %u times in part", qemu.disk.begun,
 		      qemu.disk.resumed);
@@ -326,7 +310,7 @@ void test_disk_resumed_killed(void)
 	stop_standby(SIGKILL);
 	n = times_in(path_of("protect.log"), "protected since");
 	with_standby();
-	until_protected_again(n + 1);
+	until_protected_again(n + 1, kc_now_us() + LIMIT_US);
 	finish();
 }
 
@@ -348,7 +332,7 @@ void test_disk_not_resumed(void)
 	be_qemu_for(50);
 	write_disk(400ull << 20);
 	with_standby();
-	until_protected_again(2);
+	until_protected_again(2, kc_now_us() + LIMIT_US);
 	CHECK(qemu.disk.begun == 2 && times_in(path_of("protect.log"), "does not go on: all of it"),
 	      "the disk was copied %u times", qemu.disk.begun);
 	finish();
@@ -427,11 +411,7 @@ void test_disk_job_ends_again(void)
 		stop_standby(SIGKILL);
 		of_one_epoch();
 		with_standby();
-		while (times_in(path_of("protect.log"), "protected since") <= i + 1) {
-			CHECK(kc_now_us() < end && !waitpid(qemu.client, NULL, WNOHANG),
-			      "it is not protected again");
-			step(&qemu, 1);
-		}
+		until_protected_again(i + 2, end);
 		i++;
 	}
 	finish();
@@ -537,11 +517,7 @@ void test_disk_full(void)
 	CHECK(of_one_epoch() >= last, "an older epoch");
 	with_standby();
 	end = kc_now_us() + LIMIT_US;
-	while (times_in(path_of("protect.log"), "protected since") < 2) {
-		CHECK(kc_now_us() < end && !waitpid(qemu.client, NULL, WNOHANG),
-		      "it is not protected again");
-		step(&qemu, 1);
-	}
+	until_protected_again(2, end);
 	finish();
 }
 

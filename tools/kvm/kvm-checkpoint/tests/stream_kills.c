@@ -10,12 +10,22 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include "image.h"
 #include "sim.h"
 #include "store.h"
 #include "stream_tests.h"
 
-/* What it has forked just before it was killed has its lock a little longer. */
-void test_killed_lock(void)
+static bool lock_directory(int fd)
+{
+	return kc_lock(fd, kc_try_flock);
+}
+
+static bool lock_image(int fd)
+{
+	return !kc_image_lock(fd, "image", NULL);
+}
+
+static void killed_lock(bool (*lock)(int fd))
 {
 	int fd, other;
 	pid_t child;
@@ -23,17 +33,24 @@ void test_killed_lock(void)
 	write_text(path_of("lock"), 0600, "");
 	fd = open(path_of("lock"), O_RDWR);
 	other = open(path_of("lock"), O_RDWR);
-	CHECK(fd >= 0 && other >= 0 && !kc_flock(fd), "cannot lock");
-	CHECK(kc_flock(other), "somebody else has the lock as well");
+	CHECK(fd >= 0 && other >= 0 && lock(fd), "cannot lock");
+	CHECK(!lock(other), "somebody else has the lock as well");
 	child = fork();
 	if (!child) {
 		poll(NULL, 0, 200);
 		_exit(0);
 	}
 	close(fd);
-	CHECK(!kc_flock(other), "the lock of one that is gone is not to be had");
+	CHECK(lock(other), "the lock of one that is gone is not to be had");
 	CHECK(waitpid(child, NULL, 0) == child, "waitpid");
 	close(other);
+}
+
+/* What it has forked just before it was killed has its locks a little longer. */
+void test_killed_lock(void)
+{
+	killed_lock(lock_directory);
+	killed_lock(lock_image);
 }
 
 void test_kill_standby(void)
