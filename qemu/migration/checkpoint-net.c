@@ -11,6 +11,10 @@
  * states there is nothing else: both are the main loop's, and a guest that
  * stands still sends nothing.
  *
+ * A client that comes later has to know whether there was a break: then somebody
+ * knows more than the checkpoints of before, which must not be gone on from.
+ * Where these are the client names, as they may be for another one in between.
+ *
  * The client may die, and a packet must not be held for ever.  But as long as
  * somebody may go on with the guest who does not know of it, it must not leave:
  * the client has said how long that is.  With a lease that is over the guest
@@ -59,6 +63,7 @@ static struct {
     QLIST_HEAD(, CheckpointFilter) filters;
     bool wanted;                /* From the next state on */
     bool holds;
+    char *held_for;             /* Since it holds, or will; or NULL */
     uint64_t nr;                /* Of the state that is saved next */
     uint32_t limit_ms;          /* When the client is gone */
     QEMUTimer *limit;
@@ -130,6 +135,7 @@ static void end_holding(bool drop)
 {
     net.wanted = false;
     net.holds = false;
+    g_clear_pointer(&net.held_for, g_free);
     if (net.limit) {
         timer_del(net.limit);
     }
@@ -246,7 +252,22 @@ static void hold_card(NICState *nic, void *opaque)
     }
 }
 
+/* False if there was a break since it was held for these checkpoints */
+static bool hold_for(const char *checkpoints, bool anew)
+{
+    bool unbroken = net.holds && g_strcmp0(checkpoints, net.held_for) == 0 &&
+                    checkpoints;
+
+    if (!unbroken) {
+        g_free(net.held_for);
+        net.held_for = anew ? g_strdup(checkpoints) : NULL;
+    }
+    return unbroken;
+}
+
 CheckpointCards *qmp_x_checkpoint_hold(uint32_t limit_ms,
+                                       COMPAT_OPTIONAL_STR(checkpoints),
+                                       bool has_anew, bool anew,
                                        COMPAT_OPTIONAL_STR(notify),
                                        Error **errp)
 {
@@ -285,6 +306,7 @@ CheckpointCards *qmp_x_checkpoint_hold(uint32_t limit_ms,
     }
     net.wanted = held->cards;
     net.limit_ms = limit_ms;
+    held->unbroken = hold_for(checkpoints, has_anew && anew);
     return held;
 }
 

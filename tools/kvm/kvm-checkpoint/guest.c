@@ -397,7 +397,8 @@ int guest_send_stop(struct guest *g, const char *command, struct kc_err *err)
 	return qmp_send(&g->qmp, command, args, -1, err);
 }
 
-int guest_hold(struct guest *g, unsigned int limit_ms, struct kc_err *err)
+int guest_hold(struct guest *g, unsigned int limit_ms, const char *checkpoints, bool anew,
+	       struct kc_err *err)
 {
 	struct json_object *args, *o = NULL, *cards;
 	int rc;
@@ -411,12 +412,17 @@ int guest_hold(struct guest *g, unsigned int limit_ms, struct kc_err *err)
 	}
 	args = json_object_new_object();
 	json_object_object_add(args, "limit-ms", json_object_new_int64(limit_ms));
+	if (*checkpoints)
+		json_object_object_add(args, "checkpoints", json_object_new_string(checkpoints));
+	if (anew)
+		json_object_object_add(args, "anew", json_object_new_boolean(true));
 	if (g->packets_fd >= 0)
 		json_object_object_add(args, "notify",
 				       json_object_new_string("kvm-checkpoint-packets"));
 	rc = qmp_call(&g->qmp, "x-checkpoint-hold", args, &o, err);
 	g->holds = !rc && json_object_object_get_ex(o, "cards", &cards) &&
 		   json_object_is_type(cards, json_type_array) && json_object_array_length(cards);
+	g->unbroken = qmp_bool(o, "unbroken");
 	json_object_put(o);
 	return rc == -EREMOTEIO ? -EOPNOTSUPP : rc;
 }

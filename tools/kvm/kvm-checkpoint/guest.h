@@ -152,6 +152,7 @@ struct guest {
 	int sock, buffer;		/* shared with QEMU */
 	bool no_take;			/* this QEMU has no x-checkpoint-take */
 	bool holds;			/* what it sends is held back */
+	bool unbroken;			/* and was, says the last guest_hold() */
 	int packets_fd;			/* an eventfd: there is something since the last state; or -1 */
 	struct dirty dirty;
 	struct guest_states states;
@@ -245,11 +246,15 @@ static inline void guest_lease(struct guest *g, uint64_t until_us, bool first)
  * guest_hold() - hold back what the guest sends, from the next guest_take() on
  * @g: the guest; g->holds says whether it has a network card at all.
  * @limit_ms: for how long when we are gone.
+ * @checkpoints: a name of where its epochs go; g->unbroken says whether all is held that it has sent
+ *	since they did, with whatever process.  Empty: nobody will ask.
+ * @anew: there is no epoch there that counts, so that from now on it is.
  * @err: why not.
  *
  * Return: 0; -EOPNOTSUPP if there is a card whose packets cannot be held; another negative errno.
  */
-int guest_hold(struct guest *g, unsigned int limit_ms, struct kc_err *err);
+int guest_hold(struct guest *g, unsigned int limit_ms, const char *checkpoints, bool anew,
+	       struct kc_err *err);
 
 /** guest_packets_wait() - was something held back since the last state?  It was asked: it is forgotten */
 bool guest_packets_wait(struct guest *g);

@@ -124,6 +124,7 @@ struct protect {
 	bool sent_unheld;	/* or the last one that was sent */
 	struct net_mark marks[KC_SENT];
 	uint64_t released;	/* packets of which state are */
+	uint8_t held_for[16];	/* kc_sink_receiver() of the sink that they are held for */
 	unsigned int net_ms;	/* for how long they are held without an acknowledgement, */
 	uint64_t net_stuck_us;	/* since then; 0: there is no reason that there is none */
 	char no_epochs[200];	/* why there are none for now, or empty */

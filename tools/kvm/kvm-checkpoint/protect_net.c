@@ -16,7 +16,9 @@
  *   one arrives at once.
  * - The standby does not take over by itself from an epoch with KC_STATE_UNHELD, and says in its
  *   WELCOME whether it has one without.  If so, that one may be gone on from at any time, and
- *   packets are held from the first epoch on, as they were before: by us or, for us, by QEMU.
+ *   packets are held from the first epoch on, as they were before: by us or, for us, by QEMU, which
+ *   is asked whether it has, for this standby, all the time.  If it has not, somebody may know more
+ *   than that epoch does, and the standby is told that it counts no more.
  *
  * If there are no acknowledgements, since the link is lost or there can be no epochs, packets are
  * held for as long as the standby may take over from an epoch that does not know of them.  A
@@ -52,16 +54,30 @@ static bool is_wanted(const struct protect *p)
 	return p->net == NET_COMMIT || (p->net == NET_AUTO && to_standby(p));
 }
 
-static int hold(struct protect *p, struct kc_err *err)
+/* It is held for the standby that there is, or for a directory, which nobody takes over from */
+static bool is_for_sink(const struct protect *p)
 {
+	return !memcmp(p->held_for, kc_sink_receiver(p->sink), sizeof(p->held_for));
+}
+
+/* @anew: that has no epoch that counts */
+static int hold(struct protect *p, bool anew, struct kc_err *err)
+{
+	static const uint8_t nobody[sizeof(p->held_for)];
+	char name[2 * sizeof(p->held_for) + 1] = "";
 	bool held = p->guest.holds;
 	struct kc_err why;
+	unsigned int i;
 	int rc;
 
-	if (p->no_cards || !is_wanted(p) || (held && p->net_ms == limit_ms(p)))
+	if (p->no_cards || !is_wanted(p) ||
+	    (held && !anew && is_for_sink(p) && p->net_ms == limit_ms(p)))
 		return 0;
 	p->net_ms = limit_ms(p);
-	rc = guest_hold(&p->guest, p->net_ms, &why);
+	memcpy(p->held_for, kc_sink_receiver(p->sink), sizeof(p->held_for));
+	for (i = 0; i < sizeof(p->held_for) && memcmp(p->held_for, nobody, sizeof(nobody)); i++)
+		sprintf(name + 2 * i, "%02x", p->held_for[i]);
+	rc = guest_hold(&p->guest, p->net_ms, name, anew, &why);
 	if (rc == -EOPNOTSUPP)
 		return kc_fail(err, ESTALE,
 			       "%s.  Say --net pass if clients may have seen what a guest that goes on elsewhere does not know of",
@@ -84,8 +100,20 @@ void kc_net_stuck(struct protect *p)
 		p->net_stuck_us = confirmed ? confirmed : kc_now_us();
 }
 
+/* What the standby has counts no more; if it cannot be told, the next one is asked anew */
+static void disown(struct protect *p)
+{
+	/* Nor do those that are taken from now on. */
+	p->unheld = true;
+	p->unheld_from = 0;
+	if (!p->lost)
+		p->lost = kc_sink_unheld(p->sink, &p->lost_err);
+	p->unheld_told_us = kc_now_us();
+}
+
 int kc_net_begin(struct protect *p, struct kc_err *err)
 {
+	bool held = p->guest.holds;
 	int rc;
 
 	/* If there was something to tell, it was told, and is stored there. */
@@ -94,14 +122,25 @@ int kc_net_begin(struct protect *p, struct kc_err *err)
 	if (!to_standby(p) || !is_wanted(p) || p->no_cards)
 		return 0;
 	p->unheld = !kc_sink_counts(p->sink);
-	/* This may be another standby than the one that it is held for: until the limit */
-	if (p->guest.holds)
+	if (held && is_for_sink(p))
 		return 0;
+	/* What this one has is no answer to what the one before was sent. */
+	if (held)
+		memset(p->marks, 0, sizeof(p->marks));
 	/* Whether it can be held should be known before the first copy. */
-	rc = hold(p, err);
+	rc = hold(p, false, err);
 	p->unheld = p->unheld && !p->no_cards;
 	if (rc || p->no_cards)
 		return rc;
+	if (!p->unheld && !p->guest.unbroken) {
+		kc_log(KC_LOG_WARN,
+		       "what the guest sent was not held back for %s all the time since its last epoch, which is not to be failed over to",
+		       p->to);
+		disown(p);
+	}
+	/* It is held for another standby: until the limit */
+	if (held)
+		return 0;
 	/* What QEMU may hold for who was here before is ours now, and so is the limit. */
 	if (!p->unheld) {
 		kc_net_stuck(p);
@@ -118,7 +157,9 @@ bool kc_net_proved(const struct protect *p)
 
 int kc_net_hold(struct protect *p, struct kc_err *err)
 {
-	if (kc_net_proved(p)) {
+	bool anew = kc_net_proved(p);
+
+	if (anew) {
 		p->unheld = false;
 		/* That is the one since which it is protected. */
 		p->first.nr = p->nr + 1;
@@ -127,7 +168,7 @@ int kc_net_hold(struct protect *p, struct kc_err *err)
 			guest_lease(&p->guest, kc_boot_us() + p->lease_ms * 1000ull, false);
 	}
 	p->taken_unheld = p->unheld;
-	return p->unheld ? 0 : hold(p, err);
+	return p->unheld ? 0 : hold(p, anew, err);
 }
 
 void kc_net_sent(struct protect *p)
@@ -165,14 +206,8 @@ void kc_net_unlinked(struct protect *p)
 /* The limit is over */
 static int let_go(struct protect *p, struct kc_err *err)
 {
-	if (p->sink && to_standby(p) && !p->unheld) {
-		/* So are those that are taken from now on. */
-		p->unheld = true;
-		p->unheld_from = 0;
-		if (!p->lost)
-			p->lost = kc_sink_unheld(p->sink, &p->lost_err);
-		p->unheld_told_us = kc_now_us();
-	}
+	if (p->sink && to_standby(p) && !p->unheld)
+		disown(p);
 	if (p->sink && p->unheld_told_us && kc_sink_confirmed_us(p->sink) <= p->unheld_told_us)
 		return 0;
 	kc_log(KC_LOG_WARN,

@@ -565,16 +565,30 @@ static void do_take(struct qemu *q, unsigned int limit_ms)
 	       q->spoilt_by ? "false" : "true", more);
 }
 
-static void do_hold(struct qemu *q, unsigned int limit_ms)
+void let_go(struct qemu *q)
 {
+	q->holds = false;
+	q->held_for[0] = '\0';
+}
+
+static void do_hold(struct qemu *q, unsigned int limit_ms, struct json_object *args)
+{
+	struct json_object *o;
+	const char *name = json_object_object_get_ex(args, "checkpoints", &o) ?
+			   json_object_get_string(o) : "";
+	bool anew = json_object_object_get_ex(args, "anew", &o) && json_object_get_boolean(o);
+	bool unbroken = q->holds && *name && !strcmp(name, q->held_for);
+
 	if (q->not_held) {
 		refuse(q, q->not_held);
 		return;
 	}
+	if (!unbroken)
+		snprintf(q->held_for, sizeof(q->held_for), "%s", anew ? name : "");
 	q->holds = strcmp(q->cards, "[]");
 	q->limit_ms = limit_ms;
 	q->holds_begun++;
-	answer(q, "{\"cards\": %s}", q->cards);
+	answer(q, "{\"cards\": %s, \"unbroken\": %s}", q->cards, unbroken ? "true" : "false");
 }
 
 static void do_release(struct qemu *q, struct json_object *args)
@@ -588,7 +602,7 @@ static void do_release(struct qemu *q, struct json_object *args)
 		q->released = json_object_get_uint64(o);
 		CHECK(q->released <= q->packets, "releases what is in no state");
 	} else {
-		q->holds = false;
+		let_go(q);
 		q->released_all += !drop;
 		q->dropped_all += drop;
 	}
@@ -672,7 +686,7 @@ static void obey(struct qemu *q, const char *command, struct json_object *args)
 			   json_object_get_int(o) : 0);
 	else if (!strcmp(command, HOLD))
 		do_hold(q, json_object_object_get_ex(args, "limit-ms", &o) ?
-			   json_object_get_int(o) : 0);
+			   json_object_get_int(o) : 0, args);
 	else if (!strcmp(command, RELEASE))
 		do_release(q, args);
 	else if (!strcmp(command, HINTS) && json_object_object_get_ex(args, "action", &o))

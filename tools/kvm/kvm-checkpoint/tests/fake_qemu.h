@@ -118,6 +118,7 @@ extern struct qemu {
 	/* Network cards, a list; why one's packets cannot be held, or NULL */
 	const char *cards, *not_held;
 	bool holds;
+	char held_for[64];
 	unsigned int limit_ms, holds_begun;
 	/* Of the last state; up to which was released, if not all; how often all was, and dropped */
 	bool discarded;			/* memory was given back since the client was told */
@@ -186,6 +187,8 @@ void write_page(struct block *b, uint64_t page);
 void guest_writes(struct qemu *q, unsigned int n);
 void close_monitor(struct qemu *q);
 void die(struct qemu *q);
+/* What it has held, as the client was gone for too long */
+void let_go(struct qemu *q);
 
 /* The client may be gone: then these do nothing */
 void say_bytes(struct qemu *q, const char *text, size_t len);

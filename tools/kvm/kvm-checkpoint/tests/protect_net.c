@@ -504,6 +504,108 @@ void test_net_restarted(void)
 	finish(0);
 }
 
+static void kill_client(void)
+{
+	kill(qemu.client, SIGKILL);
+	CHECK(waitpid(qemu.client, NULL, 0) == qemu.client, "it does not die");
+	be_qemu_for(100);
+}
+
+/* A new one begins to copy, and dies before it has sent an epoch */
+static bool has_looked;
+
+static const char *dies_when_it_looks(struct qemu *q, const char *command)
+{
+	if (strcmp(command, COLLECT) || has_looked)
+		return NULL;
+	has_looked = true;
+	/* What it has said arrives */
+	poll(NULL, 0, 100);
+	CHECK(!run("status", path_of("ctl"), NULL), "the standby does not answer");
+	kill(q->client, SIGKILL);
+	CHECK(waitpid(q->client, NULL, 0) == q->client, "it does not die");
+	return NULL;
+}
+
+static void begin_again(void)
+{
+	has_looked = false;
+	qemu.hook = dies_when_it_looks;
+	start_protect(CHECKED, spec(), "--interval", "5ms", NULL);
+	while (!has_looked)
+		step(&qemu, 1);
+	be_qemu_for(100);
+	qemu.hook = NULL;
+}
+
+static void promote_fails(const char *why)
+{
+	CHECK(log_has(UNHELD) && run("status", path_of("ctl"), "promote", NULL) == 1 &&
+	      log_has(NOT_FROM_THERE), "it can be promoted: %s", why);
+}
+
+/* QEMU has given up what it held for one that is gone: clients know more than the standby's epoch. */
+void test_net_given_up(void)
+{
+	begin(NULL, NULL);
+	until_released(3);
+	kill_client();
+	let_go(&qemu);
+	CHECK(!log_has(UNHELD), "the standby has heard of it too soon: this test shows nothing");
+	begin_again();
+	promote_fails("packets have left since");
+	/* Again from an epoch on that knows of all */
+	start_protect(CHECKED, spec(), "--interval", "5ms", NULL);
+	until_released(qemu.packets + 3);
+	kill_client();
+	CHECK(!run("status", path_of("ctl"), "promote", NULL), "promote fails");
+	CHECK(reap(&standby) == 0, "the standby fails");
+}
+
+/* It has held all, without a break, and let go what somebody else has acknowledged. */
+void test_net_held_for_others(void)
+{
+	begin(NULL, NULL);
+	until_released(3);
+	kill_client();
+	start_protect(CHECKED, path_of("store"), "--interval", "1ms", "--net", "commit", NULL);
+	until_released(qemu.packets + 3);
+	kill_client();
+	begin_again();
+	promote_fails("packets have left that a directory knows of");
+	CHECK(!qemu.released_all || !qemu.holds, "and are held");
+	stop_standby(SIGTERM);
+}
+
+/* One that asks whether it is so dies with the answer: the next one is told the same. */
+static const char *dies_when_told(struct qemu *q, const char *command)
+{
+	if (strcmp(command, HOLD))
+		return NULL;
+	has_looked = true;
+	kill(q->client, SIGKILL);
+	CHECK(waitpid(q->client, NULL, 0) == q->client, "it does not die");
+	q->hook = NULL;
+	return NULL;
+}
+
+void test_net_given_up_twice(void)
+{
+	begin(NULL, NULL);
+	until_released(3);
+	kill_client();
+	let_go(&qemu);
+	qemu.hook = dies_when_told;
+	start_protect(CHECKED, spec(), "--interval", "5ms", NULL);
+	while (!has_looked)
+		step(&qemu, 1);
+	be_qemu_for(100);
+	CHECK(!log_has(UNHELD), "the standby was told: this test shows nothing");
+	begin_again();
+	promote_fails("the one before knew that packets have left");
+	stop_standby(SIGTERM);
+}
+
 /* --- Ends -------------------------------------------------------------------- */
 
 void test_net_detached(void)
