@@ -51,7 +51,7 @@ common() {
 	set -- "$1" "$2"
 	echo "-nodefaults -no-user-config -display none -L /share -accel ${ACCEL:-kvm,dirty-slot-ring-size=512}" \
 	     "-cpu host${CPU:-} -smp ${SMP:-2} -no-reboot -name guest -machine q35,memory-backend=ram0" \
-	     "-kernel /guest/bzImage -initrd /guest/initrd" \
+	     "-kernel /guest/bzImage -initrd ${INITRD:-/guest/initrd}" \
 	     "-drive if=virtio,format=raw,readonly=on,file=/dev/shm/disk" \
 	     "-object memory-backend-file,id=ram0,size=${MB}M,share=on,mem-path=$2" \
 	     "-qmp unix:/tmp/$1.qmp,server=on,wait=off -qmp unix:/tmp/$1.mon,server=on,wait=off" \
@@ -238,4 +238,33 @@ stays() {
 continued() {
 	qmp s$port cont || bad "the guest cannot go on"
 	wait_for 20 state_is s$port running || { qmp s$port query-status; bad "the guest does not go on"; }
+}
+
+# A guest that says which pages it does not use, has another kernel to go on with (kexec), and to which pages that are
+# used and not written yet are none: what is allocated is written at once.
+tells_states() {
+	MB=256
+	CPU=,kvm-page-states=on
+	INITRD=/guest/initrd-kernels
+	APPEND="$APPEND demo.churn=800 demo.churn_us=5000 init_on_alloc=1"
+}
+table() { ask "$1" table | sed 's/.* //'; }
+# survives NAME STANDBY: what it says of its pages now is true, here and where it goes on.  There may be a table that an
+# earlier kernel has left behind.
+survives() {
+	more_epochs "$1"
+	more_epochs "$1"
+	[ "$(table "$1")" != 0 ] || bad "the guest does not say any more which pages it uses"
+	say "guest $1 has its table at $(table "$1")"
+	SAME="used $(table "$1") $BEFORE"
+	equal "$1" "$2"
+	verified "$1"
+	more_epochs "$1"
+	protects "$1" || bad "protect has ended"
+	kill_host "$1"
+	taken_over "$2"
+	verified "$2"
+	sleep 3
+	verified "$2"
+	ask "$2" churn || bad "the guest does not go on"
 }

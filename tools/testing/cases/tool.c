@@ -8,7 +8,9 @@
  *	  tool clock SOCKET		the guest's answer to "time", after the time here
  *	  tool fence RAM OUT		succeeds, as a fence, and leaves somebody behind who writes to OUT when
  *					the guest whose memory is in RAM made its next step, and which
- *	  tool same FILE FILE [used]	compares page by page; only what the guest says that it uses
+ *	  tool same FILE FILE [used [ADDRESS]...]
+ *					compares page by page; only what the guest says that it uses, in the
+ *					first table that it has, or in those at some addresses
  *	  tool disk FILE		makes the guest's disk
  *
  * A command is a name, or a whole object.  An answer of the guest begins with the first word of what
@@ -228,23 +230,43 @@ static uint8_t *read_page(int fd, uint64_t page, uint8_t *to)
 }
 
 /* What the guest says of its pages; NULL: nothing */
-static uint8_t *find_states(int fd, uint64_t npages)
+static uint8_t *find_states(int fd, uint64_t npages, const char *address)
 {
+	uint64_t at = address ? strtoull(address, NULL, 16) / PAGE : 0, nr;
 	static uint8_t page[PAGE];
-	uint64_t at, nr;
 	uint8_t *states;
 
-	for (at = 0; read_page(fd, at, page); at++) {
+	for (; read_page(fd, at, page); at++) {
 		nr = has_page_states(page, npages);
 		states = nr ? calloc(npages, 1) : NULL;
 		if (states && pread(fd, states, nr, (at + 1) * PAGE) == (ssize_t)nr)
 			return states;
 		free(states);
+		if (address)
+			break;
 	}
 	return NULL;
 }
 
-static int same(const char *a, const char *b, bool but_unused)
+/* Unused is what one of the tables at so many addresses says is unused */
+static uint8_t *find_all_states(int fd, uint64_t npages, char **address, int n)
+{
+	uint8_t *all = find_states(fd, npages, n ? address[0] : NULL), *more;
+	uint64_t page;
+	int i;
+
+	for (i = 1; all && i < n; i++) {
+		more = find_states(fd, npages, address[i]);
+		if (!more)
+			return NULL;
+		for (page = 0; page < npages; page++)
+			all[page] |= more[page] == 1;
+		free(more);
+	}
+	return all;
+}
+
+static int same(const char *a, const char *b, bool but_unused, char **address, int n_addresses)
 {
 	int fd[2] = { open(a, O_RDONLY), open(b, O_RDONLY) };
 	static uint8_t left[PAGE], right[PAGE];
@@ -261,7 +283,7 @@ static int same(const char *a, const char *b, bool but_unused)
 	}
 	n = st[0].st_size / PAGE;
 	if (but_unused)
-		states = find_states(fd[0], n);
+		states = find_all_states(fd[0], n, address, n_addresses);
 	if (but_unused && !states) {
 		printf("there are no page states\n");
 		return 3;
@@ -292,9 +314,9 @@ int main(int argc, char **argv)
 	if (!strcmp(what, "fence") && argc == 4)
 		return next_step(argv[2], argv[3]);
 	if (!strcmp(what, "same") && argc == 4)
-		return same(argv[2], argv[3], false);
-	if (!strcmp(what, "same") && argc == 5 && !strcmp(argv[4], "used"))
-		return same(argv[2], argv[3], true);
+		return same(argv[2], argv[3], false, NULL, 0);
+	if (!strcmp(what, "same") && argc >= 5 && !strcmp(argv[4], "used"))
+		return same(argv[2], argv[3], true, argv + 5, argc - 5);
 	if (!strcmp(what, "disk") && argc == 3)
 		return !make_disk(argv[2]);
 	fprintf(stderr, "usage: tool qmp|guest|gdb|clock|fence|same|disk ...\n");

@@ -27,6 +27,8 @@
  *	churn	-> "churn ROUNDS BAD"
  *	lie WHAT	-> "lie WHAT: ok", "lie WHAT: refused": lies_tell(), see lies.h
  *	table	-> "table ADDRESS", in hex, of what it tells of its pages; 0: nothing
+ *	kexec	-> "kexec begun": the kernel in /other takes over; "kexec crash": in a panic
+ *	hibernate	-> "hibernate ok", after it was hibernated to a third disk and is back
  *	mem	-> "mem TOTAL FREE", in MiB
  *	once N	-> "once N ok", after N MiB were written and given back; "once N file": of files
  *	broken	-> "broken begun" and, when told again, whether block 256 of a second disk, which has
@@ -60,6 +62,7 @@
 #include <unistd.h>
 
 #include "churn.h"
+#include "kernels.h"
 #include "ledger.h"
 #include "lies.h"
 #include "pattern.h"
@@ -475,6 +478,17 @@ int main(void)
 			fprintf(ctl, "%s: %s\n", line, lies_tell(line + 4));
 		} else if (!strncmp(line, "table", 5)) {
 			fprintf(ctl, "table %lx\n", (unsigned long)(lies_truth() & ~(PAGE - 1ull)));
+		} else if (!strncmp(line, "kexec", 5)) {
+			const char *failed = kernels_load(strstr(line, "crash"));
+
+			line[strcspn(line, "\n")] = '\0';
+			fprintf(ctl, "%s %s\n", line, failed ?: "begun");
+			/* It is to be read before */
+			sleep(2);
+			if (!failed)
+				kernels_go(strstr(line, "crash"));
+		} else if (!strncmp(line, "hibernate", 9)) {
+			fprintf(ctl, "hibernate %s\n", kernels_hibernate());
 		} else if (!strncmp(line, "mem", 3)) {
 			tell_memory();
 		} else if (!strncmp(line, "once ", 5)) {
