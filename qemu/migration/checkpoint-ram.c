@@ -358,6 +358,7 @@ CheckpointLayout *checkpoint_layout(void)
     flatview_for_each_range(address_space_to_flatview(&address_space_memory),
                             add_range, &ranges);
     layout->vm_log = known.client_harvests;
+    layout->hears = true;
     if (known.client_harvests) {
         kvm_dirty_slot_log_foreach(add_slot, &slots);
     }

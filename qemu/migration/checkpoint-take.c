@@ -14,6 +14,7 @@
 
 #include "qemu/osdep.h"
 #include "qemu/bitmap.h"
+#include "qemu/cutils.h"
 #include "qemu/slot-ring-compat.h"
 #include "qapi/error.h"
 #include "block/block.h"
@@ -134,6 +135,64 @@ bool checkpoint_tell(QIOChannelSocket *to, const CheckpointTold *told)
 {
     return qio_channel_write(QIO_CHANNEL(to), (const char *)told,
                              sizeof(*told), NULL) == sizeof(*told);
+}
+
+bool checkpoint_tell_ended(QIOChannelSocket *to, const CheckpointTaken *taken,
+                           Error *err)
+{
+    CheckpointEnded ended = { .what = CHECKPOINT_TOLD_ENDED };
+    const char *why = "";
+
+    if (err) {
+        ended.flags = CHECKPOINT_ENDED_FAILED;
+        why = error_get_pretty(err);
+    } else {
+        ended.flags = (taken->taken ? CHECKPOINT_ENDED_TAKEN : 0) |
+                      (taken->consistent ? CHECKPOINT_ENDED_CONSISTENT : 0) |
+                      (taken->resumed ? CHECKPOINT_ENDED_RESUMED : 0);
+        if (taken->has_spoilt_by) {
+            why = CheckpointSpoilt_str(taken->spoilt_by);
+        }
+    }
+    pstrcpy(ended.why, sizeof(ended.why), why);
+    return qio_channel_write(QIO_CHANNEL(to), (const char *)&ended,
+                             sizeof(ended), NULL) == sizeof(ended);
+}
+
+/* What has come of a request */
+static CheckpointAsked heard;
+static size_t nr_heard;
+
+void checkpoint_hear_anew(void)
+{
+    nr_heard = 0;
+}
+
+bool checkpoint_hear(QIOChannelSocket *from, CheckpointAsked *asked,
+                     bool *gone)
+{
+    const uint64_t what = CHECKPOINT_ASKED_TAKE;
+    char *to = (char *)&heard;
+    ssize_t n;
+
+    n = qio_channel_read(QIO_CHANNEL(from), to + nr_heard,
+                         sizeof(heard) - nr_heard, NULL);
+    *gone = !n;
+    if (n <= 0) {
+        return false;
+    }
+    nr_heard += n;
+    /* A byte of one that it took for late, say */
+    while (nr_heard && memcmp(to, &what, MIN(nr_heard, sizeof(what)))) {
+        nr_heard--;
+        memmove(to, to + 1, nr_heard);
+    }
+    if (nr_heard < sizeof(heard)) {
+        return false;
+    }
+    nr_heard = 0;
+    *asked = heard;
+    return true;
 }
 
 /* What it said too late is no answer to what it is asked next */

@@ -71,15 +71,28 @@ static void client_gone(void)
 static gboolean client_event(QIOChannel *ioc, GIOCondition condition,
                              gpointer opaque)
 {
-    char buf[64];
+    g_autoptr(CheckpointTaken) taken = NULL;
+    CheckpointAsked asked;
+    Error *err = NULL;
+    bool gone = true;
 
-    /* It has nothing to say: what can be read is the end */
-    if (!(condition & (G_IO_HUP | G_IO_ERR)) &&
-        qio_channel_read(ioc, buf, sizeof(buf), NULL) != 0) {
-        return G_SOURCE_CONTINUE;
+    if (condition & (G_IO_HUP | G_IO_ERR) ||
+        !checkpoint_hear(client.socket, &asked, &gone)) {
+        if (gone) {
+            client_gone();
+        }
+        return gone ? G_SOURCE_REMOVE : G_SOURCE_CONTINUE;
     }
-    client_gone();
-    return G_SOURCE_REMOVE;
+    taken = qmp_x_checkpoint_take(MIN(asked.limit_ms, UINT32_MAX),
+                                  asked.flags & CHECKPOINT_ASKED_LEASE,
+                                  asked.lease_us, true,
+                                  asked.flags & CHECKPOINT_ASKED_FIRST, &err);
+    /* It may have gone meanwhile; or does not read, and will find out */
+    if (client.socket) {
+        checkpoint_tell_ended(client.socket, taken, err);
+    }
+    error_free(err);
+    return client.socket ? G_SOURCE_CONTINUE : G_SOURCE_REMOVE;
 }
 
 static bool need_client(Error **errp)
@@ -204,6 +217,7 @@ CheckpointLayout *qmp_x_checkpoint_attach(const char *socket,
     client.buffer = buffer_fd;
     checkpoint_hold.lost = NULL;
     checkpoint_hold.spoilt = false;
+    checkpoint_hear_anew();
     client.watch = qio_channel_add_watch(QIO_CHANNEL(sioc), G_IO_IN | G_IO_HUP,
                                          client_event, NULL, NULL);
 

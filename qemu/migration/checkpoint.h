@@ -182,6 +182,36 @@ typedef struct CheckpointTold {
     uint64_t states_nr;
 } CheckpointTold;
 
+/* It asked on its socket, and that is over; as long as a CheckpointTold */
+#define CHECKPOINT_TOLD_ENDED   3
+
+typedef struct CheckpointEnded {
+    uint64_t what;
+    uint64_t flags;
+#define CHECKPOINT_ENDED_TAKEN      1   /* As in CheckpointTaken */
+#define CHECKPOINT_ENDED_CONSISTENT 2
+#define CHECKPOINT_ENDED_RESUMED    4
+#define CHECKPOINT_ENDED_FAILED     8   /* @why: the reason */
+    char why[72];               /* What spoilt it, if something has */
+} CheckpointEnded;
+
+QEMU_BUILD_BUG_ON(sizeof(CheckpointEnded) != sizeof(CheckpointTold));
+
+/*
+ * x-checkpoint-take as the client asks for it on its socket: the monitor reads
+ * a command byte by byte
+ */
+#define CHECKPOINT_ASKED_TAKE   0x3145464154504b43ull
+
+typedef struct CheckpointAsked {
+    uint64_t what;
+    uint64_t limit_ms;
+    uint64_t flags;
+#define CHECKPOINT_ASKED_LEASE  1       /* There is a lease_us */
+#define CHECKPOINT_ASKED_FIRST  2       /* It is lease-first */
+    uint64_t lease_us;
+} CheckpointAsked;
+
 typedef enum CheckpointAnswer {
     CHECKPOINT_ANSWER_DONE,
     CHECKPOINT_ANSWER_NONE,     /* in time */
@@ -201,6 +231,16 @@ void checkpoint_brief_end(void);
 bool checkpoint_has_busy_iothread(void);
 
 bool checkpoint_tell(QIOChannelSocket *to, const CheckpointTold *told);
+bool checkpoint_tell_ended(QIOChannelSocket *to, const CheckpointTaken *taken,
+                           Error *err);
+/*
+ * Whether all of what the client asks for has come; what makes no sense is left
+ * out.  *@gone: there is no client.
+ */
+bool checkpoint_hear(QIOChannelSocket *from, CheckpointAsked *asked,
+                     bool *gone);
+/* What was heard in part is forgotten */
+void checkpoint_hear_anew(void);
 void checkpoint_forget_bytes(QIOChannelSocket *from);
 CheckpointAnswer checkpoint_await(QIOChannelSocket *from, int64_t until_ns);
 

@@ -151,6 +151,7 @@ struct guest {
 	uint64_t generation;
 	int sock, buffer;		/* shared with QEMU */
 	bool no_take;			/* this QEMU has no x-checkpoint-take */
+	bool hears;			/* or it can be asked for that on the socket */
 	bool holds;			/* what it sends is held back */
 	bool unbroken;			/* and was, says the last guest_hold() */
 	int packets_fd;			/* an eventfd: there is something since the last state; or -1 */

@@ -182,6 +182,7 @@ int guest_take_layout(struct guest *g, struct json_object *layout, struct kc_err
 		goto fail;
 	snprintf(g->dirty_log, sizeof(g->dirty_log), "%s", qmp_str(layout, "dirty-log"));
 	g->generation = qmp_u64(layout, "generation");
+	g->hears = qmp_bool(layout, "hears");
 	rc = guest_take_devices(g, devices, err);
 	goto out;
 changed:

@@ -12,6 +12,8 @@
  *					compares page by page; only what the guest says that it uses, in the
  *					first table that it has, or in those at some addresses
  *	  tool disk FILE		makes the guest's disk
+ *	  tool asks SOCKET [N]		asks QEMU for epochs on the socket of x-checkpoint-attach, and for
+ *					what is none: N times what is at random, from a seed that it prints
  *
  * A command is a name, or a whole object.  An answer of the guest begins with the first word of what
  * it was told.
@@ -299,6 +301,225 @@ static int same(const char *a, const char *b, bool but_unused, char **address, i
 	return bad || st[0].st_size != st[1].st_size;
 }
 
+/* --- x-checkpoint-take on the client's socket ------------------------------- */
+
+struct asked {
+	uint64_t what, limit_ms, flags, lease_us;
+};
+
+#define ASKED_TAKE	0x3145464154504b43ull
+
+/* Both of what it is told are as long */
+struct told {
+	uint64_t what, flags;
+	char why[72];
+};
+
+enum { STOPPED = 1, SAVED, ENDED };
+enum { TAKEN = 1, CONSISTENT = 2, RESUMED = 4, FAILED = 8 };
+
+/* Of an attached client */
+static int asks_fd;
+
+static bool give(int fd, const char *name, int given)
+{
+	char text[96];
+	struct iovec iov = { text, snprintf(text, sizeof(text),
+		"{'execute': 'getfd', 'arguments': {'fdname': '%s'}}\n", name) };
+	union {
+		char buf[CMSG_SPACE(sizeof(int))];
+		struct cmsghdr align;
+	} control = { 0 };
+	struct msghdr msg = {
+		.msg_iov = &iov, .msg_iovlen = 1, .msg_control = control.buf,
+		.msg_controllen = sizeof(control.buf),
+	};
+	struct cmsghdr *c = CMSG_FIRSTHDR(&msg);
+
+	c->cmsg_level = SOL_SOCKET;
+	c->cmsg_type = SCM_RIGHTS;
+	c->cmsg_len = CMSG_LEN(sizeof(int));
+	memcpy(CMSG_DATA(c), &given, sizeof(int));
+	return sendmsg(fd, &msg, MSG_NOSIGNAL) == (ssize_t)iov.iov_len &&
+	       read_line(fd, buf, sizeof(buf), "{\"return\"", "{\"error\"", SECONDS) &&
+	       !strstr(buf, "\"error\"");
+}
+
+static bool attach(int fd)
+{
+	int pair[2], memory = memfd_create("asks", 0);
+	char byte;
+
+	/* One that is gone may be known for a moment */
+	for (int i = 0; i < 100; i++) {
+		if (memory < 0 || socketpair(AF_UNIX, SOCK_STREAM, 0, pair) ||
+		    !give(fd, "socket", pair[1]) || !give(fd, "buffer", memory))
+			return false;
+		close(pair[1]);
+		if (execute(fd, "{'execute': 'x-checkpoint-attach', 'arguments': {'socket': 'socket', 'buffer': 'buffer'}}")) {
+			if (!strstr(buf, "\"hears\": true"))
+				return false;
+			asks_fd = pair[0];
+			close(memory);
+			/* The files that came are closed as nobody takes them */
+			while (recv(asks_fd, &byte, 1, MSG_DONTWAIT) == 1)
+				;
+			return true;
+		}
+		close(pair[0]);
+		usleep(50000);
+	}
+	return false;
+}
+
+static bool send_all(const void *what, size_t len)
+{
+	return send(asks_fd, what, len, MSG_NOSIGNAL) == (ssize_t)len;
+}
+
+/* Whether it is told this next, and no more of it */
+static bool hears(uint64_t what, uint64_t flags, const char *why)
+{
+	uint64_t until = now_us() + SECONDS * 1000000ull;
+	struct pollfd p = { .fd = asks_fd, .events = POLLIN };
+	struct told told;
+	size_t got = 0;
+	ssize_t n;
+
+	while (got < sizeof(told) && now_us() < until) {
+		if (poll(&p, 1, 100) <= 0)
+			continue;
+		n = recv(asks_fd, (char *)&told + got, sizeof(told) - got, 0);
+		if (n <= 0)
+			break;
+		got += n;
+	}
+	if (got == sizeof(told) && told.what == what &&
+	    (what != ENDED || (told.flags == flags && !strncmp(told.why, why, sizeof(told.why)))))
+		return true;
+	printf("of %lu, %lu it is told %zu bytes: %lu, %lu, %.72s\n", what, flags, got, told.what,
+	       told.flags, told.what == ENDED ? told.why : "");
+	return false;
+}
+
+/* Its end of one that is taken, and has been asked for */
+static bool is_taken(void)
+{
+	return hears(STOPPED, 0, "") && hears(SAVED, 0, "") && send_all("", 1) &&
+	       hears(ENDED, TAKEN | CONSISTENT | RESUMED, "");
+}
+
+static bool takes(void)
+{
+	struct asked asked = { ASKED_TAKE, 60000, 0, 0 };
+
+	return send_all(&asked, sizeof(asked)) && is_taken();
+}
+
+/* In pieces, which come one after the other */
+static bool takes_slowly(void)
+{
+	struct asked asked = { ASKED_TAKE, 60000, 0, 0 };
+	size_t i;
+
+	for (i = 0; i < sizeof(asked); i++) {
+		if (!send_all((char *)&asked + i, 1))
+			return false;
+		usleep(5000);
+	}
+	return is_taken();
+}
+
+static bool refuses(uint64_t limit_ms)
+{
+	struct asked asked = { ASKED_TAKE, limit_ms, 0, 0 };
+
+	return send_all(&asked, sizeof(asked)) && hears(ENDED, 0, "");
+}
+
+/* A byte that comes when it is over is no answer to the next one */
+static bool is_late(void)
+{
+	struct asked asked = { ASKED_TAKE, 300, 0, 0 };
+
+	return send_all(&asked, sizeof(asked)) && hears(STOPPED, 0, "") && hears(SAVED, 0, "") &&
+	       hears(ENDED, TAKEN | RESUMED, "late") && send_all("", 1) &&
+	       send_all(&asked, sizeof(asked)) && hears(STOPPED, 0, "") && hears(SAVED, 0, "") &&
+	       hears(ENDED, TAKEN | RESUMED, "late");
+}
+
+/* Bytes of which none begins as a request does */
+static bool takes_after_noise(uint64_t *seed)
+{
+	unsigned char noise[256];
+	struct asked asked = { ASKED_TAKE, 60000, 0, 0 };
+	size_t len, i;
+
+	for (i = 0; i < sizeof(noise); i++) {
+		*seed = mix(*seed + 0x9e3779b97f4a7c15ull);
+		noise[i] = *seed >> 20;
+	}
+	/* Or its beginning, with something else behind it */
+	len = *seed % (sizeof(noise) - 8);
+	if (*seed >> 40 & 1)
+		memcpy(noise + len, &asked, *seed >> 41 & 7);
+	noise[len + 7] = 0;
+	return send_all(noise, len + 8) && takes();
+}
+
+/* It goes in the midst of one: the guest goes on */
+static bool goes(int fd, unsigned int when)
+{
+	struct asked asked = { ASKED_TAKE, 60000, 0, 0 };
+	bool ok = send_all(&asked, when ? sizeof(asked) : 11);
+
+	if (when > 1)
+		ok = ok && hears(STOPPED, 0, "");
+	if (when > 2)
+		ok = ok && hears(SAVED, 0, "");
+	close(asks_fd);
+	return ok && attach(fd) && takes();
+}
+
+static int asks(const char *path, unsigned int times)
+{
+	uint64_t seed = mix(now_us()) % 1000000;
+	int fd = connect_to(path);
+	const char *what = "attaches";
+	unsigned int i;
+	bool ok;
+
+	printf("seed %lu\n", seed);
+	execute(fd, "qmp_capabilities");
+	ok = attach(fd);
+	for (i = 0; ok && i < 3; i++) {
+		what = "takes one";
+		ok = takes();
+	}
+	if (ok) {
+		what = "takes one that is asked for slowly";
+		ok = takes_slowly();
+	}
+	if (ok) {
+		what = "refuses one without a limit, and knows when one is late";
+		ok = refuses(0) && takes() && is_late() && takes();
+	}
+	for (i = 0; ok && i < times; i++) {
+		what = "takes one after noise";
+		ok = takes_after_noise(&seed);
+	}
+	for (i = 0; ok && i < 4; i++) {
+		what = "takes one when a client has gone";
+		ok = goes(fd, i);
+	}
+	if (ok) {
+		what = "refuses one of a guest that is stopped";
+		ok = execute(fd, "stop") && refuses(60000) && execute(fd, "cont") && takes();
+	}
+	printf("%s%s\n", ok ? "all of it" : "it does not do this: ", ok ? "" : what);
+	return !ok;
+}
+
 int main(int argc, char **argv)
 {
 	const char *what = argc > 1 ? argv[1] : "";
@@ -319,6 +540,8 @@ int main(int argc, char **argv)
 		return same(argv[2], argv[3], true, argv + 5, argc - 5);
 	if (!strcmp(what, "disk") && argc == 3)
 		return !make_disk(argv[2]);
-	fprintf(stderr, "usage: tool qmp|guest|gdb|clock|fence|same|disk ...\n");
+	if (!strcmp(what, "asks") && (argc == 3 || argc == 4))
+		return asks(argv[2], argc == 4 ? atoi(argv[3]) : 100);
+	fprintf(stderr, "usage: tool asks|qmp|guest|gdb|clock|fence|same|disk ...\n");
 	return 2;
 }

@@ -262,9 +262,9 @@ void send_layout(struct qemu *q, const char *instead)
 	}
 	answer(q,
 	       "{\"generation\": %" PRIu64 ", \"page-size\": 4096, \"dirty-log\": \"bitmap\", "
-	       "\"blocks\": [%s], \"vm-log\": false, \"slots\": [], \"devices\": [\"cpu 0 1\", \"apic 0 3\"%s], "
+	       "\"blocks\": [%s], \"vm-log\": false, \"hears\": %s, \"slots\": [], \"devices\": [\"cpu 0 1\", \"apic 0 3\"%s], "
 	       "\"ranges\": [%s]}",
-	       q->generation, text, q->plugged ? q->plugged : "", ranges_text(q));
+	       q->generation, text, q->takes && !q->deaf ? "true" : "false", q->plugged ? q->plugged : "", ranges_text(q));
 }
 
 static void do_attach(struct qemu *q)
@@ -516,8 +516,18 @@ static bool is_copied(struct qemu *q, uint64_t until_us)
 	return false;
 }
 
+static void tell_ended(struct qemu *q, uint64_t flags, const char *why)
+{
+	struct ended ended = { .what = TOLD_ENDED, .flags = flags };
+
+	snprintf(ended.why, sizeof(ended.why), "%s", why);
+	/* It may be gone */
+	if (q->sock >= 0 && (!q->ends || q->ends(q, &ended)))
+		send(q->sock, &ended, sizeof(ended), MSG_NOSIGNAL);
+}
+
 /* All in one, and nothing else happens meanwhile */
-static void do_take(struct qemu *q, unsigned int limit_ms)
+static void do_take(struct qemu *q, unsigned int limit_ms, bool asked)
 {
 	struct told told = { .what = TOLD_STOPPED, .states_page = q->states_page,
 			     .states_nr = q->states_nr, .discarded = q->discarded };
@@ -532,7 +542,10 @@ static void do_take(struct qemu *q, unsigned int limit_ms)
 	}
 	CHECK(limit_ms, "the main loop would stand still for ever");
 	if (!q->running || q->run_state || q->lost || q->blocked) {
-		answer(q, "{\"taken\": false, \"consistent\": false, \"resumed\": false}");
+		if (asked)
+			tell_ended(q, 0, "");
+		else
+			answer(q, "{\"taken\": false, \"consistent\": false, \"resumed\": false}");
 		return;
 	}
 	while (recv(q->sock, more, sizeof(more), MSG_DONTWAIT) > 0)
@@ -561,6 +574,11 @@ static void do_take(struct qemu *q, unsigned int limit_ms)
 	}
 	q->running = true;
 	q->stopped = false;
+	if (asked) {
+		tell_ended(q, ENDED_TAKEN | ENDED_RESUMED | (q->spoilt_by ? 0 : ENDED_CONSISTENT),
+			   q->spoilt_by ? q->spoilt_by : "");
+		return;
+	}
 	answer(q, "{\"taken\": true, \"consistent\": %s, \"resumed\": true%s}",
 	       q->spoilt_by ? "false" : "true", more);
 }
@@ -683,7 +701,7 @@ static void obey(struct qemu *q, const char *command, struct json_object *args)
 		do_cont(q);
 	else if (!strcmp(command, TAKE))
 		do_take(q, json_object_object_get_ex(args, "limit-ms", &o) ?
-			   json_object_get_int(o) : 0);
+			   json_object_get_int(o) : 0, false);
 	else if (!strcmp(command, HOLD))
 		do_hold(q, json_object_object_get_ex(args, "limit-ms", &o) ?
 			   json_object_get_int(o) : 0, args);
@@ -817,6 +835,47 @@ static void read_monitor(struct qemu *q)
 		close_monitor(q);
 }
 
+/* Asked for an epoch on the socket, by something that begins with what it has to */
+static void be_asked(struct qemu *q)
+{
+	const char *instead;
+
+	q->nr_asked = 0;
+	q->times_asked++;
+	if (q->asked.flags & 1)
+		q->lease_us = q->asked.flags & 2 && q->lease_us ? q->lease_us : q->asked.lease_us;
+	instead = q->hook ? q->hook(q, TAKE) : NULL;
+	if (instead == dead) {
+		die(q);
+		return;
+	}
+	CHECK(!instead, "this cannot be said on a socket");
+	do_take(q, q->asked.limit_ms, true);
+	if (q->dies_after)
+		die(q);
+}
+
+static void read_socket(struct qemu *q)
+{
+	const uint64_t what = ASKED_TAKE;
+	char *to = (char *)&q->asked;
+	ssize_t n = recv(q->sock, to + q->nr_asked, sizeof(q->asked) - q->nr_asked, MSG_DONTWAIT);
+
+	if (n <= 0) {
+		detach(q);
+		return;
+	}
+	/* That all is copied may come too late */
+	for (q->nr_asked += n; q->nr_asked; q->nr_asked--) {
+		if (!memcmp(to, &what, q->nr_asked < sizeof(what) ? q->nr_asked : sizeof(what)))
+			break;
+		CHECK(!*to, "what it says on the socket makes no sense");
+		memmove(to, to + 1, q->nr_asked - 1);
+	}
+	if (q->nr_asked == sizeof(q->asked))
+		be_asked(q);
+}
+
 /* What comes within some milliseconds; a running guest writes meanwhile */
 void step(struct qemu *q, int ms)
 {
@@ -827,7 +886,6 @@ void step(struct qemu *q, int ms)
 		{ .fd = q->monitor < 0 ? q->listener : -1, .events = POLLIN },
 	};
 	const char *instead;
-	char byte;
 
 	look_at_the_clock(q);
 	disk_copies(q);
@@ -839,9 +897,7 @@ void step(struct qemu *q, int ms)
 	if (p[0].revents) {
 		read_monitor(q);
 	} else if (p[1].revents) {
-		/* That all is copied may come too late */
-		if (recv(q->sock, &byte, 1, MSG_DONTWAIT) != 1)
-			detach(q);
+		read_socket(q);
 	} else if (p[2].revents) {
 		q->monitor = accept4(q->listener, NULL, NULL, SOCK_CLOEXEC);
 		instead = q->hook ? q->hook(q, "greeting") : NULL;

@@ -58,7 +58,21 @@ struct told {
 	uint64_t states_block, states_page, states_nr;
 };
 
-enum { TOLD_STOPPED = 1, TOLD_SAVED };
+enum { TOLD_STOPPED = 1, TOLD_SAVED, TOLD_ENDED };
+
+/* The same when it was asked for on the socket, and what it is asked */
+struct ended {
+	uint64_t what, flags;
+	char why[72];
+};
+
+enum { ENDED_TAKEN = 1, ENDED_CONSISTENT = 2, ENDED_RESUMED = 4, ENDED_FAILED = 8 };
+
+struct asked {
+	uint64_t what, limit_ms, flags, lease_us;
+};
+
+#define ASKED_TAKE	0x3145464154504b43ull
 
 /* A disk, and the job that mirrors it */
 struct fake_disk {
@@ -110,6 +124,12 @@ extern struct qemu {
 
 	/* It has x-checkpoint-take; asked before the client is told something: false, it is not */
 	bool takes;
+	bool deaf;			/* it cannot be asked for that on the socket */
+	struct asked asked;		/* what has come of that */
+	size_t nr_asked;
+	unsigned int times_asked;
+	/* Asked before it says how that has ended: false, it is not */
+	bool (*ends)(struct qemu *q, struct ended *ended);
 	bool (*tells)(struct qemu *q, struct told *told);
 	unsigned int nr_taken;
 

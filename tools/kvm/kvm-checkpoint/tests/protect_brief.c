@@ -14,6 +14,14 @@
 
 static unsigned int last, nr_told;
 
+/* By the monitor, as with a QEMU that has the command, and does not hear on the socket */
+static void by_monitor(void (*test)(void))
+{
+	qemu.deaf = true;
+	test();
+	CHECK(!qemu.times_asked, "a QEMU that does not hear is asked on the socket");
+}
+
 static void take_epochs(unsigned int n)
 {
 	char text[12];
@@ -31,6 +39,13 @@ void test_take(void)
 	CHECK(qemu.nr_taken == 21 && !qemu.stops && last == 20, "%u epochs by one command, %u by three",
 	      qemu.nr_taken, qemu.stops);
 	CHECK(qemu.nr_snaps == 21, "%u epochs were taken", qemu.nr_snaps);
+	CHECK(qemu.deaf || qemu.times_asked == 21, "it is asked %u times on the socket",
+	      qemu.times_asked);
+}
+
+void test_take_by_monitor(void)
+{
+	by_monitor(test_take);
 }
 
 /* Memory for copies is there before the guest stands still: 8 MiB of it, for a start */
@@ -197,7 +212,7 @@ static bool babbles(struct qemu *q, struct told *told)
 {
 	static const struct told nonsense[] = {
 		{ .what = 0 },
-		{ .what = 3 },
+		{ .what = 4 },
 		{ .what = -1ULL },
 		{ .what = TOLD_STOPPED, .generation = 1, .state_size = 2, .offset = 3, .runs = 4, .collect_us = 5, .packets = 6 },
 		{ .what = TOLD_SAVED, .generation = 1, .state_size = -1ULL, .packets = -1ULL },
@@ -230,6 +245,136 @@ void test_take_garbage(void)
 	for (i = 0; i < 6; i++)
 		protect(CHECKED, path_of("store"), "--epochs", "3", "--interval", "1ms");
 	CHECK(nr_told > 9, "only %u of it were heard", nr_told);
+	CHECK(protect(CHECKED, path_of("store"), "--epochs", "3", "--interval", "1ms") == 0,
+	      "protect fails when QEMU makes sense again");
+	check_store(&last);
+}
+
+void test_take_spoilt_by_monitor(void)
+{
+	by_monitor(test_take_spoilt);
+}
+
+void test_take_late_by_monitor(void)
+{
+	by_monitor(test_take_late);
+}
+
+void test_take_stopped_by_monitor(void)
+{
+	by_monitor(test_take_stopped);
+}
+
+void test_take_dies_by_monitor(void)
+{
+	by_monitor(test_take_dies_saved);
+}
+
+void test_take_garbage_by_monitor(void)
+{
+	by_monitor(test_take_garbage);
+}
+
+/* --- How it has ended, on the socket --------------------------------------- */
+
+static bool dies_unsaid(struct qemu *q, struct ended *ended)
+{
+	(void)ended;
+	if (++nr_told != 4)
+		return true;
+	die(q);
+	q->takes = false;
+	return false;
+}
+
+/* It dies when all is copied: that epoch does not count, as nobody knows that it was whole */
+void test_take_dies_unsaid(void)
+{
+	nr_told = 0;
+	qemu.ends = dies_unsaid;
+	qemu.takes = true;
+	start_qemu(&qemu);
+	start_standby(path_of("ram"), "--no-fence", "--timeout", "0", "--insecure");
+	must_fail(protect(CHECKED, spec(), "--interval", "1ms"), "QEMU is gone");
+	stop_standby(SIGTERM);
+	CHECK(snap_of_standby(path_of("ram")) <= 3, "an epoch counts that was not taken to its end");
+}
+
+/* It dies when it is asked */
+static const char *dies_asked(struct qemu *q, const char *command)
+{
+	if (strcmp(command, TAKE) || ++nr_told != 4)
+		return NULL;
+	q->takes = false;
+	return dead;
+}
+
+void test_take_dies_asked(void)
+{
+	nr_told = 0;
+	qemu.hook = dies_asked;
+	qemu.takes = true;
+	start_qemu(&qemu);
+	start_standby(path_of("ram"), "--no-fence", "--timeout", "0", "--insecure");
+	must_fail(protect(CHECKED, spec(), "--interval", "1ms"), "QEMU is gone");
+	stop_standby(SIGTERM);
+	CHECK(snap_of_standby(path_of("ram")) <= 3, "an epoch counts that was not taken");
+}
+
+static bool fails(struct qemu *q, struct ended *ended)
+{
+	if (++nr_told == 4) {
+		q->snaps[q->nr_snaps - 1].torn = true;
+		ended->flags = ENDED_FAILED;
+		/* As long as can be, without an end */
+		memset(ended->why, 'x', sizeof(ended->why));
+		memcpy(ended->why, "no room", 7);
+	}
+	return true;
+}
+
+/* Something in QEMU fails: what it says is told, and all is begun anew */
+void test_take_fails(void)
+{
+	nr_told = 0;
+	qemu.ends = fails;
+	take_epochs(20);
+	CHECK(times_in_log("QEMU refuses " TAKE ": no roomxx") >= 1, "it does not say what failed");
+	CHECK(qemu.attaches == 2, "it begins anew %u times", qemu.attaches - 1);
+	check_store(&last);
+}
+
+static bool babbles_at_end(struct qemu *q, struct ended *ended)
+{
+	static const struct ended nonsense[] = {
+		{ .what = 0, .flags = 7 },
+		{ .what = TOLD_SAVED, .flags = 7 },
+		{ .what = 4, .flags = 7 },
+		{ .what = -1ULL, .flags = -1ULL },
+		{ .what = TOLD_ENDED, .flags = -1ULL },
+		{ .what = TOLD_ENDED, .flags = 0 },
+	};
+
+	if (!nr_told || nr_told > sizeof(nonsense) / sizeof(*ended)) {
+		nr_told += !nr_told;
+		return true;
+	}
+	*ended = nonsense[nr_told++ - 1];
+	q->snaps[q->nr_snaps - 1].torn = true;
+	return true;
+}
+
+void test_take_ends_in_garbage(void)
+{
+	unsigned int i;
+
+	nr_told = 0;
+	qemu.ends = babbles_at_end;
+	qemu.takes = true;
+	start_qemu(&qemu);
+	for (i = 0; i < 6 && nr_told < 7; i++)
+		protect(CHECKED, path_of("store"), "--epochs", "3", "--interval", "1ms");
+	CHECK(nr_told > 6, "only %u of it were heard", nr_told);
 	CHECK(protect(CHECKED, path_of("store"), "--epochs", "3", "--interval", "1ms") == 0,
 	      "protect fails when QEMU makes sense again");
 	check_store(&last);

@@ -247,10 +247,18 @@ extern const char * const who_names[NR_WHO];
 
 /* Notes from now on which thread runs when; false if this kernel cannot */
 bool trace_begin(void);
-/* The threads of these are told apart, as they are now; @protect may be 0 */
-void trace_know(struct vm *vm, pid_t protect, pid_t standby);
-/* Adds up, for the pauses of epochs @from to @to of the log, or all of them; microseconds */
-void trace_end(uint64_t from, uint64_t to, bool pauses, uint64_t us[NR_WHO]);
+/* A thread, and all that it starts from now on */
+void trace_know(int tid, enum who who);
+void trace_know_qemu(struct vm *vm);
+
+struct traced {
+	uint64_t from, to;		/* epochs of the log */
+	bool pauses;			/* or all of the time from one to the next */
+	uint64_t (*us)[NR_WHO];		/* of each of them */
+};
+
+/* False if there was more than could be kept */
+bool trace_end(struct traced *t);
 
 /* --- stale.c -------------------------------------------------------------- */
 

@@ -37,45 +37,46 @@ static bool hears_at_once(pid_t protect)
 
 /*
  * One run; the rate is that of epochs after the first, which copied everything.  @v: where the
- * parts of their pauses go, or NULL; @who: who had the CPU is added to that, in the pauses if there
- * is @v and else all the time; or NULL.
+ * parts of their pauses go, or NULL; @who: where goes who had the CPU in each of them, in its
+ * pause if there is @v and else until the next one; or NULL.
  */
 static bool run_epochs(const char *interval, unsigned int n, struct row *r, uint64_t *v[PARTS],
-		       uint64_t *who)
+		       uint64_t (*who)[NR_WHO])
 {
+	struct traced traced = { .from = 2, .to = n + 1, .pauses = v, .us = who };
 	struct pair x = { .timeout_ms = 0 };
-	uint64_t first, pages = 0, us[NR_WHO];
+	uint64_t first, pages = 0;
+	bool all_traced = true;
 	unsigned int i, part;
 	int status;
 
 	new_pair(&x);
 	if (who && !trace_begin())
 		return fail("the scheduler cannot be traced");
+	if (who)
+		trace_know_qemu(&vm);
 	x.standby = start_standby(&x);
+	trace_know(x.standby, BY_STANDBY);
 	/* It would be on another host, and all that it starts: they have what the CPU has left */
 	if (measured.instructions &&
 	    sched_setscheduler(x.standby, SCHED_IDLE, &(struct sched_param){ 0 }))
 		return fail("the scheduler does not do what it is asked to");
 	start_protect(&x.protect, &vm, &x, interval, n);
+	trace_know(x.protect.pid, BY_PROTECT);
 	if (!wait_synced(&x.protect, &vm, 1))
 		return false;
 	if (measured.instructions && !hears_at_once(x.protect.pid))
 		return fail("the scheduler does not do what it is asked to");
-	if (who)
-		trace_know(&vm, x.protect.pid, x.standby);
 	status = wait_protect(&x.protect);
-	/* And those that have come since */
-	if (who) {
-		trace_know(&vm, 0, x.standby);
-		trace_end(2, n + 1, v, us);
-	}
-	for (i = 0; who && i < NR_WHO; i++)
-		who[i] += us[i];
+	if (who)
+		all_traced = trace_end(&traced);
 	kill_now(&x.standby, true);
 	remove_ram(x.theirs);
 	if (status || log_.newest != n + 1)
 		return fail("protect ended with %d at epoch %lu of %u", status, log_.newest,
 			    n + 1);
+	if (!all_traced)
+		return fail("the kernel's trace has no room for so many epochs");
 
 	first = log_.epochs[1].done_us;
 	r->rate = n / ((log_.epochs[n + 1].done_us - first) / 1e6);
@@ -113,8 +114,16 @@ bool test_early(unsigned int epochs)
 #define MAX_MACHINES	(2 * NR_LOGS)
 #define ROUNDS		3
 #define WARM_UP		5
-#define RATE		1000		/* 300 pages in 100 ms, by three */
-#define INTERVAL_MS	100
+
+/*
+ * The guest.  Its pages are few and the interval is long enough for it to write all of them, so that
+ * an epoch has as many of them whoever takes it, and for the standby to be done with the one before.
+ * Time that nobody needs costs nothing where instructions are the clock.  Elsewhere it is
+ * shorter, and there are more pages: 200 are written in it, of 2,048.
+ */
+static const struct shape {
+	unsigned int rate, interval_ms, work_mb;
+} counted = { 2000, 500, 1 }, timed = { 1000, 100, WORK_MB };
 
 static const struct {
 	const char *title, *accel;
@@ -124,15 +133,24 @@ static const struct {
 	{ "bitmap", "kvm" },
 };
 
+/* The whole pause: of these, in whatever order they had the CPU */
+#define SUM		NR_WHO
+static const bool in_sum[NR_WHO] = {
+	[BY_MAIN] = true, [BY_VCPUS] = true, [BY_QEMU] = true, [BY_PROTECT] = true,
+};
+
 static struct machine {
 	unsigned int log;
 	bool old;
 	struct vm vm;
 	uint64_t *v[PARTS], *next[PARTS];
-	uint64_t who[2][NR_WHO];	/* in pauses, and in all when they follow each other */
-	unsigned int n;			/* epochs in all */
-	struct row row;
-	double fastest;
+	uint64_t *paused[NR_WHO + 1];	/* of each epoch, in its pause, and the sum */
+	uint64_t between[NR_WHO];	/* of all epochs that follow each other */
+	double rounds[ROUNDS];		/* the median of the sum in each round */
+	unsigned int n, fast;		/* epochs in all, and that followed each other */
+	unsigned int round;
+	uint64_t pages, bytes;
+	double rate, fastest;
 } machines[MAX_MACHINES];
 static unsigned int nr_machines, builds;
 static char slow_interval[16];
@@ -156,51 +174,100 @@ static void end_turn(struct machine *m)
 	vm = (struct vm){ .ctl = -1, .mon = -1 };
 }
 
+static uint64_t *numbers(unsigned int n)
+{
+	uint64_t *p = calloc(n, sizeof(*p));
+
+	if (!p)
+		fatal("no memory");
+	return p;
+}
+
 static bool prepare(struct machine *m, unsigned int log, bool old, unsigned int epochs)
 {
-	unsigned int part;
+	unsigned int i;
 	struct row warm;
 	bool ok;
 
 	*m = (struct machine){ .log = log, .old = old, .vm = { .ctl = -1, .mon = -1 } };
-	for (part = 0; part < PARTS; part++) {
-		m->v[part] = calloc(epochs, sizeof(uint64_t));
-		m->next[part] = m->v[part];
-		if (!m->v[part])
-			fatal("no memory");
-	}
+	for (i = 0; i < PARTS; i++)
+		m->next[i] = m->v[i] = numbers(epochs);
+	for (i = 0; i <= SUM; i++)
+		m->paused[i] = numbers(epochs);
 	take_turn(m);
 	ok = boot(&vm) && run_epochs("50ms", WARM_UP, &warm, NULL, NULL);
 	end_turn(m);
 	return ok;
 }
 
+/* One more round is known; what it was made of goes to the record */
+static void add_round(struct machine *m, uint64_t (*who)[NR_WHO], unsigned int epochs)
+{
+	uint64_t *sorted = numbers(epochs);
+	unsigned int i, k;
+
+	printf("        %s%s, round %u: pages, pause, then by thread, 1,000 instructions or us:\n",
+	       logs[m->log].title, m->old ? ", old" : "", m->round + 1);
+	for (i = 0; i < epochs; i++) {
+		printf("        %lu %lu", log_.epochs[i + 2].pages, log_.epochs[i + 2].us[PAUSE]);
+		for (k = 0; k < NR_WHO; k++) {
+			m->paused[k][m->n + i] = who[i][k];
+			m->paused[SUM][m->n + i] += in_sum[k] ? who[i][k] : 0;
+			printf(" %lu", who[i][k]);
+		}
+		sorted[i] = m->paused[SUM][m->n + i];
+		printf("\n");
+	}
+	m->n += epochs;
+	m->rounds[m->round++] = percentile(sorted, epochs, 50);
+	free(sorted);
+}
+
 static bool measure_once(struct machine *m, unsigned int epochs)
 {
-	struct row fast;
+	uint64_t (*who)[NR_WHO] = calloc(epochs, sizeof(*who));
+	struct row row;
+	unsigned int i, k;
 	bool ok;
 
+	if (!who)
+		fatal("no memory");
 	take_turn(m);
 	/* Which moves on where the next ones go */
-	ok = run_epochs(slow_interval, epochs, &m->row, m->next, m->who[0]) &&
-	     run_epochs("1ms", epochs, &fast, NULL, m->who[1]);
+	ok = run_epochs(slow_interval, epochs, &row, m->next, who);
+	if (ok) {
+		m->pages += row.pages;
+		m->bytes += row.bytes;
+		m->rate = row.rate;
+		add_round(m, who, epochs);
+	}
+	/* Who counts instructions need not do it again */
+	if (ok && (!measured.instructions || m->round == ROUNDS)) {
+		ok = run_epochs("1ms", epochs, &row, NULL, who);
+		for (i = 0; ok && i < epochs; i++) {
+			for (k = 0; k < NR_WHO; k++)
+				m->between[k] += who[i][k];
+			m->fast++;
+		}
+		if (ok && row.rate > m->fastest)
+			m->fastest = row.rate;
+	}
 	end_turn(m);
-	m->n += epochs;
-	if (fast.rate > m->fastest)
-		m->fastest = fast.rate;
+	free(who);
 	return ok;
 }
 
 static void cell_title(struct machine *m, int arg)
 {
 	(void)arg;
-	printf(m->old ? " %s, old | old / new |" : " %s |", logs[m->log].title);
+	printf(!m->old ? " %s |" : builds == 1 ? " %s, old |" : " %s, old | old / new |",
+	       logs[m->log].title);
 }
 
 static void cell_rule(struct machine *m, int arg)
 {
 	(void)arg;
-	printf(m->old ? "---|---|" : "---|");
+	printf(m->old && builds > 1 ? "---|---|" : "---|");
 }
 
 static double median(struct machine *m, int part)
@@ -215,7 +282,7 @@ static void cell_part(struct machine *m, int part)
 
 static double in_pause(struct machine *m, int who)
 {
-	return (double)m->who[0][who] / m->n;
+	return percentile(m->paused[who], m->n, 50);
 }
 
 static void cell_in_pause(struct machine *m, int who)
@@ -223,9 +290,34 @@ static void cell_in_pause(struct machine *m, int who)
 	printf(" %.0f |", in_pause(m, who));
 }
 
+static void cell_rounds(struct machine *m, int arg)
+{
+	unsigned int i;
+
+	(void)arg;
+	for (i = 0; i < m->round; i++)
+		printf("%s %.0f", i ? "," : "", m->rounds[i]);
+	printf(" |");
+}
+
+static double mean_in_pause(struct machine *m, int who)
+{
+	double sum = 0;
+	unsigned int i;
+
+	for (i = 0; i < m->n; i++)
+		sum += m->paused[who][i];
+	return sum / m->n;
+}
+
+static void cell_mean(struct machine *m, int who)
+{
+	printf(" %.0f |", mean_in_pause(m, who));
+}
+
 static double in_epoch(struct machine *m, int who)
 {
-	return (double)m->who[1][who] / m->n;
+	return (double)m->between[who] / m->fast;
 }
 
 static void cell_in_epoch(struct machine *m, int who)
@@ -236,7 +328,7 @@ static void cell_in_epoch(struct machine *m, int who)
 static double pages(struct machine *m, int arg)
 {
 	(void)arg;
-	return m->row.pages;
+	return (double)m->pages / m->round;
 }
 
 static void cell_pages(struct machine *m, int arg)
@@ -247,7 +339,7 @@ static void cell_pages(struct machine *m, int arg)
 static double bytes(struct machine *m, int arg)
 {
 	(void)arg;
-	return m->row.bytes;
+	return (double)m->bytes / m->round;
 }
 
 static void cell_bytes(struct machine *m, int arg)
@@ -257,7 +349,7 @@ static void cell_bytes(struct machine *m, int arg)
 
 static double rate(struct machine *m, int fastest)
 {
-	return fastest ? m->fastest : m->row.rate;
+	return fastest ? m->fastest : m->rate;
 }
 
 static void cell_rate(struct machine *m, int fastest)
@@ -275,7 +367,7 @@ static void print_line(const char *what, const char *of, void (*cell)(struct mac
 	printf("| %s | %s |", what, of);
 	for (i = 0; i < nr_machines; i++) {
 		cell(&machines[i], arg);
-		if (!value || !machines[i].old)
+		if (!value || !machines[i].old || builds == 1)
 			continue;
 		now = value(&machines[i - 1], arg);
 		if (now > 0)
@@ -305,9 +397,12 @@ static void print_table(unsigned int epochs)
 	snprintf(of, sizeof(of), "%s, p50 / p99", unit);
 	for (i = 0; i < PARTS; i++)
 		print_line(titles[order[i]], of, cell_part, median, order[i]);
-	snprintf(of, sizeof(of), "%s of a pause", unit);
+	snprintf(of, sizeof(of), "%s of a pause, p50", unit);
 	for (i = 0; i < NR_WHO; i++)
 		print_line(who_names[i], of, cell_in_pause, in_pause, i);
+	print_line("QEMU and protect", of, cell_in_pause, in_pause, SUM);
+	print_line("", "each round", cell_rounds, NULL, 0);
+	print_line("", "mean", cell_mean, mean_in_pause, SUM);
 	snprintf(of, sizeof(of), "%s from one epoch to the next, --interval 1ms", unit);
 	for (i = 0; i < NR_WHO; i++)
 		print_line(who_names[i], of, cell_in_epoch, in_epoch, i);
@@ -344,14 +439,14 @@ static bool measure_in_turn(unsigned int share)
 	return ok;
 }
 
-/* Instructions are the same whenever they are counted: nobody else is there */
+/* Instructions are the same whenever they are counted: nobody else is there, nor was there */
 static bool measure_alone(unsigned int share)
 {
 	unsigned int i, round;
 	bool ok = true;
 
 	for (i = 0; i < nr_machines && ok; i++) {
-		ok = prepare(&machines[i], i / builds, i % builds, share * ROUNDS);
+		ok = prepare(&machines[i], i, old_qemu, share * ROUNDS);
 		for (round = 0; round < ROUNDS && ok; round++)
 			ok = measure_once(&machines[i], share);
 		if (ok)
@@ -363,6 +458,7 @@ static bool measure_alone(unsigned int share)
 
 bool test_measure(unsigned int epochs)
 {
+	const struct shape *shape = measured.instructions ? &counted : &timed;
 	const char *was_accel = accel, *was_cpus = guest_cpus;
 	unsigned int was_rate = guest_rate, i;
 	unsigned int share = (epochs + ROUNDS - 1) / ROUNDS;
@@ -374,15 +470,15 @@ bool test_measure(unsigned int epochs)
 	new_qemu = qemu;
 	new_checkpoint = checkpoint;
 	guest_cpus = measured.cpus ? measured.cpus : "1";
-	guest_rate = measured.rate ? measured.rate : RATE;
-	guest_work_mb = measured.work_mb ? measured.work_mb : WORK_MB;
+	guest_rate = measured.rate ? measured.rate : shape->rate;
+	guest_work_mb = measured.work_mb ? measured.work_mb : shape->work_mb;
 	guest_mb = guest_used_mb();
 	if (measured.mb > guest_mb)
 		guest_mb = measured.mb;
 	guest_has_net = true;
 	snprintf(slow_interval, sizeof(slow_interval), "%ums",
-		 measured.interval_ms ? measured.interval_ms : INTERVAL_MS);
-	builds = old_qemu ? 2 : 1;
+		 measured.interval_ms ? measured.interval_ms : shape->interval_ms);
+	builds = old_qemu && !measured.instructions ? 2 : 1;
 	nr_machines = builds * (measured.logs && measured.logs < NR_LOGS ? measured.logs : NR_LOGS);
 	for (i = 0; i < nr_machines; i++)
 		machines[i].vm = (struct vm){ .ctl = -1, .mon = -1 };
