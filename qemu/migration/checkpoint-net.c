@@ -177,13 +177,16 @@ static void setup(NetFilterState *nf, Error **errp)
     QLIST_INSERT_HEAD(&net.filters, f, next);
 }
 
-/* The back end goes: there is nowhere to send to */
+/*
+ * The back end goes: there is nowhere to send to.  Or it was never set up, as the
+ * back end takes no filters.
+ */
 static void cleanup(NetFilterState *nf)
 {
     CheckpointFilter *f = CHECKPOINT_FILTER(nf);
 
     release(f, UINT64_MAX, true);
-    QLIST_REMOVE(f, next);
+    QLIST_SAFE_REMOVE(f, next);
 }
 
 static void filter_class_init(ObjectClass *oc, void *data)
