@@ -15,6 +15,10 @@
  * knows more than the checkpoints of before, which must not be gone on from.
  * Where these are the client names, as they may be for another one in between.
  *
+ * A tap device whose packets do not come by here, as of a card with vhost or with
+ * several queues, is the client's to hold.  Somebody else has to know when that
+ * ends, as the client may be dead by then: that is told on a socket of its own.
+ *
  * The client may die, and a packet must not be held for ever.  But as long as
  * somebody may go on with the guest who does not know of it, it must not leave:
  * the client has said how long that is.  With a lease that is over the guest
@@ -23,6 +27,9 @@
 
 #include "qemu/osdep.h"
 #include <glib-unix.h>
+#include <linux/if_tun.h>
+#include <net/if.h>
+#include <sys/ioctl.h>
 #include "qemu/error-report.h"
 #include "qemu/iov.h"
 #include "qemu/timer.h"
@@ -33,6 +40,7 @@
 #include "monitor/monitor.h"
 #include "net/filter.h"
 #include "net/net.h"
+#include "net/tap.h"
 #include "checkpoint.h"
 
 /*
@@ -43,6 +51,12 @@
 #define TYPE_CHECKPOINT_FILTER "checkpoint-filter"
 
 OBJECT_DECLARE_SIMPLE_TYPE(CheckpointFilter, CHECKPOINT_FILTER)
+
+/* What is told to who is the client's guard, as its documentation says */
+#define CHECKPOINT_GUARD_RELEASE 'r'
+#define CHECKPOINT_GUARD_DROP    'd'
+#define CHECKPOINT_GUARD_KEEP    'k'
+#define CHECKPOINT_GUARD_BEGIN   'g'
 
 typedef struct Packet {
     QSIMPLEQ_ENTRY(Packet) next;
@@ -70,7 +84,8 @@ static struct {
     CheckpointPackets stats;
     int notify;                 /* When there is one to hold, or -1 */
     bool notified;              /* since the last state */
-} net = { .nr = 1, .notify = -1 };
+    int guard;                  /* Who is told when it ends, or -1 */
+} net = { .nr = 1, .notify = -1, .guard = -1 };
 
 static void forget(CheckpointFilter *f, Packet *p)
 {
@@ -131,8 +146,27 @@ static void forget_client(void)
     net.notify = -1;
 }
 
+static void tell_guard(char what)
+{
+    if (write(net.guard, &what, 1) != 1) {
+        warn_report("checkpoint: nobody is there to let go packets of tap "
+                    "devices");
+    }
+}
+
+/* What becomes of what the client holds; if QEMU dies nobody is told */
+static void end_guard(char what)
+{
+    if (net.guard >= 0) {
+        tell_guard(what);
+        close(net.guard);
+    }
+    net.guard = -1;
+}
+
 static void end_holding(bool drop)
 {
+    end_guard(drop ? CHECKPOINT_GUARD_DROP : CHECKPOINT_GUARD_RELEASE);
     net.wanted = false;
     net.holds = false;
     g_clear_pointer(&net.held_for, g_free);
@@ -218,8 +252,36 @@ type_init(register_types);
 
 typedef struct Cards {
     strList **tail;
+    CheckpointTapList **taps;   /* NULL: the client cannot hold any */
     Error *err;
 } Cards;
+
+/* Is it a tap device, for the client to hold? */
+static bool hold_tap(NetClientState *peer, const char *card, const char *why,
+                     Cards *cards)
+{
+    struct ifreq name = {}, addr = {};
+    const uint8_t *a = (const uint8_t *)addr.ifr_hwaddr.sa_data;
+    CheckpointTap *tap;
+    int fd;
+
+    if (!cards->taps || peer->info->type != NET_CLIENT_DRIVER_TAP) {
+        return false;
+    }
+    fd = tap_get_fd(peer);
+    /* Both are asked of the device itself, which may have come as a file */
+    if (ioctl(fd, TUNGETIFF, &name) || ioctl(fd, SIOCGIFHWADDR, &addr)) {
+        return false;
+    }
+    tap = g_new0(CheckpointTap, 1);
+    tap->card = g_strdup(card);
+    tap->ifname = g_strndup(name.ifr_name, IFNAMSIZ);
+    tap->mac = g_strdup_printf("%02x:%02x:%02x:%02x:%02x:%02x", a[0], a[1], a[2],
+                               a[3], a[4], a[5]);
+    tap->why = g_strdup(why);
+    QAPI_LIST_APPEND(cards->taps, tap);
+    return true;
+}
 
 static void hold_card(NICState *nic, void *opaque)
 {
@@ -234,9 +296,9 @@ static void hold_card(NICState *nic, void *opaque)
     if (!peer || cards->err) {
         return;
     }
-    QAPI_LIST_APPEND(cards->tail, g_strdup(card));
     QLIST_FOREACH(f, &net.filters, next) {
         if (NETFILTER(f)->netdev == peer) {
+            QAPI_LIST_APPEND(cards->tail, g_strdup(card));
             return;
         }
     }
@@ -247,12 +309,14 @@ static void hold_card(NICState *nic, void *opaque)
     object_new_with_props(TYPE_CHECKPOINT_FILTER, object_get_objects_root(), id,
                           &err, "netdev", peer->name, "queue", "rx",
                           "position", "head", NULL);
-    if (err) {
+    if (!err) {
+        QAPI_LIST_APPEND(cards->tail, g_strdup(card));
+    } else if (!hold_tap(peer, card, error_get_pretty(err), cards)) {
         error_setg(&cards->err, "packets of network card %s (back end %s) "
                    "cannot be held back: %s", card, peer->name,
                    error_get_pretty(err));
-        error_free(err);
     }
+    error_free(err);
 }
 
 /* False if there was a break since it was held for these checkpoints */
@@ -271,6 +335,7 @@ static bool hold_for(const char *checkpoints, bool anew)
 CheckpointCards *qmp_x_checkpoint_hold(uint32_t limit_ms,
                                        COMPAT_OPTIONAL_STR(checkpoints),
                                        bool has_anew, bool anew,
+                                       bool has_taps, bool taps,
                                        COMPAT_OPTIONAL_STR(notify),
                                        Error **errp)
 {
@@ -292,6 +357,9 @@ CheckpointCards *qmp_x_checkpoint_hold(uint32_t limit_ms,
     }
     held = g_new0(CheckpointCards, 1);
     cards.tail = &held->cards;
+    if (has_taps && taps) {
+        cards.taps = &held->taps;
+    }
     qemu_foreach_nic(hold_card, &cards);
     if (cards.err) {
         qapi_free_CheckpointCards(held);
@@ -307,10 +375,32 @@ CheckpointCards *qmp_x_checkpoint_hold(uint32_t limit_ms,
     if (net.limit) {
         timer_del(net.limit);
     }
-    net.wanted = held->cards;
+    net.wanted = held->cards || held->taps;
     net.limit_ms = limit_ms;
     held->unbroken = hold_for(checkpoints, has_anew && anew);
     return held;
+}
+
+void qmp_x_checkpoint_guard(const char *socket, Error **errp)
+{
+    int fd = monitor_get_fd(monitor_cur(), socket, errp);
+
+    if (fd < 0) {
+        return;
+    }
+    if (!net.wanted) {
+        error_setg(errp, "nothing is held back");
+        close(fd);
+        return;
+    }
+    if (!g_unix_set_fd_nonblocking(fd, true, NULL)) {
+        error_setg(errp, "%s cannot be made not to block", socket);
+        close(fd);
+        return;
+    }
+    end_guard(CHECKPOINT_GUARD_KEEP);
+    net.guard = fd;
+    tell_guard(CHECKPOINT_GUARD_BEGIN);
 }
 
 CheckpointPackets *qmp_x_checkpoint_release(bool has_packets, uint64_t packets,
