@@ -52,6 +52,8 @@ _kvm_checkpoint() {
 				grep -o -- '--[a-z][a-z-]*' | sort -u) --help" -- "$cur") ;;
 		status,*)
 			mapfile -t COMPREPLY < <(compgen -W "promote promote-anyway detach switchover" -- "$cur"; compgen -f -- "$cur") ;;
+		unplug,*)
+			mapfile -t COMPREPLY < <(compgen -W "$(ls /sys/class/net)" -- "$cur") ;;
 		*)
 			mapfile -t COMPREPLY < <(compgen -d -- "$cur") ;;
 		esac ;;

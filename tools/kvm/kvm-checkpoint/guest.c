@@ -4,7 +4,6 @@
 #include <stdlib.h>
 #include <stdio.h>
 #include <string.h>
-#include <sys/eventfd.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
 #include <unistd.h>
@@ -21,7 +20,7 @@
  * Opening
  */
 
-static int give_fd(struct guest *g, const char *name, int fd, struct kc_err *err)
+int guest_give_fd(struct guest *g, const char *name, int fd, struct kc_err *err)
 {
 	struct json_object *args = json_object_new_object();
 	int rc;
@@ -46,9 +45,9 @@ static int begin_logging(struct guest *g, struct kc_err *err)
 	g->sock = pair[0];
 
 	do {
-		rc = give_fd(g, "kvm-checkpoint-socket", pair[1], err);
+		rc = guest_give_fd(g, "kvm-checkpoint-socket", pair[1], err);
 		if (!rc)
-			rc = give_fd(g, "kvm-checkpoint-buffer", g->buffer, err);
+			rc = guest_give_fd(g, "kvm-checkpoint-buffer", g->buffer, err);
 		if (rc)
 			break;
 		args = json_object_new_object();
@@ -395,54 +394,6 @@ int guest_send_stop(struct guest *g, const char *command, struct kc_err *err)
 	if (g->lease_us != GUEST_NO_LEASE && g->lease_first)
 		json_object_object_add(args, "lease-first", json_object_new_boolean(true));
 	return qmp_send(&g->qmp, command, args, -1, err);
-}
-
-int guest_hold(struct guest *g, unsigned int limit_ms, const char *checkpoints, bool anew,
-	       struct kc_err *err)
-{
-	struct json_object *args, *o = NULL, *cards;
-	int rc;
-
-	if (g->opts.watch_packets && g->packets_fd < 0)
-		g->packets_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-	if (g->packets_fd >= 0) {
-		rc = give_fd(g, "kvm-checkpoint-packets", g->packets_fd, err);
-		if (rc)
-			return rc;
-	}
-	args = json_object_new_object();
-	json_object_object_add(args, "limit-ms", json_object_new_int64(limit_ms));
-	if (*checkpoints)
-		json_object_object_add(args, "checkpoints", json_object_new_string(checkpoints));
-	if (anew)
-		json_object_object_add(args, "anew", json_object_new_boolean(true));
-	if (g->packets_fd >= 0)
-		json_object_object_add(args, "notify",
-				       json_object_new_string("kvm-checkpoint-packets"));
-	rc = qmp_call(&g->qmp, "x-checkpoint-hold", args, &o, err);
-	g->holds = !rc && json_object_object_get_ex(o, "cards", &cards) &&
-		   json_object_is_type(cards, json_type_array) && json_object_array_length(cards);
-	g->unbroken = qmp_bool(o, "unbroken");
-	json_object_put(o);
-	return rc == -EREMOTEIO ? -EOPNOTSUPP : rc;
-}
-
-bool guest_packets_wait(struct guest *g)
-{
-	uint64_t n;
-
-	return g->packets_fd >= 0 && read(g->packets_fd, &n, sizeof(n)) == sizeof(n);
-}
-
-int guest_release(struct guest *g, uint64_t packets, bool drop, struct kc_err *err)
-{
-	struct json_object *args = json_object_new_object();
-
-	if (packets)
-		json_object_object_add(args, "packets", json_object_new_uint64(packets));
-	json_object_object_add(args, "drop", json_object_new_boolean(drop));
-	g->holds = g->holds && packets;
-	return qmp_call(&g->qmp, "x-checkpoint-release", args, NULL, err);
 }
 
 int guest_end_lease(const struct guest_opts *opts, struct kc_err *err)

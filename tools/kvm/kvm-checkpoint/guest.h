@@ -132,6 +132,13 @@ struct guest_opts {
 
 #define GUEST_NO_LEASE	UINT64_MAX
 
+/* A tap device whose packets QEMU cannot hold back, and why; the address is its own */
+struct guest_tap {
+	char card[64], ifname[16], mac[18], why[160];
+};
+
+#define GUEST_MAX_TAPS	8u
+
 struct guest {
 	struct guest_opts opts;
 	struct qmp qmp;
@@ -154,6 +161,8 @@ struct guest {
 	bool hears;			/* or it can be asked for that on the socket */
 	bool holds;			/* what it sends is held back */
 	bool unbroken;			/* and was, says the last guest_hold() */
+	struct guest_tap taps[GUEST_MAX_TAPS];	/* that QEMU cannot hold back, says that too */
+	unsigned int nr_taps;
 	int packets_fd;			/* an eventfd: there is something since the last state; or -1 */
 	struct dirty dirty;
 	struct guest_states states;
@@ -252,10 +261,20 @@ static inline void guest_lease(struct guest *g, uint64_t until_us, bool first)
  * @anew: there is no epoch there that counts, so that from now on it is.
  * @err: why not.
  *
+ * Those of g->taps are not held by that, but numbered as others are.
+ *
  * Return: 0; -EOPNOTSUPP if there is a card whose packets cannot be held; another negative errno.
  */
 int guest_hold(struct guest *g, unsigned int limit_ms, const char *checkpoints, bool anew,
 	       struct kc_err *err);
+
+/**
+ * guest_guard() - who is to be told what becomes of what g->taps have sent
+ * @g: the guest, after guest_hold().
+ * @fd: the end for QEMU, see x-checkpoint-guard.
+ * @err: why not.
+ */
+int guest_guard(struct guest *g, int fd, struct kc_err *err);
 
 /** guest_packets_wait() - was something held back since the last state?  It was asked: it is forgotten */
 bool guest_packets_wait(struct guest *g);
@@ -389,6 +408,8 @@ struct qemu_run {
 	uint64_t page;
 };
 
+/* QEMU has it by this name, for a command */
+int guest_give_fd(struct guest *g, const char *name, int fd, struct kc_err *err);
 int guest_refresh_layout(struct guest *g, struct kc_err *err);
 int guest_read_buffer(struct guest *g, void *to, size_t size, uint64_t offset, struct kc_err *err);
 /* What QEMU has written, from there in the buffer on, becomes dirty */

@@ -504,6 +504,7 @@ static void usage(FILE *f)
 		"  verify    check all epochs of a directory\n"
 		"  list      list them\n"
 		"  status    ask a daemon how it is, or give it a command\n"
+		"  unplug    let go what is held back of tap devices, if nobody else does\n"
 		"\n"
 		"Each has --help; the manual is kvm-checkpoint(8). --version tells the version.\n");
 }
@@ -513,6 +514,7 @@ int main(int argc, char **argv)
 	static const struct { const char *name; int (*run)(int argc, char **argv); } commands[] = {
 		{ "protect", cmd_protect }, { "standby", cmd_standby }, { "restore", cmd_restore },
 		{ "verify", cmd_verify }, { "list", cmd_list }, { "status", cmd_status },
+		{ "unplug", cmd_unplug },
 	};
 	struct rlimit rl;
 	size_t i;

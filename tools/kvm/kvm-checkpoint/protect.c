@@ -60,7 +60,8 @@ static const char usage_text[] =
 
 static const char usage_end[] =
 "\n"
-"Needs no privileges but access to QEMU's socket: run it as QEMU's user, not as root.\n"
+"Needs no privileges but access to QEMU's socket: run it as QEMU's user, not as root.  To\n"
+"hold back what network cards with vhost or several queues send it needs CAP_NET_ADMIN.\n"
 "Ends with 0 when it was told to (SIGTERM, SIGINT, SIGHUP, detach, --epochs) or the guest\n"
 "was shut down, 1 after a failure, which it is too if the standby could not be told of\n"
 "that, 2 for a mistake in the command line.\n";
@@ -116,6 +117,13 @@ bool kc_sleep(struct protect *p, uint64_t until_us, int log_fd)
 	/* Before anybody looks for what it was: what comes after that wakes again. */
 	kc_wake_clear();
 	return n > 0 && fds[3].revents & POLLIN;
+}
+
+/* The guest stands still */
+static void cut(void *ctx)
+{
+	kc_plugs_cut(ctx);
+	kc_disks_cut(ctx);
 }
 
 /* Until something fails or ends it */
@@ -436,7 +444,7 @@ int cmd_protect(int argc, char **argv)
 		return usage_error(err.text);
 
 	p.guest_opts.stopping = kc_disks_stopping;
-	p.guest_opts.stopped = kc_disks_cut;
+	p.guest_opts.stopped = cut;
 	p.disks.cut_end = &p.disks.cut;
 	p.disks.kept_end = &p.disks.kept;
 	kc_core_without_memory();

@@ -13,6 +13,7 @@
 
 #include "guest.h"
 #include "nbd.h"
+#include "net_plug.h"
 #include "sink.h"
 #include "status.h"
 #include "wake.h"
@@ -51,6 +52,18 @@ enum net { NET_AUTO, NET_COMMIT, NET_PASS };
 /* The guest_epoch.packets of an epoch */
 struct net_mark {
 	uint64_t nr, packets;
+};
+
+/* What the kernel holds back of tap devices, see protect_plug.c */
+struct plugs {
+	struct nl_sock *sk;
+	struct kc_plug taps[GUEST_MAX_TAPS];
+	unsigned int nr;
+	pid_t guard;		/* 0: there is none */
+	bool marked;		/* and this is the first epoch that it is of; 0: none was sent yet */
+	uint64_t marked_for;
+	int failed;		/* somebody interferes */
+	struct kc_err why;
 };
 
 /* What the standby said that it has of a part of a disk, but for pages that were sent since */
@@ -123,6 +136,7 @@ struct protect {
 	bool taken_unheld;	/* that was so when the epoch was taken, */
 	bool sent_unheld;	/* or the last one that was sent */
 	struct net_mark marks[KC_SENT];
+	struct plugs plugs;
 	uint64_t released;	/* packets of which state are */
 	uint8_t held_for[16];	/* kc_sink_receiver() of the sink that they are held for */
 	unsigned int net_ms;	/* for how long they are held without an acknowledgement, */
@@ -236,6 +250,21 @@ void kc_net_unlinked(struct protect *p);
 int kc_net_look(struct protect *p, struct kc_err *err);
 /* Protection ends, and it is known who goes on with the guest */
 void kc_net_end(struct protect *p, bool drop);
+
+/* --- protect_plug.c: and QEMU cannot hold back ----------------------------- */
+
+/* After guest_hold(): what is new of tap devices is held.  If not, nothing is held any more. */
+int kc_plugs_begin(struct protect *p, struct kc_err *err);
+/* The guest stands still for an epoch */
+void kc_plugs_cut(void *ctx);
+/* Epoch p->nr was committed */
+void kc_plugs_sent(struct protect *p);
+/* What was sent was not to who is there now */
+void kc_plugs_not_sent(struct protect *p);
+/* Lets go what may go */
+int kc_plugs_look(struct protect *p, struct kc_err *err);
+/* QEMU was told that nothing is held any more: waits until it is so */
+void kc_plugs_ended(struct protect *p);
 
 /* --- protect_disks.c: its disks -------------------------------------------- */
 

@@ -60,6 +60,23 @@ static bool is_for_sink(const struct protect *p)
 	return !memcmp(p->held_for, kc_sink_receiver(p->sink), sizeof(p->held_for));
 }
 
+static int refuse(const struct kc_err *why, struct kc_err *err)
+{
+	return kc_fail(err, ESTALE,
+		       "%s.  Say --net pass if clients may have seen what a guest that goes on elsewhere does not know of",
+		       why->text);
+}
+
+/* All that is held, by whomever */
+static int end(struct protect *p, bool drop, struct kc_err *err)
+{
+	int rc = guest_release(&p->guest, 0, drop, err);
+
+	if (!rc)
+		kc_plugs_ended(p);
+	return rc;
+}
+
 /* @anew: that has no epoch that counts */
 static int hold(struct protect *p, bool anew, struct kc_err *err)
 {
@@ -78,10 +95,10 @@ static int hold(struct protect *p, bool anew, struct kc_err *err)
 	for (i = 0; i < sizeof(p->held_for) && memcmp(p->held_for, nobody, sizeof(nobody)); i++)
 		sprintf(name + 2 * i, "%02x", p->held_for[i]);
 	rc = guest_hold(&p->guest, p->net_ms, name, anew, &why);
+	if (!rc && !held)
+		rc = kc_plugs_begin(p, &why);
 	if (rc == -EOPNOTSUPP)
-		return kc_fail(err, ESTALE,
-			       "%s.  Say --net pass if clients may have seen what a guest that goes on elsewhere does not know of",
-			       why.text);
+		return refuse(&why, err);
 	if (rc)
 		return kc_fail(err, -rc, "%s", why.text);
 	p->no_cards = !p->guest.holds;
@@ -125,8 +142,10 @@ int kc_net_begin(struct protect *p, struct kc_err *err)
 	if (held && is_for_sink(p))
 		return 0;
 	/* What this one has is no answer to what the one before was sent. */
-	if (held)
+	if (held) {
 		memset(p->marks, 0, sizeof(p->marks));
+		kc_plugs_not_sent(p);
+	}
 	/* Whether it can be held should be known before the first copy. */
 	rc = hold(p, false, err);
 	p->unheld = p->unheld && !p->no_cards;
@@ -147,7 +166,7 @@ int kc_net_begin(struct protect *p, struct kc_err *err)
 		return 0;
 	}
 	kc_status_output(p->status, KC_OUTPUT_PASSES);
-	return guest_release(&p->guest, 0, false, err);
+	return end(p, false, err);
 }
 
 bool kc_net_proved(const struct protect *p)
@@ -179,6 +198,7 @@ void kc_net_sent(struct protect *p)
 		p->unheld_from = p->nr;
 	p->sent_unheld = p->taken_unheld;
 	*m = (struct net_mark){ .nr = p->nr, .packets = p->epoch.packets };
+	kc_plugs_sent(p);
 }
 
 /* Up to which state all is acknowledged */
@@ -216,16 +236,19 @@ static int let_go(struct protect *p, struct kc_err *err)
 	kc_status_output(p->status, KC_OUTPUT_PASSES);
 	if (!p->sink)
 		p->opts.unheld = true;
-	return guest_release(&p->guest, 0, false, err);
+	return end(p, false, err);
 }
 
 int kc_net_look(struct protect *p, struct kc_err *err)
 {
 	uint64_t packets;
-	int rc = 0;
+	int rc;
 
 	if (!p->guest.holds)
 		return 0;
+	rc = kc_plugs_look(p, err);
+	if (rc)
+		return rc;
 	packets = safe_packets(p);
 	if (packets > p->released) {
 		rc = guest_release(&p->guest, packets, false, err);
@@ -246,7 +269,7 @@ void kc_net_end(struct protect *p, bool drop)
 
 	/* Also what was held for a daemon before us */
 	if (is_wanted(p) && !p->no_cards && p->guest.qmp.fd >= 0 &&
-	    guest_release(&p->guest, 0, drop, &err) && p->net_ms)
+	    end(p, drop, &err) && p->net_ms)
 		kc_log(KC_LOG_WARN, "%s: what the guest has sent is held back for %u ms", err.text,
 		       p->net_ms);
 }

@@ -126,6 +126,7 @@ void kc_prometheus_merge(char **texts, size_t n, FILE *f);
 /* The sub-commands, argv[0] being their name.  They return the exit status. */
 int cmd_protect(int argc, char **argv);		/* protect.c */
 int cmd_standby(int argc, char **argv);
+int cmd_unplug(int argc, char **argv);		/* net_unplug.c */
 int cmd_restore(int argc, char **argv);
 int cmd_verify(int argc, char **argv);
 int cmd_list(int argc, char **argv);

@@ -603,10 +603,11 @@ static void do_hold(struct qemu *q, unsigned int limit_ms, struct json_object *a
 	}
 	if (!unbroken)
 		snprintf(q->held_for, sizeof(q->held_for), "%s", anew ? name : "");
-	q->holds = strcmp(q->cards, "[]");
+	q->holds = strcmp(q->cards, "[]") || q->taps;
 	q->limit_ms = limit_ms;
 	q->holds_begun++;
-	answer(q, "{\"cards\": %s, \"unbroken\": %s}", q->cards, unbroken ? "true" : "false");
+	answer(q, "{\"cards\": %s, \"taps\": %s, \"unbroken\": %s}", q->cards,
+	       q->taps ? q->taps : "[]", unbroken ? "true" : "false");
 }
 
 static void do_release(struct qemu *q, struct json_object *args)

@@ -137,6 +137,7 @@ extern struct qemu {
 
 	/* Network cards, a list; why one's packets cannot be held, or NULL */
 	const char *cards, *not_held;
+	const char *taps;		/* of those that QEMU cannot hold, or NULL */
 	bool holds;
 	char held_for[64];
 	unsigned int limit_ms, holds_begun;

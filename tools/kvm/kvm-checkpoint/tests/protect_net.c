@@ -690,6 +690,30 @@ void test_net_refused(void)
 	stop_standby(SIGTERM);
 }
 
+/* The kernel would have to hold them, and it is not certain that it would hold the right ones */
+void test_net_refused_tap(void)
+{
+	qemu.taps = "[{\"card\": \"net0\", \"ifname\": \"kc-no-tap\", \"mac\": \"02:00:00:00:00:01\", \"why\": \"Vhost is not supported\"}]";
+	start_qemu(&qemu);
+	start_standby(path_of("ram"), "--no-fence", "--timeout", "0", "--insecure");
+	must_fail(protect(CHECKED, spec()),
+		  "network card net0 (tap device kc-no-tap) cannot be held back: by QEMU as Vhost is not supported; by the kernel as there is no device kc-no-tap in this network namespace.  Say --net pass");
+	CHECK(qemu.released_all && !qemu.holds, "QEMU is left holding what others have sent");
+	qemu.taps = "[{\"card\": \"net0\", \"ifname\": \"lo\", \"mac\": \"02:00:00:00:00:01\", \"why\": \"Vhost is not supported\"}]";
+	must_fail(protect(CHECKED, spec()), "lo is no tap device");
+	stop_standby(SIGTERM);
+}
+
+void test_net_unplug_usage(void)
+{
+	CHECK(run("unplug", NULL) == 2 && run("unplug", "--guard", "2", "lo", NULL) == 2 &&
+	      run("unplug", "--guard", "x", "lo", NULL) == 2 && run("unplug", "--now", "lo", NULL) == 2,
+	      "it takes what makes no sense");
+	CHECK(run("unplug", "kc-no-tap", NULL) == 1 && log_has("there is no device kc-no-tap"),
+	      "it does not say that there is none");
+	CHECK(!run("unplug", "--help", NULL), "--help fails");
+}
+
 void test_net_usage(void)
 {
 	static const char * const wrong[][2] = {

@@ -838,6 +838,8 @@ static const struct test tests[] = {
 	{ "protect_net_pass", test_net_pass },
 	{ "protect_net_directory", test_net_directory },
 	{ "protect_net_refused", test_net_refused },
+	{ "protect_net_refused_tap", test_net_refused_tap },
+	{ "protect_net_unplug_usage", test_net_unplug_usage },
 	{ "protect_net_usage", test_net_usage },
 	{ "protect_disk", test_disk },
 	{ "protect_disk_take", test_disk_take },

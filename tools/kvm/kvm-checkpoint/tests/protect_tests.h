@@ -74,6 +74,8 @@ void test_net_switchover(void);
 void test_net_pass(void);
 void test_net_directory(void);
 void test_net_refused(void);
+void test_net_refused_tap(void);
+void test_net_unplug_usage(void);
 void test_net_usage(void);
 
 /* protect_disk.c */
