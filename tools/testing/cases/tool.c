@@ -11,6 +11,9 @@
  *	  tool same FILE FILE [used [ADDRESS]...]
  *					compares page by page; only what the guest says that it uses, in the
  *					first table that it has, or in those at some addresses
+ *	  tool tap NAME [queues]	makes a tap device that stays, of several queues, with the host's address of
+ *					beats.h
+ *	  tool beats OUT		hears the guest, and writes a line to OUT for each number of beats.h
  *	  tool disk FILE		makes the guest's disk
  *	  tool asks SOCKET [N]		asks QEMU for epochs on the socket of x-checkpoint-attach, and for
  *					what is none: N times what is at random, from a seed that it prints
@@ -19,14 +22,21 @@
  * it was told.
  */
 #define _GNU_SOURCE
+#include <arpa/inet.h>
+#include <errno.h>
 #include <fcntl.h>
+#include <linux/if_tun.h>
+#include <net/if.h>
 #include <stdlib.h>
+#include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/un.h>
 
+#include "beats.h"
 #include "driver.h"
+#include "ledger.h"
 
 #define SECONDS 300	/* on any machine */
 
@@ -520,6 +530,38 @@ static int asks(const char *path, unsigned int times)
 	return !ok;
 }
 
+static int make_tap(const char *name, bool queues)
+{
+	struct ifreq r = { .ifr_flags = IFF_TAP | IFF_NO_PI | IFF_VNET_HDR |
+					(queues ? IFF_MULTI_QUEUE : 0) };
+	int fd = open("/dev/net/tun", O_RDWR);
+
+	snprintf(r.ifr_name, sizeof(r.ifr_name), "%s", name);
+	if (fd < 0 || ioctl(fd, TUNSETIFF, &r) || ioctl(fd, TUNSETPERSIST, 1) ||
+	    !bring_up(name, BEATS_HOST)) {
+		fprintf(stderr, "tool: no tap device %s: %s\n", name, strerror(errno));
+		return 1;
+	}
+	return 0;
+}
+
+static int hear_beats(const char *to)
+{
+	struct sockaddr_in sin = { .sin_family = AF_INET, .sin_port = htons(BEATS_PORT) };
+	int s = socket(AF_INET, SOCK_DGRAM, 0), room = 4 << 20;
+	FILE *f = fopen(to, "w");
+	uint64_t n;
+
+	setsockopt(s, SOL_SOCKET, SO_RCVBUFFORCE, &room, sizeof(room));
+	if (!f || bind(s, (struct sockaddr *)&sin, sizeof(sin)))
+		return 1;
+	while (recv(s, &n, sizeof(n), 0) == sizeof(n)) {
+		fprintf(f, "%lu\n", n);
+		fflush(f);
+	}
+	return 1;
+}
+
 int main(int argc, char **argv)
 {
 	const char *what = argc > 1 ? argv[1] : "";
@@ -538,10 +580,14 @@ int main(int argc, char **argv)
 		return same(argv[2], argv[3], false, NULL, 0);
 	if (!strcmp(what, "same") && argc >= 5 && !strcmp(argv[4], "used"))
 		return same(argv[2], argv[3], true, argv + 5, argc - 5);
+	if (!strcmp(what, "tap") && (argc == 3 || argc == 4))
+		return make_tap(argv[2], argc == 4);
+	if (!strcmp(what, "beats") && argc == 3)
+		return hear_beats(argv[2]);
 	if (!strcmp(what, "disk") && argc == 3)
 		return !make_disk(argv[2]);
 	if (!strcmp(what, "asks") && (argc == 3 || argc == 4))
 		return asks(argv[2], argc == 4 ? atoi(argv[3]) : 100);
-	fprintf(stderr, "usage: tool asks|qmp|guest|gdb|clock|fence|same|disk ...\n");
+	fprintf(stderr, "usage: tool asks|qmp|guest|gdb|clock|fence|same|tap|beats|disk ...\n");
 	return 2;
 }

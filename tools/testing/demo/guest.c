@@ -36,6 +36,7 @@
  *
  * usage: kernel parameters demo.work= and demo.still= (MiB), demo.rate= (pages
  * written in a second by each thread), demo.ledger=1 (a database on a third disk, see ledger.h),
+ * demo.beats= (microseconds from one datagram to the next, see beats.h),
  * demo.churn= and demo.churn_us= (see churn.h: pages of a round, and the pause after it), demo.lies=1
  * (it can be told to lie)
  */
@@ -61,6 +62,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "beats.h"
 #include "churn.h"
 #include "kernels.h"
 #include "ledger.h"
@@ -438,6 +440,13 @@ int main(void)
 
 	if (param("demo.ledger=", 0)) {
 		const char *failed = ledger_start();
+
+		if (failed)
+			die("%s", failed);
+	}
+
+	if (param("demo.beats=", 0)) {
+		const char *failed = beats_start(param("demo.beats=", 0));
 
 		if (failed)
 			die("%s", failed);
