@@ -7,7 +7,10 @@ says() {
 	answer=$(qmp a "{'execute': '$2', 'arguments': {${3:-}}}") && bad "$2 succeeds: $answer"
 	case $answer in *"$1"*) say "$2: $answer" ;; *) bad "$2 says something else: $answer" ;; esac
 }
-boot a -nic user,model=virtio-net-pci
+# shellcheck disable=SC2034 # for lib.sh
+MORE="-netdev user,id=n0 -device virtio-net-pci,netdev=n0,romfile="
+# shellcheck disable=SC2086
+boot a $MORE
 up a
 says "nobody" x-checkpoint-hold "'limit-ms': 1000, 'notify': 'nobody'"
 says "limit-ms" x-checkpoint-hold "'notify': 'nobody'"
