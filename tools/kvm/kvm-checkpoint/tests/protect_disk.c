@@ -279,8 +279,9 @@ void test_disk_resumed(void)
 		      qemu.disk.resumed);
 		CHECK(!qemu.disk.nr_dirty, "it is protected, and %" PRIu64 " pages are not",
 		      qemu.disk.nr_dirty);
-		CHECK(qemu.disk.copied >= 4 * KC_PAGE_SIZE &&
-		      qemu.disk.copied < DISK_PAGES / 2 * KC_PAGE_SIZE, "%" PRIu64 " bytes are copied",
+		/* What the guest has written again by then need not be */
+		CHECK(qemu.disk.copied && qemu.disk.copied < DISK_PAGES / 2 * KC_PAGE_SIZE,
+		      "%" PRIu64 " bytes are copied",
 		      qemu.disk.copied);
 	}
 	finish();
