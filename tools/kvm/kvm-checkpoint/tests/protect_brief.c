@@ -277,6 +277,17 @@ void test_take_garbage_by_monitor(void)
 
 /* --- How it has ended, on the socket --------------------------------------- */
 
+static void dies_in_fourth(void)
+{
+	nr_told = 0;
+	qemu.takes = true;
+	start_qemu(&qemu);
+	start_standby(path_of("ram"), "--no-fence", "--timeout", "0", "--insecure");
+	must_fail(protect(CHECKED, spec(), "--interval", "1ms"), "QEMU is gone");
+	stop_standby(SIGTERM);
+	CHECK(snap_of_standby(path_of("ram")) <= 3, "an epoch counts that was not taken to its end");
+}
+
 static bool dies_unsaid(struct qemu *q, struct ended *ended)
 {
 	(void)ended;
@@ -290,14 +301,8 @@ static bool dies_unsaid(struct qemu *q, struct ended *ended)
 /* It dies when all is copied: that epoch does not count, as nobody knows that it was whole */
 void test_take_dies_unsaid(void)
 {
-	nr_told = 0;
 	qemu.ends = dies_unsaid;
-	qemu.takes = true;
-	start_qemu(&qemu);
-	start_standby(path_of("ram"), "--no-fence", "--timeout", "0", "--insecure");
-	must_fail(protect(CHECKED, spec(), "--interval", "1ms"), "QEMU is gone");
-	stop_standby(SIGTERM);
-	CHECK(snap_of_standby(path_of("ram")) <= 3, "an epoch counts that was not taken to its end");
+	dies_in_fourth();
 }
 
 /* It dies when it is asked */
@@ -311,14 +316,8 @@ static const char *dies_asked(struct qemu *q, const char *command)
 
 void test_take_dies_asked(void)
 {
-	nr_told = 0;
 	qemu.hook = dies_asked;
-	qemu.takes = true;
-	start_qemu(&qemu);
-	start_standby(path_of("ram"), "--no-fence", "--timeout", "0", "--insecure");
-	must_fail(protect(CHECKED, spec(), "--interval", "1ms"), "QEMU is gone");
-	stop_standby(SIGTERM);
-	CHECK(snap_of_standby(path_of("ram")) <= 3, "an epoch counts that was not taken");
+	dies_in_fourth();
 }
 
 static bool fails(struct qemu *q, struct ended *ended)
