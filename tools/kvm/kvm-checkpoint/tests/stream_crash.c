@@ -307,21 +307,14 @@ static int writer_dies(volatile uint64_t *acked)
 	_exit(0);
 }
 
-/* Merging goes on in a thread of its own, so what the n-th step is differs a little. */
-void test_crash_directory(void)
+/* At each other step; returns how many there are */
+static unsigned int die_in_directory(volatile uint64_t *acked, unsigned int *merged)
 {
-	volatile uint64_t *acked = shared_numbers();
-	unsigned int n, merged = 0;
 	struct kc_store st;
+	unsigned int n;
 	struct sim g;
 	int status;
 
-	guest.nr_disks = 1;
-	/* So little that it is merged often */
-	blocks[0].npages = 6;
-	blocks[1].npages = 2;
-	disks[0].npages = 5;
-	opts.keep = 2;
 	sim_init(&g);
 	for (n = 1 + below(2);; n += 2) {
 		remove_tree(path_of("store"));
@@ -338,14 +331,36 @@ void test_crash_directory(void)
 		      "step %u: epoch %" PRIu64 " was acknowledged, but is not there", n, *acked);
 		if (st.nr_files) {
 			restore_and_compare(path_of("store"), st.files[st.nr_files - 1].nr, &g);
-			merged += st.files[0].nr > 1;
+			*merged += st.files[0].nr > 1;
 		}
 		kc_store_free(&st);
 		/* Another one goes on with it. */
 		if (!below(4))
 			CHECK(!writer_dies(acked), "step %u: nobody goes on with it", n);
 	}
-	CHECK(n > 60 && merged > 5, "only %u steps, %u with merged epochs", n, merged);
-	printf("# %u steps, %u with merged epochs\n", n - 1, merged);
 	sim_free(&g);
+	return n;
+}
+
+/*
+ * Merging goes on in a thread of its own, so what the n-th step is differs a little.  On a busy
+ * machine there may be few steps with merged epochs: then all is done again.
+ */
+void test_crash_directory(void)
+{
+	volatile uint64_t *acked = shared_numbers();
+	unsigned int n, merged = 0, rounds = 0;
+
+	guest.nr_disks = 1;
+	/* So little that it is merged often */
+	blocks[0].npages = 6;
+	blocks[1].npages = 2;
+	disks[0].npages = 5;
+	opts.keep = 2;
+	do {
+		n = die_in_directory(acked, &merged);
+		CHECK(n > 60, "only %u steps", n);
+	} while (merged <= 5 && ++rounds < 20);
+	CHECK(merged > 5, "only %u of so many steps with merged epochs", merged);
+	printf("# %u steps, %u with merged epochs\n", n - 1, merged);
 }
