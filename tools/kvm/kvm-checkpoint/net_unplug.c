@@ -2,9 +2,10 @@
 /*
  * kvm-checkpoint unplug: ends what protect has the kernel hold back of tap devices.
  *
- * With --guard it is a small process that protect starts and that outlives it, if it has to: QEMU,
- * which knows when nobody takes over any more, tells it what becomes of what is held.  If QEMU dies,
- * that must not leave, as another one goes on from before it was sent.
+ * With --guard FD, which users have no need to know, it is a small process that protect starts and
+ * that outlives it, if it has to: QEMU, which knows when nobody takes over any more, tells it what
+ * becomes of what is held.  If QEMU dies, that must not leave, as another one goes on from before it
+ * was sent.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -27,9 +28,7 @@ static const char usage_text[] =
 "Lets go what protect has the kernel hold back of tap devices, and removes what it has made\n"
 "for that, in case that who has to do that was killed as well.  Needs CAP_NET_ADMIN.\n"
 "\n"
-"  --drop      what is held is dropped, as the guest goes on elsewhere\n"
-"\n"
-"(--guard FD is for protect.)\n";
+"  --drop      what is held is dropped, as the guest goes on elsewhere\n";
 
 static int usage_error(const char *text)
 {
