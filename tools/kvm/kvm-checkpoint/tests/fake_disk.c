@@ -197,6 +197,8 @@ void disk_writes(struct qemu *q)
 		len = 512 * (1 + below(20));
 		offset = (uint64_t)below(size / 512) * 512;
 	}
+	if (offset < d->kept * KC_PAGE_SIZE)
+		return;
 	if (len > size - offset)
 		len = size - offset;
 	for (i = 0; i < len; i += 8) {

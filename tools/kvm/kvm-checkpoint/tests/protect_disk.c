@@ -265,6 +265,8 @@ void test_disk_resumed(void)
 	unsigned int i;
 
 	begin();
+	/* What the guest writes again by itself need not be copied: not what overflow() leaves */
+	qemu.disk.kept = 16;
 	for (i = 1; i <= 2; i++) {
 		be_qemu_for(60);
 		lose_standby(SIGKILL);
@@ -279,9 +281,8 @@ void test_disk_resumed(void)
 		      qemu.disk.resumed);
 		CHECK(!qemu.disk.nr_dirty, "it is protected, and %" PRIu64 " pages are not",
 		      qemu.disk.nr_dirty);
-		/* What the guest has written again by then need not be */
-		CHECK(qemu.disk.copied && qemu.disk.copied < DISK_PAGES / 2 * KC_PAGE_SIZE,
-		      "%" PRIu64 " bytes are copied",
+		CHECK(qemu.disk.copied >= 16 * KC_PAGE_SIZE &&
+		      qemu.disk.copied < DISK_PAGES / 2 * KC_PAGE_SIZE, "%" PRIu64 " bytes are copied",
 		      qemu.disk.copied);
 	}
 	finish();
