@@ -205,19 +205,27 @@ static int add_ifb(struct nl_sock *sk, struct kc_plug *p, unsigned int nr, struc
 	return 0;
 }
 
+/* @q: that of a device there, put by the caller */
+static int qdisc(struct rtnl_qdisc **q, int index, uint32_t parent, uint32_t handle,
+		 const char *kind)
+{
+	*q = rtnl_qdisc_alloc();
+	if (!*q)
+		return -NLE_NOMEM;
+	rtnl_tc_set_ifindex(TC_CAST(*q), index);
+	rtnl_tc_set_parent(TC_CAST(*q), parent);
+	rtnl_tc_set_handle(TC_CAST(*q), handle);
+	return rtnl_tc_set_kind(TC_CAST(*q), kind);
+}
+
 /* @what is told to the plug, with these flags of netlink */
 static int tell_plug(struct nl_sock *sk, const struct kc_ifb *ifb, int (*what)(struct rtnl_qdisc *),
 		     int flags)
 {
-	struct rtnl_qdisc *q = rtnl_qdisc_alloc();
-	int rc = -NLE_NOMEM;
+	struct rtnl_qdisc *q;
+	int rc;
 
-	if (!q)
-		return rc;
-	rtnl_tc_set_ifindex(TC_CAST(q), ifb->index);
-	rtnl_tc_set_parent(TC_CAST(q), TC_H_ROOT);
-	rtnl_tc_set_handle(TC_CAST(q), HANDLE);
-	rc = rtnl_tc_set_kind(TC_CAST(q), "plug");
+	rc = qdisc(&q, ifb->index, TC_H_ROOT, HANDLE, "plug");
 	if (!rc)
 		rc = what(q);
 	if (!rc)
@@ -234,15 +242,10 @@ static int no_limit(struct rtnl_qdisc *q)
 /* Add it, or delete it and all filters that are in it */
 static int ingress(struct nl_sock *sk, const struct kc_plug *p, bool add)
 {
-	struct rtnl_qdisc *q = rtnl_qdisc_alloc();
-	int rc = -NLE_NOMEM;
+	struct rtnl_qdisc *q;
+	int rc;
 
-	if (!q)
-		return rc;
-	rtnl_tc_set_ifindex(TC_CAST(q), p->tap);
-	rtnl_tc_set_parent(TC_CAST(q), TC_H_INGRESS);
-	rtnl_tc_set_handle(TC_CAST(q), INGRESS);
-	rc = rtnl_tc_set_kind(TC_CAST(q), "ingress");
+	rc = qdisc(&q, p->tap, TC_H_INGRESS, INGRESS, "ingress");
 	if (!rc)
 		rc = add ? rtnl_qdisc_add(sk, q, NLM_F_CREATE | NLM_F_EXCL) :
 		     rtnl_qdisc_delete(sk, q);

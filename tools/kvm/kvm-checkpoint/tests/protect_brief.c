@@ -207,7 +207,32 @@ void test_take_dies_saved(void)
 	die_at(TOLD_SAVED);
 }
 
-/* Each in its turn, in the place of what should come, or of what it says of it */
+/* Which of @n comes next, in the place of what should come; none of them: -1 */
+static int next_nonsense(unsigned int n)
+{
+	if (nr_told && nr_told <= n)
+		return nr_told++ - 1;
+	nr_told += !nr_told;
+	return -1;
+}
+
+static void hears_nonsense(unsigned int n)
+{
+	unsigned int i;
+
+	nr_told = 0;
+	qemu.takes = true;
+	start_qemu(&qemu);
+	/* It ends when that has come thrice in a row, and begins anew */
+	for (i = 0; i < 6 && nr_told <= n; i++)
+		protect(CHECKED, path_of("store"), "--epochs", "3", "--interval", "1ms");
+	CHECK(nr_told > n, "only %u of it were heard", nr_told);
+	CHECK(protect(CHECKED, path_of("store"), "--epochs", "3", "--interval", "1ms") == 0,
+	      "protect fails when QEMU makes sense again");
+	check_store(&last);
+}
+
+/* Of what it is, or of what it says of it */
 static bool babbles(struct qemu *q, struct told *told)
 {
 	static const struct told nonsense[] = {
@@ -222,11 +247,11 @@ static bool babbles(struct qemu *q, struct told *told)
 		{ .what = TOLD_SAVED, .generation = 1, .state_size = 1ULL << 40, .packets = -1ULL },
 	};
 
-	if (told->what != TOLD_SAVED || !nr_told || nr_told > sizeof(nonsense) / sizeof(*told)) {
-		nr_told += told->what == TOLD_SAVED && !nr_told;
+	int i = told->what == TOLD_SAVED ? next_nonsense(sizeof(nonsense) / sizeof(*told)) : -1;
+
+	if (i < 0)
 		return true;
-	}
-	*told = nonsense[nr_told++ - 1];
+	*told = nonsense[i];
 	/* Who lies about pages, and makes sense, is believed */
 	told->generation = q->generation;
 	q->snaps[q->nr_snaps - 1].torn = true;
@@ -235,19 +260,8 @@ static bool babbles(struct qemu *q, struct told *told)
 
 void test_take_garbage(void)
 {
-	unsigned int i;
-
-	nr_told = 0;
 	qemu.tells = babbles;
-	qemu.takes = true;
-	start_qemu(&qemu);
-	/* It ends when that has come thrice in a row, and begins anew */
-	for (i = 0; i < 6; i++)
-		protect(CHECKED, path_of("store"), "--epochs", "3", "--interval", "1ms");
-	CHECK(nr_told > 9, "only %u of it were heard", nr_told);
-	CHECK(protect(CHECKED, path_of("store"), "--epochs", "3", "--interval", "1ms") == 0,
-	      "protect fails when QEMU makes sense again");
-	check_store(&last);
+	hears_nonsense(9);
 }
 
 void test_take_spoilt_by_monitor(void)
@@ -354,27 +368,17 @@ static bool babbles_at_end(struct qemu *q, struct ended *ended)
 		{ .what = TOLD_ENDED, .flags = 0 },
 	};
 
-	if (!nr_told || nr_told > sizeof(nonsense) / sizeof(*ended)) {
-		nr_told += !nr_told;
+	int i = next_nonsense(sizeof(nonsense) / sizeof(*ended));
+
+	if (i < 0)
 		return true;
-	}
-	*ended = nonsense[nr_told++ - 1];
+	*ended = nonsense[i];
 	q->snaps[q->nr_snaps - 1].torn = true;
 	return true;
 }
 
 void test_take_ends_in_garbage(void)
 {
-	unsigned int i;
-
-	nr_told = 0;
 	qemu.ends = babbles_at_end;
-	qemu.takes = true;
-	start_qemu(&qemu);
-	for (i = 0; i < 6 && nr_told < 7; i++)
-		protect(CHECKED, path_of("store"), "--epochs", "3", "--interval", "1ms");
-	CHECK(nr_told > 6, "only %u of it were heard", nr_told);
-	CHECK(protect(CHECKED, path_of("store"), "--epochs", "3", "--interval", "1ms") == 0,
-	      "protect fails when QEMU makes sense again");
-	check_store(&last);
+	hears_nonsense(6);
 }
