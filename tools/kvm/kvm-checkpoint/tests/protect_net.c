@@ -141,6 +141,7 @@ void test_net_take(void)
 	qemu.takes = true;
 	begin(NULL, NULL);
 	held_while_silent();
+	be_qemu_for_epochs(8);
 	CHECK(qemu.nr_taken > 5, "%u epochs by one command", qemu.nr_taken);
 	finish(0);
 }

