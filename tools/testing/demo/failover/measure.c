@@ -36,14 +36,20 @@ static bool hears_at_once(pid_t protect)
 }
 
 /*
- * One run; the rate is that of epochs after the first, which copied everything.  @v: where the
+ * The standby tries to load the first epoch, which takes a QEMU longer than many epochs.  Two may be
+ * under way, so the fourth is only taken when that is over.
+ */
+#define BEFORE	4
+
+/*
+ * One run; the rate is that of @n epochs after the first ones.  @v: where the
  * parts of their pauses go, or NULL; @who: where goes who had the CPU in each of them, in its
  * pause if there is @v and else until the next one; or NULL.
  */
 static bool run_epochs(const char *interval, unsigned int n, struct row *r, uint64_t *v[PARTS],
 		       uint64_t (*who)[NR_WHO])
 {
-	struct traced traced = { .from = 2, .to = n + 1, .pauses = v, .us = who };
+	struct traced traced = { .from = BEFORE + 1, .to = BEFORE + n, .pauses = v, .us = who };
 	struct pair x = { .timeout_ms = 0 };
 	uint64_t first, pages = 0;
 	bool all_traced = true;
@@ -61,7 +67,7 @@ static bool run_epochs(const char *interval, unsigned int n, struct row *r, uint
 	if (measured.instructions &&
 	    sched_setscheduler(x.standby, SCHED_IDLE, &(struct sched_param){ 0 }))
 		return fail("the scheduler does not do what it is asked to");
-	start_protect(&x.protect, &vm, &x, interval, n);
+	start_protect(&x.protect, &vm, &x, interval, BEFORE - 1 + n);
 	trace_know(x.protect.pid, BY_PROTECT);
 	if (!wait_synced(&x.protect, &vm, 1))
 		return false;
@@ -72,21 +78,21 @@ static bool run_epochs(const char *interval, unsigned int n, struct row *r, uint
 		all_traced = trace_end(&traced);
 	kill_now(&x.standby, true);
 	remove_ram(x.theirs);
-	if (status || log_.newest != n + 1)
+	if (status || log_.newest != BEFORE + n)
 		return fail("protect ended with %d at epoch %lu of %u", status, log_.newest,
-			    n + 1);
+			    BEFORE + n);
 	if (!all_traced)
 		return fail("the kernel's trace has no room for so many epochs");
 
-	first = log_.epochs[1].done_us;
-	r->rate = n / ((log_.epochs[n + 1].done_us - first) / 1e6);
-	for (i = 2; i <= n + 1; i++) {
+	first = log_.epochs[BEFORE].done_us;
+	r->rate = n / ((log_.epochs[BEFORE + n].done_us - first) / 1e6);
+	for (i = BEFORE + 1; i <= BEFORE + n; i++) {
 		for (part = 0; v && part < PARTS; part++)
 			*v[part]++ = log_.epochs[i].us[part];
 		pages += log_.epochs[i].pages;
 	}
 	r->pages = pages / n;
-	r->bytes = (log_.epochs[n + 1].wire - log_.epochs[1].wire) / n;
+	r->bytes = (log_.epochs[BEFORE + n].wire - log_.epochs[BEFORE].wire) / n;
 	return true;
 }
 
@@ -209,7 +215,8 @@ static void add_round(struct machine *m, uint64_t (*who)[NR_WHO], unsigned int e
 	printf("        %s%s, round %u: pages, pause, then by thread, 1,000 instructions or us:\n",
 	       logs[m->log].title, m->old ? ", old" : "", m->round + 1);
 	for (i = 0; i < epochs; i++) {
-		printf("        %lu %lu", log_.epochs[i + 2].pages, log_.epochs[i + 2].us[PAUSE]);
+		printf("        %lu %lu", log_.epochs[BEFORE + 1 + i].pages,
+		       log_.epochs[BEFORE + 1 + i].us[PAUSE]);
 		for (k = 0; k < NR_WHO; k++) {
 			m->paused[k][m->n + i] = who[i][k];
 			m->paused[SUM][m->n + i] += in_sum[k] ? who[i][k] : 0;
