@@ -3,6 +3,7 @@
  * What the test programs share.
  */
 #include <arpa/inet.h>
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <poll.h>
@@ -222,6 +223,31 @@ void freeze(pid_t pid)
 	kill(pid, SIGSTOP);
 	/* Left to be seen again, as it may be stopped already. */
 	CHECK(!waitid(P_PID, pid, &si, WSTOPPED | WNOWAIT), "it cannot be stopped: %s", strerror(errno));
+}
+
+/* Does each of its threads wait for something? */
+bool is_asleep(pid_t pid)
+{
+	char path[64], line[512], *p;
+	bool asleep = true;
+	struct dirent *d;
+	DIR *dp;
+	FILE *f;
+
+	snprintf(path, sizeof(path), "/proc/%d/task", pid);
+	dp = opendir(path);
+	CHECK(dp, "%s: %s", path, strerror(errno));
+	while ((d = readdir(dp))) {
+		snprintf(path, sizeof(path), "/proc/%d/task/%d/stat", pid, atoi(d->d_name));
+		f = *d->d_name != '.' ? fopen(path, "r") : NULL;
+		/* "NUMBER (NAME) STATE ..." */
+		p = f && fgets(line, sizeof(line), f) ? strrchr(line, ')') : NULL;
+		asleep = asleep && (!p || p[2] == 'S');
+		if (f)
+			fclose(f);
+	}
+	closedir(dp);
+	return asleep;
 }
 
 void stop_standby(int sig)

@@ -88,6 +88,7 @@ uint64_t ram_epoch(const char *path);
 
 /* SIGSTOP to a child; when this returns, none of its threads goes on any more. */
 void freeze(pid_t pid);
+bool is_asleep(pid_t pid);
 
 /* Its exit status, or minus the signal. */
 int reap(pid_t *pid);

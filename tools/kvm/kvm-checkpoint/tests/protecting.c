@@ -96,6 +96,21 @@ void be_qemu_for_epochs(unsigned int n)
 		CHECK(kc_now_us() < end, "%u epochs, and no more", qemu.nr_snaps);
 }
 
+/*
+ * Until protect has done what it can do for now.  On a busy machine it may want to run for long
+ * before it does, so that no time is long enough for that either.
+ */
+void be_qemu_until_asleep(void)
+{
+	uint64_t end = kc_now_us() + LIMIT_US;
+	unsigned int i;
+
+	for (i = 0; i < 50; i = is_asleep(qemu.client) ? i + 1 : 0) {
+		CHECK(kc_now_us() < end, "it is never at rest");
+		be_qemu_for(2);
+	}
+}
+
 const char *fence(void)
 {
 	char text[PATH_MAX + 50];
