@@ -6,6 +6,7 @@
 #include <linux/pkt_sched.h>
 #include <linux/tc_act/tc_mirred.h>
 #include <netlink/errno.h>
+#include <netlink/msg.h>
 #include <netlink/route/act/mirred.h>
 #include <netlink/route/classifier.h>
 #include <netlink/route/cls/matchall.h>
@@ -127,10 +128,12 @@ int kc_plug_find(struct nl_sock *sk, const char *ifname, const char *mac, struct
 
 	*p = (struct kc_plug){ .nr_ifbs = 0 };
 	snprintf(p->ifname, sizeof(p->ifname), "%s", ifname);
-	rc = rtnl_link_get_kernel(sk, 0, p->ifname, &link);
+	/* A name that is cut might be another one's */
+	rc = strlen(ifname) >= sizeof(p->ifname) ? -NLE_NODEV :
+	     rtnl_link_get_kernel(sk, 0, p->ifname, &link);
 	if (rc && (error_of(rc) == ENODEV || error_of(rc) == ENOENT))
 		return kc_fail(err, ENODEV, "there is no device %s in this network namespace",
-			       p->ifname);
+			       ifname);
 	if (rc)
 		return fail(err, rc, "a question", p->ifname);
 	p->tap = rtnl_link_get_ifindex(link);
@@ -144,6 +147,50 @@ int kc_plug_find(struct nl_sock *sk, const char *ifname, const char *mac, struct
 			     "%s is another device in this network namespace than QEMU's", p->ifname);
 	rtnl_link_put(link);
 	return rc ? rc : look(sk, p, err);
+}
+
+/* Has it an ingress queueing discipline, or a clsact one, which is in the same place? */
+static bool has_ingress(struct nl_sock *sk, const struct kc_plug *p)
+{
+	struct nl_cache *qdiscs;
+	struct rtnl_qdisc *q;
+
+	if (rtnl_qdisc_alloc_cache(sk, &qdiscs))
+		return false;
+	q = rtnl_qdisc_get_by_parent(qdiscs, p->tap, TC_H_INGRESS);
+	if (q)
+		rtnl_qdisc_put(q);
+	nl_cache_free(qdiscs);
+	return q;
+}
+
+static int note_priority(struct nl_msg *msg, void *first)
+{
+	const struct tcmsg *t = nlmsg_data(nlmsg_hdr(msg));
+	unsigned int prio = t->tcm_info >> 16;
+
+	if (prio < *(unsigned int *)first)
+		*(unsigned int *)first = prio;
+	return NL_OK;
+}
+
+/* The lowest priority of a filter in it, or UINT_MAX; what they are of is nobody's business here */
+static int first_filter(struct nl_sock *sk, const struct kc_plug *p, unsigned int *first)
+{
+	struct tcmsg t = { .tcm_family = AF_UNSPEC, .tcm_ifindex = p->tap, .tcm_parent = INGRESS };
+	struct nl_cb *ours = nl_socket_get_cb(sk), *cb = nl_cb_clone(ours);
+	int rc = cb ? 0 : -NLE_NOMEM;
+
+	nl_cb_put(ours);
+	*first = UINT_MAX;
+	if (!rc)
+		rc = nl_cb_set(cb, NL_CB_VALID, NL_CB_CUSTOM, note_priority, first);
+	if (!rc)
+		rc = nl_send_simple(sk, RTM_GETTFILTER, NLM_F_DUMP, &t, sizeof(t));
+	if (rc >= 0)
+		rc = nl_recvmsgs(sk, cb);
+	nl_cb_put(cb);
+	return rc < 0 ? rc : 0;
 }
 
 /*
@@ -203,6 +250,19 @@ static int add_ifb(struct nl_sock *sk, struct kc_plug *p, unsigned int nr, struc
 	p->ifbs[p->nr_ifbs++] = (struct kc_ifb){ .nr = nr, .index = rtnl_link_get_ifindex(made) };
 	rtnl_link_put(made);
 	return 0;
+}
+
+static int delete_ifb(struct nl_sock *sk, const struct kc_ifb *ifb)
+{
+	struct rtnl_link *link = rtnl_link_alloc();
+	int rc = -NLE_NOMEM;
+
+	if (!link)
+		return rc;
+	rtnl_link_set_ifindex(link, ifb->index);
+	rc = rtnl_link_delete(sk, link);
+	rtnl_link_put(link);
+	return rc && error_of(rc) != ENODEV ? rc : 0;
 }
 
 /* @q: that of a device there, put by the caller */
@@ -290,6 +350,13 @@ out:
 	return rc;
 }
 
+static int is_busy(const struct kc_plug *p, struct kc_err *err)
+{
+	return kc_fail(err, EBUSY,
+		       "%s has an ingress queueing discipline already, which may be somebody's",
+		       p->ifname);
+}
+
 static int add(struct nl_sock *sk, struct kc_plug *p, struct kc_err *err)
 {
 	unsigned int olds = p->nr_ifbs, nr = olds ? p->ifbs[olds - 1].nr + 1 : 0, i;
@@ -298,6 +365,9 @@ static int add(struct nl_sock *sk, struct kc_plug *p, struct kc_err *err)
 
 	if (olds == KC_MAX_IFBS || nr > MAX_NR)
 		return kc_fail(err, EBUSY, "there are too many IFB devices of %s", p->ifname);
+	/* Before there is anything by which it would be taken for ours */
+	if (!olds && has_ingress(sk, p))
+		return is_busy(p, err);
 	rc = add_ifb(sk, p, nr, err);
 	if (rc)
 		return rc;
@@ -308,10 +378,11 @@ static int add(struct nl_sock *sk, struct kc_plug *p, struct kc_err *err)
 		return fail(err, rc, "the queueing discipline plug (CONFIG_NET_SCH_PLUG)", p->ifname);
 	rc = ingress(sk, p, true);
 	/* With IFB devices of ours it is ours, too */
-	if (rc && error_of(rc) == EEXIST && !olds)
-		return kc_fail(err, EBUSY,
-			       "%s has an ingress queueing discipline already, which may be somebody's",
-			       p->ifname);
+	if (rc && error_of(rc) == EEXIST && !olds) {
+		delete_ifb(sk, ours);
+		p->nr_ifbs = 0;
+		return is_busy(p, err);
+	}
 	if (rc && error_of(rc) != EEXIST)
 		return fail(err, rc, "an ingress queueing discipline (CONFIG_NET_SCH_INGRESS)",
 			    p->ifname);
@@ -385,19 +456,6 @@ static void wait_until_empty(struct nl_sock *sk, const struct kc_ifb *ifb)
 		poll(NULL, 0, 1);
 }
 
-static int delete_ifb(struct nl_sock *sk, const struct kc_ifb *ifb)
-{
-	struct rtnl_link *link = rtnl_link_alloc();
-	int rc = -NLE_NOMEM;
-
-	if (!link)
-		return rc;
-	rtnl_link_set_ifindex(link, ifb->index);
-	rc = rtnl_link_delete(sk, link);
-	rtnl_link_put(link);
-	return rc && error_of(rc) != ENODEV ? rc : 0;
-}
-
 /* All of it leaves before anything that came later */
 static int let_go(struct nl_sock *sk, const struct kc_ifb *ifb)
 {
@@ -411,6 +469,14 @@ static int let_go(struct nl_sock *sk, const struct kc_ifb *ifb)
 	return rc;
 }
 
+/* Does all that comes from the guest still go to our IFB device?  If that cannot be found out it does. */
+static bool is_first(struct nl_sock *sk, const struct kc_plug *p)
+{
+	unsigned int first;
+
+	return first_filter(sk, p, &first) || first == PRIORITY - p->ifbs[p->nr_ifbs - 1].nr;
+}
+
 int kc_plug_release(struct nl_sock *sk, struct kc_plug *p, struct kc_err *err)
 {
 	int rc = 0;
@@ -422,6 +488,10 @@ int kc_plug_release(struct nl_sock *sk, struct kc_plug *p, struct kc_err *err)
 		if (!rc)
 			memmove(p->ifbs, p->ifbs + 1, --p->nr_ifbs * sizeof(p->ifbs[0]));
 	}
+	if (!rc && !is_first(sk, p))
+		return kc_fail(err, ENOENT,
+			       "what comes from %s is not held back any more: somebody else has removed or added filters of traffic control",
+			       p->ifname);
 	if (!rc)
 		rc = tell_plug(sk, &p->ifbs[0], rtnl_qdisc_plug_release_one, 0);
 	return rc ? fail(err, rc, "to let go packets", p->ifname) : 0;
@@ -429,15 +499,16 @@ int kc_plug_release(struct nl_sock *sk, struct kc_plug *p, struct kc_err *err)
 
 int kc_plug_remove(struct nl_sock *sk, struct kc_plug *p, bool drop, struct kc_err *err)
 {
-	unsigned int i, n = 0;
+	unsigned int i, n = 0, others;
 	int rc, first = 0, lock;
+	bool led = false;
 
-	lock = lock_tap(p, err);
-	if (lock < 0)
-		return lock;
+	/* Whoever has its name for so long, nothing must be held for ever */
+	lock = lock_tap(p, NULL);
 	rc = look(sk, p, err);
 	if (rc) {
-		close(lock);
+		if (lock >= 0)
+			close(lock);
 		return rc;
 	}
 	while (n < p->nr_ifbs && p->ifbs[n].nr <= p->newest)
@@ -446,8 +517,11 @@ int kc_plug_remove(struct nl_sock *sk, struct kc_plug *p, bool drop, struct kc_e
 		rc = let_go(sk, &p->ifbs[i]);
 		first = first ? first : rc;
 	}
-	/* It is ours as long as there are IFB devices of ours, and nobody has come after us */
-	if (n && n == p->nr_ifbs)
+	for (i = 0; i < n; i++)
+		led |= !redirect(sk, p, &p->ifbs[i], false);
+	/* It is ours if there are no filters of others in it, and nobody has come after us */
+	if (n && n == p->nr_ifbs &&
+	    (first_filter(sk, p, &others) ? led : others == UINT_MAX))
 		ingress(sk, p, false);
 	for (i = 0; i < n; i++) {
 		/* What is not dropped may have come until now */
@@ -457,6 +531,7 @@ int kc_plug_remove(struct nl_sock *sk, struct kc_plug *p, bool drop, struct kc_e
 		first = first ? first : rc;
 	}
 	p->nr_ifbs = 0;
-	close(lock);
+	if (lock >= 0)
+		close(lock);
 	return first ? fail(err, first, "an end of what is held", p->ifname) : 0;
 }

@@ -58,8 +58,9 @@ int kc_plug_find(struct nl_sock *sk, const char *ifname, const char *mac, struct
  * @p: of kc_plug_find().
  * @err: why not.
  *
- * Return: 0; -EBUSY if somebody else has to do with what comes from the device; -EPERM without
- * CAP_NET_ADMIN; another negative errno.  What there is of it by then kc_plug_remove() removes.
+ * Return: 0, and with one IFB device nothing was held until now; -EBUSY if somebody else has to do
+ * with what comes from the device; -EPERM without CAP_NET_ADMIN; another negative errno.  What there
+ * is of it by then kc_plug_remove() removes.
  */
 int kc_plug_add(struct nl_sock *sk, struct kc_plug *p, struct kc_err *err);
 
@@ -70,7 +71,12 @@ int kc_plug_add(struct nl_sock *sk, struct kc_plug *p, struct kc_err *err);
  */
 int kc_plug_mark(struct nl_sock *sk, const struct kc_plug *p, struct kc_err *err);
 
-/** kc_plug_release() - let go what was marked, and before that all that older IFB devices have */
+/**
+ * kc_plug_release() - let go what was marked, and before that all that older IFB devices have
+ *
+ * Return: 0; -ENOENT if not all is held any more, as somebody has changed what becomes of it; another
+ * negative errno.
+ */
 int kc_plug_release(struct nl_sock *sk, struct kc_plug *p, struct kc_err *err);
 
 /**
@@ -79,6 +85,8 @@ int kc_plug_release(struct nl_sock *sk, struct kc_plug *p, struct kc_err *err);
  * @p: of which tap and newest are used: the device may be gone.
  * @drop: what was held is dropped.
  * @err: why not.
+ *
+ * What others have added to the device stays.
  *
  * Return: 0, also if there is nothing; a negative errno.
  */

@@ -59,9 +59,12 @@ struct plugs {
 	struct nl_sock *sk;
 	struct kc_plug taps[GUEST_MAX_TAPS];
 	unsigned int nr;
-	pid_t guard;		/* 0: there is none */
+	pid_t guard;		/* 0: there is none, */
+	pid_t stray;		/* or one that QEMU has not taken, or not said so */
 	bool marked;		/* and this is the first epoch that it is of; 0: none was sent yet */
 	uint64_t marked_for;
+	bool fresh;		/* it was made for the epoch that was taken last */
+	bool behind;		/* the last that was sent knows of more than the last mark */
 	int failed;		/* somebody interferes */
 	struct kc_err why;
 };
@@ -253,12 +256,21 @@ void kc_net_end(struct protect *p, bool drop);
 
 /* --- protect_plug.c: and QEMU cannot hold back ----------------------------- */
 
-/* After guest_hold(): what is new of tap devices is held.  If not, nothing is held any more. */
+/*
+ * After guest_hold(): what is new of tap devices is held.  If not, nothing is held any more, but for
+ * what was held before us, of which the standby's epoch does not know.
+ */
 int kc_plugs_begin(struct protect *p, struct kc_err *err);
 /* The guest stands still for an epoch */
 void kc_plugs_cut(void *ctx);
 /* Epoch p->nr was committed */
 void kc_plugs_sent(struct protect *p);
+/* Something is held that the last epoch knows of, and no mark does */
+static inline bool kc_plugs_are_behind(const struct protect *p)
+{
+	return p->plugs.behind;
+}
+
 /* What was sent was not to who is there now */
 void kc_plugs_not_sent(struct protect *p);
 /* Lets go what may go */

@@ -172,7 +172,8 @@ enum where kc_epoch_next(struct protect *p, int *rc, struct kc_err *err)
 		return where;
 	/* Nothing can have changed since */
 	if (p->idle && !p->epoch.was_running && !p->epoch.copy.nr &&
-	    !p->epoch.copy.nr_holes && !p->lease_ms && p->sent_unheld == p->taken_unheld)
+	    !p->epoch.copy.nr_holes && !p->lease_ms && p->sent_unheld == p->taken_unheld &&
+	    !kc_plugs_are_behind(p))
 		return OK;
 	p->idle = !p->epoch.was_running;
 

@@ -37,23 +37,35 @@ static void disconnect(struct plugs *plugs)
 	plugs->nr = 0;
 	plugs->marked = false;
 	plugs->marked_for = 0;
+	plugs->behind = false;
 	plugs->failed = 0;
 }
 
-/* It has been told */
-static void reap(struct plugs *plugs)
+/* It has been told.  The standby hears of us meanwhile: the kernel may take its time. */
+static void reap(struct protect *p)
 {
 	uint64_t until = kc_now_us() + GUARD_MS * 1000ull;
+	pid_t guard = p->plugs.guard, ended = guard;
+	int status = 0;
 
-	while (plugs->guard > 0 && waitpid(plugs->guard, NULL, WNOHANG) == 0) {
-		if (kc_now_us() > until) {
-			kc_log(KC_LOG_WARN,
-			       "packets may be held back still: see to it by kvm-checkpoint unplug");
-			break;
-		}
+	while (guard > 0 && !(ended = waitpid(guard, &status, WNOHANG)) && kc_now_us() <= until) {
 		poll(NULL, 0, 1);
+		kc_link_tick(p);
 	}
-	plugs->guard = 0;
+	if (!ended && guard)
+		p->plugs.stray = guard;
+	if (guard && (!ended || status))
+		kc_log(KC_LOG_WARN,
+		       "packets may be held back still: see to it by kvm-checkpoint unplug");
+	p->plugs.guard = 0;
+}
+
+/* QEMU was told that nothing is held, or was not: then it tells the guard later */
+static void let_go(struct protect *p)
+{
+	if (!guest_release(&p->guest, 0, false, NULL))
+		reap(p);
+	disconnect(&p->plugs);
 }
 
 /* With this on, guest memory that a packet has is not copied when it is sent, but when it leaves */
@@ -102,6 +114,8 @@ static int start_guard(struct protect *p, struct kc_err *err)
 	unsigned int i;
 	pid_t pid;
 
+	if (plugs->stray && waitpid(plugs->stray, NULL, WNOHANG))
+		plugs->stray = 0;
 	if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair))
 		return kc_fail(err, errno, "cannot make a pair of sockets: %s", strerror(errno));
 	snprintf(fd, sizeof(fd), "%d", pair[0]);
@@ -115,12 +129,15 @@ static int start_guard(struct protect *p, struct kc_err *err)
 	if (!rc) {
 		rc = guest_guard(&p->guest, pair[1], err);
 		close(pair[1]);
-		/* The one before has had its word then; or this one has nothing to do, and ends */
+		/*
+		 * The one before has had its word then.  Or this one has nothing to do, and ends
+		 * when QEMU closes what it got; which may take it yet, if it only was too slow.
+		 */
 		if (!rc) {
-			reap(plugs);
+			reap(p);
 			plugs->guard = pid;
 		} else {
-			waitpid(pid, NULL, 0);
+			plugs->stray = pid;
 		}
 		return rc;
 	}
@@ -150,12 +167,21 @@ int kc_plugs_begin(struct protect *p, struct kc_err *err)
 		rc = kc_plug_add(plugs->sk, &plugs->taps[i], &why);
 		if (rc)
 			rc = refuse(&p->guest.taps[i], &why, err);
+		/* Whatever QEMU has held, of this device what was sent has left */
+		else if (plugs->taps[i].nr_ifbs == 1)
+			p->guest.unbroken = false;
 	}
 	if (!rc)
 		return 0;
-	/* QEMU tells the guard */
-	guest_release(&p->guest, 0, false, NULL);
-	kc_plugs_ended(p);
+	/*
+	 * QEMU tells the guard.  But while the standby may go on from an epoch that does not know of
+	 * what was held before us, that stays for as long as QEMU's limit says; as it does if QEMU
+	 * does not answer.
+	 */
+	if (rc != -ETIMEDOUT && rc != -ECANCELED && (p->unheld || !p->guest.unbroken))
+		let_go(p);
+	else
+		disconnect(plugs);
 	return rc;
 }
 
@@ -165,6 +191,7 @@ void kc_plugs_cut(void *ctx)
 	struct plugs *plugs = &p->plugs;
 	unsigned int i;
 
+	plugs->fresh = !plugs->marked;
 	if (plugs->marked || plugs->failed)
 		return;
 	for (i = 0; i < plugs->nr && !plugs->failed; i++)
@@ -175,6 +202,7 @@ void kc_plugs_cut(void *ctx)
 
 void kc_plugs_sent(struct protect *p)
 {
+	p->plugs.behind = p->plugs.marked && !p->plugs.fresh;
 	if (p->plugs.marked && !p->plugs.marked_for)
 		p->plugs.marked_for = p->nr;
 }
@@ -200,13 +228,12 @@ int kc_plugs_look(struct protect *p, struct kc_err *err)
 		return 0;
 	/* Somebody has removed it: then packets have left, and QEMU has to know that there was a break */
 	rc = kc_fail(err, -plugs->failed, "%s", plugs->why.text);
-	guest_release(&p->guest, 0, false, NULL);
-	kc_plugs_ended(p);
+	let_go(p);
 	return rc;
 }
 
 void kc_plugs_ended(struct protect *p)
 {
-	reap(&p->plugs);
+	reap(p);
 	disconnect(&p->plugs);
 }

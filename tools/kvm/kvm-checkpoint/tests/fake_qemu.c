@@ -110,6 +110,8 @@ void start_qemu(struct qemu *q)
 	q->got_socket = -1;
 	q->got_buffer = -1;
 	q->got_notify = -1;
+	q->got_guard = -1;
+	q->guard = -1;
 	q->running = true;
 	q->tok = json_tokener_new();
 	q->listener = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
@@ -132,6 +134,7 @@ void close_monitor(struct qemu *q)
 	close_fd(&q->got_socket);
 	close_fd(&q->got_buffer);
 	close_fd(&q->got_notify);
+	close_fd(&q->got_guard);
 	json_tokener_reset(q->tok);
 	q->mute = false;
 }
@@ -153,6 +156,7 @@ void die(struct qemu *q)
 	close_fd(&q->sock);
 	close_fd(&q->buffer);
 	close_fd(&q->listener);
+	close_fd(&q->guard);
 	q->running = false;
 	q->stopped = false;
 }
@@ -583,10 +587,34 @@ static void do_take(struct qemu *q, unsigned int limit_ms, bool asked)
 	       q->spoilt_by ? "false" : "true", more);
 }
 
-void let_go(struct qemu *q)
+/* It may be gone */
+static void end_guard(struct qemu *q, char what)
 {
+	if (q->guard >= 0)
+		send(q->guard, &what, 1, MSG_NOSIGNAL);
+	close_fd(&q->guard);
+}
+
+static void end_holding(struct qemu *q, bool drop)
+{
+	end_guard(q, drop ? 'd' : 'r');
 	q->holds = false;
 	q->held_for[0] = '\0';
+}
+
+void let_go(struct qemu *q)
+{
+	end_holding(q, false);
+}
+
+static void do_guard(struct qemu *q)
+{
+	CHECK(q->got_guard >= 0 && q->holds, "there is nothing to guard");
+	end_guard(q, 'k');
+	q->guard = q->got_guard;
+	q->got_guard = -1;
+	send(q->guard, "g", 1, MSG_NOSIGNAL);
+	answer(q, "{}");
 }
 
 static void do_hold(struct qemu *q, unsigned int limit_ms, struct json_object *args)
@@ -621,7 +649,7 @@ static void do_release(struct qemu *q, struct json_object *args)
 		q->released = json_object_get_uint64(o);
 		CHECK(q->released <= q->packets, "releases what is in no state");
 	} else {
-		let_go(q);
+		end_holding(q, drop);
 		q->released_all += !drop;
 		q->dropped_all += drop;
 	}
@@ -664,7 +692,8 @@ static void do_qmp_cont(struct qemu *q)
 static void do_getfd(struct qemu *q, const char *name)
 {
 	int *fd = strstr(name, "socket") ? &q->got_socket :
-		  strstr(name, "packets") ? &q->got_notify : &q->got_buffer;
+		  strstr(name, "packets") ? &q->got_notify :
+		  strstr(name, "guard") ? &q->got_guard : &q->got_buffer;
 
 	CHECK(q->sent_fd >= 0, "getfd without a file descriptor");
 	close_fd(fd);
@@ -708,6 +737,8 @@ static void obey(struct qemu *q, const char *command, struct json_object *args)
 			   json_object_get_int(o) : 0, args);
 	else if (!strcmp(command, RELEASE))
 		do_release(q, args);
+	else if (!strcmp(command, GUARD))
+		do_guard(q);
 	else if (!strcmp(command, HINTS) && json_object_object_get_ex(args, "action", &o))
 		do_hints(q, json_object_get_string(o));
 	else if (!strcmp(command, "getfd"))

@@ -26,6 +26,7 @@
 #define TAKE	"x-checkpoint-take"
 #define HOLD	"x-checkpoint-hold"
 #define RELEASE	"x-checkpoint-release"
+#define GUARD	"x-checkpoint-guard"
 
 struct block {
 	const char *name;
@@ -90,7 +91,7 @@ struct fake_disk {
 extern struct qemu {
 	struct block blocks[NR_BLOCKS];
 	int listener, monitor, sock, buffer;
-	int sent_fd, got_socket, got_buffer, got_notify;
+	int sent_fd, got_socket, got_buffer, got_notify, got_guard;
 	struct json_tokener *tok;
 	bool attached, running, stopped, mute;
 	uint64_t generation;
@@ -139,6 +140,7 @@ extern struct qemu {
 	/* Network cards, a list; why one's packets cannot be held, or NULL */
 	const char *cards, *not_held;
 	const char *taps;		/* of those that QEMU cannot hold, or NULL */
+	int guard;			/* who is told what becomes of their packets, or -1 */
 	bool holds;
 	char held_for[64];
 	unsigned int limit_ms, holds_begun;

@@ -78,6 +78,20 @@ void test_net_refused_tap(void);
 void test_net_unplug_usage(void);
 void test_net_usage(void);
 
+/* protect_plug.c: what the kernel holds back */
+void test_plug(void);
+void test_plug_killed(void);
+void test_plug_qemu_dies(void);
+void test_plug_restarted(void);
+void test_plug_unplugged(void);
+void test_plug_removed(void);
+void test_plug_refused_later(void);
+void test_plug_guard_unheard(void);
+void test_plug_paused(void);
+void test_plug_refused_ingress(void);
+void test_unplug_others(void);
+void test_unplug_locked(void);
+
 /* protect_disk.c */
 void test_disk(void);
 void test_disk_take(void);
