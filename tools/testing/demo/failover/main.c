@@ -38,6 +38,7 @@ unsigned int guest_rate = 400;
 unsigned int guest_mb = GUEST_MB, guest_work_mb = WORK_MB;
 struct measured measured;
 unsigned int guest_tells;
+bool guest_has_vhost;
 bool guest_has_net, guest_has_ledger;
 const char *net_option;
 bool packet_epochs;
@@ -267,6 +268,11 @@ int main(int argc, char **argv)
 			continue;
 		if (!strncmp(argv[i], "unused=", 7)) {
 			guest_tells = n;
+			booted = NULL;
+			continue;
+		}
+		if (!strncmp(argv[i], "vhost=", 6)) {
+			guest_has_vhost = n;
 			booted = NULL;
 			continue;
 		}

@@ -182,7 +182,8 @@ void args_of_qemu(struct args *a, unsigned int gen, const char *ram)
 		arg(a, "if=virtio,format=raw,file=%s",
 		    *ram != '{' ? path : wrong_disk ? wrong_disk : "{disk0}");
 		a->v[a->n++] = "-netdev";
-		arg(a, "tap,id=net0,ifname=tap%u,script=no,downscript=no,vhost=off", gen);
+		arg(a, "tap,id=net0,ifname=tap%u,script=no,downscript=no,vhost=%s", gen,
+		    guest_has_vhost ? "on" : "off");
 		a->v[a->n++] = "-device";
 		a->v[a->n++] = "virtio-net-pci,netdev=net0,romfile=,mac=52:54:00:99:00:02";
 	}
