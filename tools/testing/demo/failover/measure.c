@@ -5,6 +5,7 @@
 #define _GNU_SOURCE
 #include <sched.h>
 #include <stdlib.h>
+#include <sys/mount.h>
 
 #include "failover.h"
 
@@ -463,6 +464,15 @@ static bool measure_alone(unsigned int share)
 	return ok;
 }
 
+/* Memory that nobody touches has room there, in so many copies as there can be */
+static bool make_room(unsigned int mb)
+{
+	char size[32];
+
+	snprintf(size, sizeof(size), "size=%uM", 2 * MAX_MACHINES * mb);
+	return !mb || !mount(NULL, "/dev/shm", NULL, MS_REMOUNT, size);
+}
+
 bool test_measure(unsigned int epochs)
 {
 	const struct shape *shape = measured.instructions ? &counted : &timed;
@@ -489,7 +499,8 @@ bool test_measure(unsigned int epochs)
 	nr_machines = builds * (measured.logs && measured.logs < NR_LOGS ? measured.logs : NR_LOGS);
 	for (i = 0; i < nr_machines; i++)
 		machines[i].vm = (struct vm){ .ctl = -1, .mon = -1 };
-	ok = measured.instructions ? measure_alone(share) : measure_in_turn(share);
+	ok = make_room(measured.mb) || fail("/dev/shm cannot be made larger");
+	ok = ok && (measured.instructions ? measure_alone(share) : measure_in_turn(share));
 	if (ok)
 		print_table(share * ROUNDS);
 	for (i = 0; i < nr_machines; i++)
