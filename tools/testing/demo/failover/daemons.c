@@ -307,7 +307,9 @@ bool wait_synced(struct protect *p, struct vm *vm, uint64_t times)
 	} while (now_us() < until && !protect_ended(p));
 	snprintf(path, sizeof(path), "/tmp/protect-%u.err", vm->gen);
 	show_file(path);
-	return fail("the guest is not protected");
+	if (!protect_ended(p))
+		return fail("the guest is not protected");
+	return fail("the guest is not protected: protect ended with %d", wait_protect(p));
 }
 
 void reset_log(void)
