@@ -56,7 +56,7 @@ static bool run_epochs(const char *interval, unsigned int n, struct row *r, uint
 	struct pair x = { .timeout_ms = 0 };
 	uint64_t first, pages = 0;
 	bool all_traced = true;
-	char dir[64];
+	char dir[32];
 	unsigned int i, part;
 	int status;
 
