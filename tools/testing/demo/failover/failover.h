@@ -48,7 +48,7 @@ extern struct measured measured;
 /* It says which pages it does not use, and allocates and frees all the time; 2: also by hints */
 extern unsigned int guest_tells;
 /* The kernel has the card of who has a database, and has to hold what it sends */
-extern bool guest_has_vhost;
+extern unsigned int guest_has_vhost;
 /* For "protect", in place of checkpoint, or NULL */
 extern const char *protect_with;
 extern bool guest_has_net;

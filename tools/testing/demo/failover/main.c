@@ -38,7 +38,7 @@ unsigned int guest_rate = 400;
 unsigned int guest_mb = GUEST_MB, guest_work_mb = WORK_MB;
 struct measured measured;
 unsigned int guest_tells;
-bool guest_has_vhost;
+unsigned int guest_has_vhost;
 bool guest_has_net, guest_has_ledger;
 const char *net_option;
 bool packet_epochs;
@@ -141,9 +141,12 @@ static bool set_shape(const char *arg, size_t len, const char *value, unsigned i
 	static const struct {
 		const char *name;
 		unsigned int *to;
+		bool boots;		/* one that runs is not like that */
 	} numbers[] = {
-		{ "rate", &measured.rate }, { "ram", &measured.mb }, { "work", &measured.work_mb },
-		{ "logs", &measured.logs }, { "interval", &measured.interval_ms },
+		{ "rate", &measured.rate, true }, { "unused", &guest_tells, true },
+		{ "vhost", &guest_has_vhost, true }, { "ram", &measured.mb, false },
+		{ "work", &measured.work_mb, false }, { "logs", &measured.logs, false },
+		{ "interval", &measured.interval_ms, false },
 	};
 	size_t k;
 
@@ -157,10 +160,10 @@ static bool set_shape(const char *arg, size_t len, const char *value, unsigned i
 		if (strlen(numbers[k].name) != len || strncmp(arg, numbers[k].name, len))
 			continue;
 		*numbers[k].to = n;
-		if (!k) {
+		if (numbers[k].to == &measured.rate)
 			guest_rate = n;
+		if (numbers[k].boots)
 			booted = NULL;
-		}
 		return true;
 	}
 	return false;
@@ -266,16 +269,6 @@ int main(int argc, char **argv)
 		}
 		if (set_shape(argv[i], len, value + 1, n))
 			continue;
-		if (!strncmp(argv[i], "unused=", 7)) {
-			guest_tells = n;
-			booted = NULL;
-			continue;
-		}
-		if (!strncmp(argv[i], "vhost=", 6)) {
-			guest_has_vhost = n;
-			booted = NULL;
-			continue;
-		}
 		if (!strncmp(argv[i], "old=", 4)) {
 			old_qemu = "/old/qemu-system-x86_64";
 			old_checkpoint = "/old/kvm-checkpoint";

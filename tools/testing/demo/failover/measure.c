@@ -56,28 +56,31 @@ static bool run_epochs(const char *interval, unsigned int n, struct row *r, uint
 	struct pair x = { .timeout_ms = 0 };
 	uint64_t first, pages = 0;
 	bool all_traced = true;
+	bool to_dir = measured.mb > MOST_STANDBY_MB;
 	char dir[32];
 	unsigned int i, part;
 	int status;
 
 	new_pair(&x);
 	/* A standby has all of the memory that a guest may use some day, and here is not so much */
-	if (measured.mb > MOST_STANDBY_MB) {
+	if (to_dir) {
 		snprintf(dir, sizeof(dir), "/dev/shm/measured-%u", x.gen);
-		chain = dir;
+		snprintf(x.theirs, sizeof(x.theirs), "%s/all", dir);
 	}
 	if (who && !trace_begin())
 		return fail("the scheduler cannot be traced");
 	if (who)
 		trace_know_qemu(&vm);
-	if (!chain)
+	if (!to_dir)
 		x.standby = start_standby(&x);
 	trace_know(x.standby, BY_STANDBY);
 	/* It would be on another host, and all that it starts: they have what the CPU has left */
-	if (x.standby > 0 && measured.instructions &&
+	if (!to_dir && measured.instructions &&
 	    sched_setscheduler(x.standby, SCHED_IDLE, &(struct sched_param){ 0 }))
 		return fail("the scheduler does not do what it is asked to");
+	chain = to_dir ? dir : NULL;
 	start_protect(&x.protect, &vm, &x, interval, BEFORE - 1 + n);
+	chain = NULL;
 	trace_know(x.protect.pid, BY_PROTECT);
 	if (!wait_synced(&x.protect, &vm, 1))
 		return false;
@@ -86,12 +89,7 @@ static bool run_epochs(const char *interval, unsigned int n, struct row *r, uint
 	status = wait_protect(&x.protect);
 	if (who)
 		all_traced = trace_end(&traced);
-	if (chain) {
-		snprintf(x.theirs, sizeof(x.theirs), "%s/all", dir);
-		chain = NULL;
-	} else {
-		kill_now(&x.standby, true);
-	}
+	kill_now(&x.standby, true);
 	remove_ram(x.theirs);
 	if (status || log_.newest != BEFORE + n)
 		return fail("protect ended with %d at epoch %lu of %u", status, log_.newest,
