@@ -70,7 +70,7 @@ static void held_while_silent(void)
 	until_released(5);
 	freeze(standby);
 	/* An acknowledgement may be under way */
-	be_qemu_until_asleep();
+	be_qemu_until_asleep(qemu.client);
 	packets = qemu.released;
 	be_qemu_for(400);
 	CHECK(qemu.released == packets && !qemu.released_all,
@@ -110,7 +110,7 @@ void test_net_epochs(void)
 		until_released(before + 1);
 	}
 	CHECK(qemu.packets <= 1 + 2 * 20, "%" PRIu64 " epochs for 20 packets", qemu.packets);
-	be_qemu_until_asleep();
+	be_qemu_until_asleep(qemu.client);
 	before = qemu.packets;
 	be_qemu_for(300);
 	CHECK(qemu.packets == before, "there are epochs without packets");
@@ -118,7 +118,7 @@ void test_net_epochs(void)
 	/* Not one after the other into a link that nothing comes back from */
 	freeze(standby);
 	sends();
-	be_qemu_until_asleep();
+	be_qemu_until_asleep(qemu.client);
 	before = qemu.packets;
 	sends();
 	be_qemu_for(300);
@@ -207,18 +207,17 @@ void test_net_limit(void)
  */
 void test_net_limit_acked(void)
 {
-	uint64_t packets, i;
+	uint64_t packets;
 
 	begin("--net-limit", "700ms");
 	until_released(5);
 	freeze(standby);
-	be_qemu_until_asleep();
+	be_qemu_until_asleep(qemu.client);
 	packets = qemu.released;
 	freeze(qemu.client);
 	kill(standby, SIGCONT);
 	/* What it has been sent it acknowledges. */
-	for (i = 0; i < 50; i = is_asleep(standby) ? i + 1 : 0)
-		poll(NULL, 0, 5);
+	be_qemu_until_asleep(standby);
 	stop_standby(SIGKILL);
 	kill(qemu.client, SIGCONT);
 	until_all_released();

@@ -99,15 +99,15 @@ void be_qemu_for_epochs(unsigned int n)
 }
 
 /*
- * Until protect has done what it can do for now.  On a busy machine it may want to run for long
+ * Until a daemon has done what it can do for now.  On a busy machine it may want to run for long
  * before it does, so that no time is long enough for that either.
  */
-void be_qemu_until_asleep(void)
+void be_qemu_until_asleep(pid_t pid)
 {
 	uint64_t end = kc_now_us() + LIMIT_US;
 	unsigned int i;
 
-	for (i = 0; i < 50; i = is_asleep(qemu.client) ? i + 1 : 0) {
+	for (i = 0; i < 50; i = is_asleep(pid) ? i + 1 : 0) {
 		CHECK(kc_now_us() < end, "it is never at rest");
 		be_qemu_for(2);
 	}

@@ -32,7 +32,7 @@ void must_fail(int status, const char *text);
 /* Be QEMU for so long */
 void be_qemu_for(unsigned int ms);
 void be_qemu_for_epochs(unsigned int n);
-void be_qemu_until_asleep(void);
+void be_qemu_until_asleep(pid_t pid);
 /* A command that leaves the file "fenced" behind */
 const char *fence(void);
 
