@@ -21,6 +21,9 @@ bool kc_is_zero_page(const void *data)
 
 /* --- The sender's side ---------------------------------------------------- */
 
+/* For what is worth sending instead of the page */
+#define ROOM (KC_PAGE_SIZE - KC_PAGE_SIZE / 16)
+
 /* The last version of a page, in a cache where each page has one place to be. */
 struct entry {
 	uint64_t page, epoch;
@@ -28,11 +31,24 @@ struct entry {
 	bool used;
 };
 
+/*
+ * What is encrypted or compressed already does not compress, and to find that out costs more than all
+ * else of a page.  Where so many pages in a row did not, only one of some more is tried.
+ */
+#define IN_A_ROW 16
+#define ONE_OF 8
+
+struct tries {
+	unsigned int failed, skipped;
+};
+
 struct kc_packer {
 	enum kc_codec codec;
 	int level;
 	ZSTD_CCtx *zstd;
 	void *lz4;
+	LZ4_stream_t *lz4_deltas;
+	struct tries deltas, pages;
 	size_t nr_entries;
 	struct entry *entries;
 	uint8_t *versions;
@@ -53,7 +69,8 @@ struct kc_packer *kc_packer_new(enum kc_codec codec, int level, uint64_t delta_c
 			 delta_cache / (KC_PAGE_SIZE + sizeof(struct entry));
 	if (codec == KC_CODEC_LZ4) {
 		pk->lz4 = malloc(LZ4_sizeofState());
-		if (!pk->lz4)
+		pk->lz4_deltas = LZ4_createStream();
+		if (!pk->lz4 || !pk->lz4_deltas)
 			goto fail;
 	}
 	if (codec == KC_CODEC_ZSTD) {
@@ -83,6 +100,7 @@ void kc_packer_free(struct kc_packer *pk)
 		return;
 	ZSTD_freeCCtx(pk->zstd);
 	free(pk->lz4);
+	LZ4_freeStream(pk->lz4_deltas);
 	free(pk->entries);
 	if (pk->versions)
 		munmap(pk->versions, pk->nr_entries * KC_PAGE_SIZE);
@@ -102,6 +120,17 @@ static bool holds(const struct entry *e, uint16_t block, uint64_t page)
 	return e && e->used && e->block == block && e->page == page;
 }
 
+static bool is_worth_a_try(struct tries *t)
+{
+	return t->failed < IN_A_ROW || !(t->skipped++ % ONE_OF);
+}
+
+static size_t note_try(struct tries *t, size_t n)
+{
+	t->failed = n ? 0 : t->failed + 1;
+	return n;
+}
+
 /* Compress to less than @room bytes; 0 if it does not fit. */
 static size_t compress_page(struct kc_packer *pk, const void *data, uint8_t *out, size_t room)
 {
@@ -119,24 +148,40 @@ static size_t compress_page(struct kc_packer *pk, const void *data, uint8_t *out
 	}
 }
 
+/*
+ * The same for a delta, which is zero almost everywhere: to clear 16 KiB of hash table for it, as above,
+ * would be most of the work.  A stream that begins again can do without; its blocks stand alone, too.
+ */
+static size_t compress_delta(struct kc_packer *pk, size_t room)
+{
+	size_t n;
+
+	if (pk->codec != KC_CODEC_LZ4)
+		return compress_page(pk, pk->delta, pk->out[0], room);
+	LZ4_resetStream_fast(pk->lz4_deltas);
+	n = LZ4_compress_fast_continue(pk->lz4_deltas, (const char *)pk->delta, (char *)pk->out[0],
+				       KC_PAGE_SIZE, room, 1);
+	/* What is in it after a failure is not defined */
+	if (!n)
+		LZ4_initStream(pk->lz4_deltas, sizeof(*pk->lz4_deltas));
+	return n;
+}
+
+/* @out may be @a */
 static void xor_pages(uint8_t *out, const uint8_t *a, const uint8_t *b)
 {
-	uint64_t x, y;
+	typedef uint8_t vector __attribute__((vector_size(32), aligned(1), may_alias));
 	size_t i;
 
-	for (i = 0; i < KC_PAGE_SIZE; i += sizeof(x)) {
-		memcpy(&x, a + i, sizeof(x));
-		memcpy(&y, b + i, sizeof(y));
-		x ^= y;
-		memcpy(out + i, &x, sizeof(x));
-	}
+	for (i = 0; i < KC_PAGE_SIZE; i += sizeof(vector))
+		*(vector *)(out + i) = *(const vector *)(a + i) ^ *(const vector *)(b + i);
 }
 
 bool kc_pack(struct kc_packer *pk, uint64_t epoch, struct kc_page *p, const void *data)
 {
 	struct entry *e = find(pk, p->block, p->page);
 	uint8_t *version = e ? pk->versions + (e - pk->entries) * KC_PAGE_SIZE : NULL;
-	size_t room = KC_PAGE_SIZE - KC_PAGE_SIZE / 16, n = 0;
+	size_t room = ROOM, n = 0;
 
 	if (holds(e, p->block, p->page) && !memcmp(version, data, KC_PAGE_SIZE))
 		return true;
@@ -145,9 +190,9 @@ bool kc_pack(struct kc_packer *pk, uint64_t epoch, struct kc_page *p, const void
 	p->enc = KC_ENC_RAW;
 	p->data = data;
 	p->len = KC_PAGE_SIZE;
-	if (holds(e, p->block, p->page) && e->epoch != epoch) {
+	if (holds(e, p->block, p->page) && e->epoch != epoch && is_worth_a_try(&pk->deltas)) {
 		xor_pages(pk->delta, version, data);
-		n = compress_page(pk, pk->delta, pk->out[0], room);
+		n = note_try(&pk->deltas, compress_delta(pk, room));
 		if (n) {
 			p->enc = KC_ENC_DELTA | pk->codec;
 			p->data = pk->out[0];
@@ -155,8 +200,11 @@ bool kc_pack(struct kc_packer *pk, uint64_t epoch, struct kc_page *p, const void
 		}
 	}
 	/* A small delta is good enough: do not try the other way. */
-	if (!n || n > KC_PAGE_SIZE / 4) {
+	if (n ? n > KC_PAGE_SIZE / 4 : is_worth_a_try(&pk->pages)) {
 		n = compress_page(pk, data, pk->out[1], room);
+		/* Not less than a delta has is no failure */
+		if (room == ROOM)
+			note_try(&pk->pages, n);
 		if (n) {
 			p->enc = pk->codec;
 			p->data = pk->out[1];

@@ -47,6 +47,10 @@
 
 #include <sys/types.h>
 #include <xxhash.h>
+/* The same with what the CPU has; the library has it where it has the header */
+#if defined(__x86_64__) && __has_include(<xxh_x86dispatch.h>)
+#include <xxh_x86dispatch.h>
+#endif
 
 #include "sink.h"
 
@@ -309,6 +313,11 @@ struct kc_rx_ops {
 	const void *(*base)(void *ctx, uint16_t block, uint64_t page);
 	/* The device state of the last complete epoch; NULL for none. */
 	const struct kc_devices *(*base_state)(void *ctx);
+	/*
+	 * Where the contents of the next page are to be put, which page() gets then if it is of a block
+	 * or a disk; NULL for who copies it from where it is put instead.
+	 */
+	void *(*room)(void *ctx);
 	int (*page)(void *ctx, uint16_t block, uint64_t page, const void *data, struct kc_err *err);
 	int (*zero)(void *ctx, const struct kc_zero *z, struct kc_err *err);
 	/* Some bytes of a page of a disk. */

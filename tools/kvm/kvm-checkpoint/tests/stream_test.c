@@ -230,6 +230,72 @@ static void test_pages(void)
 	CHECK(deltas > 100, "only %u deltas", deltas);
 }
 
+static void pack_page(struct kc_packer *pk, uint64_t epoch, uint64_t page, const void *data,
+		      struct kc_page *p)
+{
+	struct kc_unpacker *up = kc_unpacker_new();
+	uint8_t got[KC_PAGE_SIZE];
+
+	*p = (struct kc_page){ .page = page };
+	CHECK(!kc_pack(pk, epoch, p, data), "a page is left out");
+	if (!(p->enc & KC_ENC_DELTA)) {
+		OK(kc_unpack(up, p, NULL, got, &err));
+		CHECK(!memcmp(got, data, sizeof(got)), "a page does not survive");
+	}
+	kc_unpacker_free(up);
+}
+
+static void fill_junk(uint8_t page[KC_PAGE_SIZE])
+{
+	unsigned int i;
+
+	for (i = 0; i < KC_PAGE_SIZE; i++)
+		page[i] = rnd(&rng_state);
+}
+
+/* After many pages that do not compress few are tried; when one does again, all are */
+static void test_tries(void)
+{
+	static uint8_t junk[60][KC_PAGE_SIZE], text[KC_PAGE_SIZE] = "text";
+	unsigned int codec, i, raw;
+	struct kc_packer *pk;
+	struct kc_page p;
+
+	for (codec = KC_CODEC_LZ4; codec <= KC_CODEC_ZSTD; codec++) {
+		pk = kc_packer_new(codec, 1, 1 << 20);
+		for (i = 0; i < 60; i++) {
+			fill_junk(junk[i]);
+			pack_page(pk, 1, i, junk[i], &p);
+			CHECK(p.enc == KC_ENC_RAW, "junk became less");
+		}
+		for (raw = 0; raw < 8; raw++) {
+			pack_page(pk, 1, 100 + raw, text, &p);
+			if (p.enc != KC_ENC_RAW)
+				break;
+		}
+		CHECK(raw && raw < 8, "%u pages after junk were sent as they are", raw);
+		pack_page(pk, 1, 120, text, &p);
+		CHECK(p.enc == codec, "a page after one that compressed is sent as it is");
+		/* The same of deltas, which are junk, and then little */
+		for (i = 0; i < 60; i++) {
+			fill_junk(junk[i]);
+			pack_page(pk, 2, i, junk[i], &p);
+		}
+		for (raw = 0; raw < 8; raw++) {
+			junk[raw][1]++;
+			pack_page(pk, 3, raw, junk[raw], &p);
+			if (p.enc != KC_ENC_RAW)
+				break;
+		}
+		CHECK(raw && raw < 8 && (p.enc & KC_ENC_DELTA),
+		      "%u deltas after junk were sent as they are", raw);
+		junk[20][1]++;
+		pack_page(pk, 3, 20, junk[20], &p);
+		CHECK(p.enc & KC_ENC_DELTA, "no delta after one that was little");
+		kc_packer_free(pk);
+	}
+}
+
 static void test_commands(void)
 {
 	char *ram[] = { "/r/ram0", "/r/ram1" };
@@ -860,6 +926,7 @@ static void test_silent_peers(void)
 static const struct test tests[] = {
 	{ "records", test_records },
 	{ "pages", test_pages },
+	{ "tries", test_tries },
 	{ "commands", test_commands },
 	{ "usage", test_usage },
 	{ "status", test_status },
