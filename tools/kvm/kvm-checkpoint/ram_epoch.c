@@ -74,8 +74,8 @@ static int ram_begin(void *ctx, const struct kc_begin *b, struct kc_err *err)
 	ram->direct = !ram->epoch;
 	if (ram->direct)
 		return 0;
-	ram->redo = openat(ram->dir, "redo.tmp",
-			   O_RDWR | O_CREAT | O_TRUNC | O_CLOEXEC | O_NOFOLLOW, 0600);
+	/* The last epoch's, as a rule, whose pages need not be allocated again: see kc_ram_arrived() */
+	ram->redo = openat(ram->dir, "redo.tmp", O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0600);
 	return ram->redo < 0 ? kc_ram_fail(err, ram, "make redo.tmp") : 0;
 }
 
@@ -229,6 +229,13 @@ static int note_zeros(struct kc_ram *ram, const struct kc_zero *z, struct kc_err
 	return rc;
 }
 
+static void *ram_room(void *ctx)
+{
+	struct kc_ram *ram = ctx;
+
+	return ram->wbuf + (size_t)(ram->nr_slots - ram->flushed) * KC_PAGE_SIZE;
+}
+
 static int ram_page(void *ctx, uint16_t block, uint64_t page, const void *data, struct kc_err *err)
 {
 	struct kc_ram *ram = ctx;
@@ -240,8 +247,8 @@ static int ram_page(void *ctx, uint16_t block, uint64_t page, const void *data, 
 	}
 	if (ram->nr_slots == SLOT_HOLE - 1)
 		return kc_fail(err, EFBIG, "the epoch has too many pages");
-	memcpy(ram->wbuf + (size_t)(ram->nr_slots - ram->flushed) * KC_PAGE_SIZE, data,
-	       KC_PAGE_SIZE);
+	if (data != ram_room(ram))
+		memcpy(ram_room(ram), data, KC_PAGE_SIZE);
 	ram->nr_slots++;
 	rc = note(ram, block, page, ram->nr_slots, err);
 	if (!rc && ram->nr_slots - ram->flushed == WBUF_PAGES)
@@ -378,6 +385,7 @@ const struct kc_rx_ops kc_ram_ops = {
 	.begin = ram_begin,
 	.base = ram_base,
 	.base_state = ram_base_state,
+	.room = ram_room,
 	.page = ram_page,
 	.zero = ram_zero,
 	.part = ram_part,

@@ -8,6 +8,7 @@
 #include "ram.h"
 
 #define WBUF_PAGES 64u
+#define KEPT_SLOTS 4096u	/* in a redo that has been applied */
 #define SLOT_NONE 0u
 #define SLOT_ZERO UINT32_MAX
 #define SLOT_HOLE (UINT32_MAX - 1)	/* zero, and the sender has no memory there */
@@ -71,6 +72,7 @@ struct kc_ram {
 	/* The epoch that is being received. */
 	bool direct;
 	int redo;
+	bool keeps_redo;	/* redo.tmp is that of the last epoch, to be written over */
 	uint32_t *slots[KC_MAX_BLOCKS + KC_MAX_DISKS];
 	struct entry *entries;
 	size_t nr_entries, room;

@@ -76,7 +76,14 @@ int kc_ram_arrived(struct kc_ram *ram, uint64_t nr, uint64_t time_ms, unsigned i
 	ram->flags = flags;
 	ram->on_disk = ram->durable;
 	rc = kc_ram_sync_dir(ram, err);
-	unlinkat(ram->dir, "redo", 0);
+	/*
+	 * The next epoch writes over it, if that saves more than it costs.  Not if the host may crash: its
+	 * disk might have what is written over it, and not its new name.
+	 */
+	ram->keeps_redo = !ram->durable && ram->nr_slots <= KEPT_SLOTS &&
+			  !renameat(ram->dir, "redo", ram->dir, "redo.tmp");
+	if (!ram->keeps_redo)
+		unlinkat(ram->dir, "redo", 0);
 	/* The state that there is a way back to stays. */
 	if (old && old != nr && !(flags & KC_RAM_UNTRIED)) {
 		kc_ram_state_name(name, old);
@@ -162,6 +169,9 @@ int kc_ram_seal(struct kc_ram *ram, uint64_t nr, uint64_t time_ms, unsigned int 
 	rc = kc_ram_flush(ram, err);
 	if (rc)
 		return rc;
+	/* It may have been longer before, and its end is looked for at its end */
+	if (ftruncate(ram->redo, (off_t)ram->nr_slots * KC_PAGE_SIZE))
+		return kc_ram_fail(err, ram, "shorten redo.tmp");
 	if (write_end(ram, ram->redo, &t, redo_magic, ram->entries, ram->nr_entries))
 		return kc_ram_fail(err, ram, "write redo.tmp");
 	if (renameat(ram->dir, "redo.tmp", ram->dir, "redo"))
@@ -280,11 +290,14 @@ static int replay(struct kc_ram *ram, const char *name, const char magic[8], str
 	rc = read_end(ram, fd, magic, &t, &entries);
 	if (rc == -ENOMEM) {
 		kc_fail(err, ENOMEM, "out of memory");
+	} else if (redo && !ram->epoch) {
+		/* Of before the boot, or it would be of no epoch: its host may have left half of it */
+		rc = 0;
 	} else if (rc) {
 		kc_fail(err, EPROTO, "%s/%s is damaged: remove %s and start from nothing", ram->path,
 			name, ram->path);
-	} else if (redo && (t.epoch <= ram->epoch || !ram->epoch)) {
-		/* It had arrived, or is of before the boot */
+	} else if (redo && t.epoch <= ram->epoch) {
+		/* It had arrived */
 	} else {
 		kc_log(KC_LOG_INFO, redo ? "finishing epoch %" PRIu64 ", which was complete" :
 		       "going back to epoch %" PRIu64, t.epoch);

@@ -197,6 +197,7 @@ static const void *base_state_page(struct kc_rx *rx, uint64_t page)
 static int take_page(struct kc_rx *rx, const struct kc_rec *rec, struct kc_err *err)
 {
 	const void *base = NULL;
+	void *to = rx->page;
 	struct kc_page p;
 	int rc;
 
@@ -208,16 +209,17 @@ static int take_page(struct kc_rx *rx, const struct kc_rec *rec, struct kc_err *
 	if ((p.enc & KC_ENC_DELTA) && rx->begin.base && rx->ops->base)
 		base = p.block == KC_STATE_BLOCK ? base_state_page(rx, p.page) :
 		       rx->ops->base(rx->ctx, p.block, p.page);
-	rc = kc_unpack(rx->up, &p, base, rx->page, err);
-	if (rc)
+	if (p.block == KC_STATE_BLOCK)
+		to = rx->state + p.page * KC_PAGE_SIZE;
+	else if (rx->ops->room)
+		to = rx->ops->room(rx->ctx);
+	/* What does not decode is the end of the stream, and of the epoch, whatever is there then */
+	rc = kc_unpack(rx->up, &p, base, to, err);
+	if (rc || p.block == KC_STATE_BLOCK)
 		return rc;
-	if (p.block == KC_STATE_BLOCK) {
-		memcpy(rx->state + p.page * KC_PAGE_SIZE, rx->page, KC_PAGE_SIZE);
-		return 0;
-	}
 	rx->pages++;
 	note_seen(rx, p.block, p.page, 1);
-	return rx->ops->page(rx->ctx, p.block, p.page, rx->page, err);
+	return rx->ops->page(rx->ctx, p.block, p.page, to, err);
 }
 
 static int take_zero(struct kc_rx *rx, const struct kc_rec *rec, struct kc_err *err)
