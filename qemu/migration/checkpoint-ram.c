@@ -28,8 +28,8 @@
 /* What one message takes, see qio_channel_socket_writev() */
 #define FDS_PER_MESSAGE 16
 
-/* Words of the dirty bitmap that are looked at as one: 128 MiB of the guest */
-#define WORDS_AT_ONCE   512
+/* Words of the dirty bitmap with one bit in its summary: 128 MiB of the guest */
+#define WORDS_AT_ONCE   (DIRTY_SUMMARY_PAGES / BITS_PER_LONG)
 
 /* The layout that has this number; never the same number for two layouts */
 static struct {
@@ -109,6 +109,37 @@ static void protect_again(RAMBlock *rb, uint64_t from, uint64_t to)
                                      (to - from) << TARGET_PAGE_BITS);
 }
 
+typedef struct Summary {
+    unsigned long words[BITS_TO_LONGS(DIRTY_SUMMARY_BITS)];
+} Summary;
+
+/*
+ * Before what it is of: what is set while that is looked at is in it again.
+ * What a block that was no matter before has left is not.
+ */
+static void take_summary(Summary *s)
+{
+    static uint64_t generation;
+    bool anew = generation != checkpoint_generation();
+    size_t i;
+
+    generation = checkpoint_generation();
+    for (i = 0; i < ARRAY_SIZE(s->words); i++) {
+        unsigned long *word = &ram_list.dirty_summary[i];
+
+        s->words[i] = qatomic_read(word) ? qatomic_xchg(word, 0) : 0;
+        if (anew) {
+            s->words[i] = ~0ul;
+        }
+    }
+}
+
+/* Whether there may be bits where this word is */
+static bool is_worth_a_look(const Summary *s, uint64_t word)
+{
+    return test_bit(word / WORDS_AT_ONCE % DIRTY_SUMMARY_BITS, s->words);
+}
+
 /*
  * Moves the block's bits in the dirty bitmap to @pages, and write-protects the
  * pages again where that is not done yet.  Does not take what KVM logs.
@@ -116,7 +147,8 @@ static void protect_again(RAMBlock *rb, uint64_t from, uint64_t to)
  * The guest waits, and QEMU writes to few pages of it: in a large guest, what
  * this costs is to find out that there is nothing.
  */
-static void collect_block(RAMBlock *rb, uint32_t nr, GArray *pages)
+static void collect_block(RAMBlock *rb, uint32_t nr, const Summary *summary,
+                          GArray *pages)
 {
     uint64_t npages = rb->used_length >> TARGET_PAGE_BITS;
     uint64_t nwords = DIV_ROUND_UP(npages, BITS_PER_LONG);
@@ -134,9 +166,11 @@ static void collect_block(RAMBlock *rb, uint32_t nr, GArray *pages)
         unsigned long *words = dirty->blocks[(word + i) / per_block] +
                                (word + i) % per_block;
 
-        n = MIN(nwords - i, per_block - (word + i) % per_block);
-        n = MIN(n, WORDS_AT_ONCE);
-        if (from == UINT64_MAX && buffer_is_zero(words, n * sizeof(*words))) {
+        /* Where one part of the bitmap ends, a bit of its summary does */
+        n = MIN(nwords - i, WORDS_AT_ONCE - (word + i) % WORDS_AT_ONCE);
+        if (from == UINT64_MAX &&
+            (!is_worth_a_look(summary, word + i) ||
+             buffer_is_zero(words, n * sizeof(*words)))) {
             continue;
         }
         for (k = 0; k < n; k++) {
@@ -203,6 +237,7 @@ void checkpoint_unfollow_logs(void)
 GArray *checkpoint_collect_pages(void)
 {
     GArray *pages = g_array_new(false, false, sizeof(CheckpointPages));
+    Summary summary;
     uint32_t nr = 0;
     RAMBlock *rb;
 
@@ -215,10 +250,11 @@ GArray *checkpoint_collect_pages(void)
     }
 
     RCU_READ_LOCK_GUARD();
+    take_summary(&summary);
     RAMBLOCK_FOREACH_MIGRATABLE(rb) {
         guint len = pages->len;
 
-        collect_block(rb, nr++, pages);
+        collect_block(rb, nr++, &summary, pages);
         if (!checkpoint_block_is_mapped(rb) && pages->len != len) {
             /* It is in the state, whole */
             g_array_set_size(pages, len);
@@ -233,6 +269,10 @@ bool checkpoint_memory_changed(void)
 {
     RAMBlock *rb;
 
+    if (buffer_is_zero(ram_list.dirty_summary,
+                       sizeof(ram_list.dirty_summary))) {
+        return false;
+    }
     RCU_READ_LOCK_GUARD();
     RAMBLOCK_FOREACH_MIGRATABLE(rb) {
         if (cpu_physical_memory_get_dirty(rb->offset, rb->used_length,
