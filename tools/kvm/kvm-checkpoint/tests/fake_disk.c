@@ -137,6 +137,7 @@ static void mark(struct fake_disk *d, uint64_t offset, uint32_t len, bool dirty)
 		end = (offset + len) / KC_PAGE_SIZE;
 	}
 	for (; first < end; first++) {
+		d->marked += dirty && !d->dirty[first];
 		d->nr_dirty += dirty - d->dirty[first];
 		d->dirty[first] = dirty;
 	}

@@ -81,6 +81,7 @@ struct fake_disk {
 	uint8_t *data;			/* NULL: there is none */
 	bool *dirty;			/* pages that the server lacks */
 	uint64_t nr_dirty;
+	uint64_t marked;		/* how often one became dirty */
 	uint64_t kept;			/* so many at its beginning disk_writes() leaves alone */
 	int fd, next_fd;		/* one that was connected in the background */
 	char path[200], text[400];
