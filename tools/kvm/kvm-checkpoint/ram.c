@@ -303,6 +303,7 @@ void kc_ram_close(struct kc_ram *ram)
 	kc_ram_drop(ram);
 	if (ram->keeps_redo)
 		unlinkat(ram->dir, "redo.tmp", 0);
+	kc_ram_close_redo(ram);
 	unmap_blocks(ram);
 	kc_ram_close_disks(ram);
 	for (i = 0; i < KC_MAX_DISKS; i++)

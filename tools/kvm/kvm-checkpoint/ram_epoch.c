@@ -5,11 +5,13 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <inttypes.h>
+#include <linux/magic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <sys/statfs.h>
 #include <unistd.h>
 
 #include "ram_internal.h"
@@ -30,6 +32,46 @@ static void fill_slots(const struct kc_ram *ram, uint32_t block, uint64_t page, 
 		*at++ = slot;
 }
 
+void kc_ram_close_redo(struct kc_ram *ram)
+{
+	if (ram->redo_map)
+		munmap(ram->redo_map, KEPT_SLOTS * KC_PAGE_SIZE);
+	ram->redo_map = NULL;
+	ram->in_map = ram->flushed = 0;
+	if (ram->redo >= 0)
+		close(ram->redo);
+	ram->redo = -1;
+	ram->keeps_redo = false;
+}
+
+/*
+ * Its pages need not be allocated again, and are written where they are.  Not if the host may crash:
+ * its disk might have what is written over it, and not its new name.  Where a file system has to find
+ * room for what is written over, that is an error of write(), and would be a SIGBUS of a mapping; what
+ * tmpfs has, it has.
+ */
+void kc_ram_keep_redo(struct kc_ram *ram)
+{
+	struct statfs fs;
+	void *map;
+
+	ram->keeps_redo = ram->redo >= 0 && !ram->durable && ram->nr_slots <= KEPT_SLOTS &&
+			  !renameat(ram->dir, "redo", ram->dir, "redo.tmp");
+	ram->in_map = 0;
+	if (!ram->keeps_redo || fstatfs(ram->redo, &fs) || fs.f_type != TMPFS_MAGIC)
+		return;
+	if (!ram->redo_map) {
+		map = mmap(NULL, KEPT_SLOTS * KC_PAGE_SIZE, PROT_READ | PROT_WRITE, MAP_SHARED,
+			   ram->redo, 0);
+		if (map == MAP_FAILED)
+			return;
+		kc_no_dump(map, KEPT_SLOTS * KC_PAGE_SIZE);
+		ram->redo_map = map;
+	}
+	/* What lies behind them has the end of the file, and is cut off with it */
+	ram->in_map = ram->nr_slots;
+}
+
 void kc_ram_drop(struct kc_ram *ram)
 {
 	size_t i;
@@ -46,10 +88,10 @@ void kc_ram_drop(struct kc_ram *ram)
 	ram->zeros = NULL;
 	ram->nr_entries = ram->room = 0;
 	ram->nr_zeros = ram->zeros_room = 0;
-	ram->nr_slots = ram->flushed = 0;
-	if (ram->redo >= 0)
-		close(ram->redo);
-	ram->redo = -1;
+	ram->nr_slots = 0;
+	ram->flushed = ram->in_map;
+	if (!ram->keeps_redo)
+		kc_ram_close_redo(ram);
 }
 
 static void ram_abort(void *ctx)
@@ -74,9 +116,14 @@ static int ram_begin(void *ctx, const struct kc_begin *b, struct kc_err *err)
 	ram->direct = !ram->epoch;
 	if (ram->direct)
 		return 0;
-	/* The last epoch's, as a rule, whose pages need not be allocated again: see kc_ram_arrived() */
-	ram->redo = openat(ram->dir, "redo.tmp", O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0600);
-	return ram->redo < 0 ? kc_ram_fail(err, ram, "make redo.tmp") : 0;
+	if (!ram->keeps_redo)
+		ram->redo = openat(ram->dir, "redo.tmp",
+				   O_RDWR | O_CREAT | O_TRUNC | O_CLOEXEC | O_NOFOLLOW, 0600);
+	/* It is this epoch's from here on */
+	ram->keeps_redo = false;
+	if (ram->redo < 0 || lseek(ram->redo, (off_t)ram->in_map * KC_PAGE_SIZE, SEEK_SET) < 0)
+		return kc_ram_fail(err, ram, "make redo.tmp");
+	return 0;
 }
 
 static const void *ram_base(void *ctx, uint16_t block, uint64_t page)
@@ -100,11 +147,11 @@ static const struct kc_devices *ram_base_state(void *ctx)
 
 int kc_ram_flush(struct kc_ram *ram, struct kc_err *err)
 {
-	uint32_t n = ram->nr_slots - ram->flushed;
+	uint32_t n = ram->nr_slots > ram->flushed ? ram->nr_slots - ram->flushed : 0;
 
 	if (n && kc_ram_write_full(ram->redo, ram->wbuf, (size_t)n * KC_PAGE_SIZE))
 		return kc_ram_fail(err, ram, "write redo.tmp");
-	ram->flushed = ram->nr_slots;
+	ram->flushed += n;
 	return 0;
 }
 
@@ -233,6 +280,8 @@ static void *ram_room(void *ctx)
 {
 	struct kc_ram *ram = ctx;
 
+	if (ram->nr_slots < ram->in_map)
+		return ram->redo_map + (size_t)ram->nr_slots * KC_PAGE_SIZE;
 	return ram->wbuf + (size_t)(ram->nr_slots - ram->flushed) * KC_PAGE_SIZE;
 }
 
@@ -251,7 +300,7 @@ static int ram_page(void *ctx, uint16_t block, uint64_t page, const void *data, 
 		memcpy(ram_room(ram), data, KC_PAGE_SIZE);
 	ram->nr_slots++;
 	rc = note(ram, block, page, ram->nr_slots, err);
-	if (!rc && ram->nr_slots - ram->flushed == WBUF_PAGES)
+	if (!rc && ram->nr_slots == ram->flushed + WBUF_PAGES)
 		rc = kc_ram_flush(ram, err);
 	return rc;
 }

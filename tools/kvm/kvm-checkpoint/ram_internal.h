@@ -73,12 +73,14 @@ struct kc_ram {
 	bool direct;
 	int redo;
 	bool keeps_redo;	/* redo.tmp is that of the last epoch, to be written over */
+	uint8_t *redo_map;
+	uint32_t in_map;	/* so many pages of it are written there, the others by wbuf */
 	uint32_t *slots[KC_MAX_BLOCKS + KC_MAX_DISKS];
 	struct entry *entries;
 	size_t nr_entries, room;
 	struct zero_run *zeros;
 	size_t nr_zeros, zeros_room;
-	uint32_t nr_slots, flushed;
+	uint32_t nr_slots, flushed;	/* flushed: not less than in_map */
 	uint8_t *wbuf;
 	uint8_t base[KC_PAGE_SIZE];
 };
@@ -141,6 +143,9 @@ int kc_ram_read_meta(struct kc_ram *ram, struct kc_err *err);
 /* Forget the epoch that is being received. */
 void kc_ram_drop(struct kc_ram *ram);
 int kc_ram_flush(struct kc_ram *ram, struct kc_err *err);
+/* redo has been applied: the next epoch may write over it */
+void kc_ram_keep_redo(struct kc_ram *ram);
+void kc_ram_close_redo(struct kc_ram *ram);
 /* A page as the open epoch has it by now */
 int kc_ram_read_open(struct kc_ram *ram, uint32_t block, uint64_t page, uint8_t *to,
 		     struct kc_err *err);

@@ -20,11 +20,12 @@ static const char redo_magic[8] = "KCREDO3", undo_magic[8] = "KCUNDO3";
 int kc_ram_apply(struct kc_ram *ram, int redo, const struct entry *entries, uint64_t nr_entries,
 		 uint64_t nr_slots, struct kc_err *err)
 {
-	const uint8_t *pages = NULL;
+	bool mapped = redo == ram->redo && nr_slots <= ram->in_map;
+	const uint8_t *pages = mapped ? ram->redo_map : NULL;
 	uint64_t i;
 	int rc = 0;
 
-	if (nr_slots) {
+	if (nr_slots && !mapped) {
 		pages = mmap(NULL, nr_slots * KC_PAGE_SIZE, PROT_READ, MAP_SHARED, redo, 0);
 		if (pages == MAP_FAILED)
 			return kc_ram_fail(err, ram, "map redo");
@@ -42,7 +43,7 @@ int kc_ram_apply(struct kc_ram *ram, int redo, const struct entry *entries, uint
 			rc = kc_ram_write_page(ram, e->block, e->page,
 					       pages + (uint64_t)(e->slot - 1) * KC_PAGE_SIZE, err);
 	}
-	if (pages)
+	if (pages && !mapped)
 		munmap((void *)pages, nr_slots * KC_PAGE_SIZE);
 	return rc;
 }
@@ -76,12 +77,7 @@ int kc_ram_arrived(struct kc_ram *ram, uint64_t nr, uint64_t time_ms, unsigned i
 	ram->flags = flags;
 	ram->on_disk = ram->durable;
 	rc = kc_ram_sync_dir(ram, err);
-	/*
-	 * The next epoch writes over it, if that saves more than it costs.  Not if the host may crash: its
-	 * disk might have what is written over it, and not its new name.
-	 */
-	ram->keeps_redo = !ram->durable && ram->nr_slots <= KEPT_SLOTS &&
-			  !renameat(ram->dir, "redo", ram->dir, "redo.tmp");
+	kc_ram_keep_redo(ram);
 	if (!ram->keeps_redo)
 		unlinkat(ram->dir, "redo", 0);
 	/* The state that there is a way back to stays. */
@@ -170,7 +166,8 @@ int kc_ram_seal(struct kc_ram *ram, uint64_t nr, uint64_t time_ms, unsigned int 
 	if (rc)
 		return rc;
 	/* It may have been longer before, and its end is looked for at its end */
-	if (ftruncate(ram->redo, (off_t)ram->nr_slots * KC_PAGE_SIZE))
+	if (ftruncate(ram->redo, (off_t)ram->nr_slots * KC_PAGE_SIZE) ||
+	    lseek(ram->redo, 0, SEEK_END) < 0)
 		return kc_ram_fail(err, ram, "shorten redo.tmp");
 	if (write_end(ram, ram->redo, &t, redo_magic, ram->entries, ram->nr_entries))
 		return kc_ram_fail(err, ram, "write redo.tmp");
