@@ -85,11 +85,29 @@ static bool open_db(void)
 	       sqlite3_exec(db, "PRAGMA synchronous = FULL", NULL, NULL, NULL) == SQLITE_OK;
 }
 
+/* Of a guest that was booted before: what is on its disk is all that it knows */
+static bool know_db(void)
+{
+	long id;
+
+	for (id = 0; id < STAMPS; id++) {
+		if (numbers("SELECT stamp FROM stamps WHERE id = ?", id, &stamps[id], 1) != SQLITE_OK)
+			return false;
+		if (stamps[id] > newest)
+			newest = stamps[id];
+	}
+	return true;
+}
+
 static bool make_db(void)
 {
 	long id;
 
-	if (!open_db() || !change("BEGIN", 0, 0) ||
+	if (!open_db())
+		return false;
+	if (know_db())
+		return true;
+	if (!change("BEGIN", 0, 0) ||
 	    !change("CREATE TABLE entries (client INTEGER, nr INTEGER, filling BLOB)", 0, 0) ||
 	    !change("CREATE TABLE stamps (id INTEGER PRIMARY KEY, stamp INTEGER, filling BLOB)", 0, 0))
 		return false;

@@ -310,6 +310,7 @@ bool test_measure(unsigned int n);
 bool test_ledger(unsigned int n);
 bool test_ledger_control(unsigned int n);
 bool test_ledger_days(unsigned int n);
+bool test_copying(unsigned int n);
 bool test_archives(unsigned int n);
 bool test_archives_control(unsigned int n);
 bool test_latency(unsigned int n);
