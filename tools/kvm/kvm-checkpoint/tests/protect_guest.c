@@ -374,6 +374,26 @@ void test_busy_term(void)
 	CHECK(snap_of_standby(path_of("ram")) == 2, "the last epoch is missing");
 }
 
+/* The same before there is an epoch, in the midst of the first copy */
+static const char *hangs_at_once(struct qemu *q, const char *command)
+{
+	return !strcmp(command, COLLECT) && q->looks == 1 ? silent : NULL;
+}
+
+void test_busy_term_early(void)
+{
+	qemu.hook = hangs_at_once;
+	start_qemu(&qemu);
+	start_watching_standby();
+	start_protect(CHECKED, spec(), "--interval", "1ms", NULL);
+	be_qemu_until_asleep(qemu.client);
+	CHECK(!qemu.collects && qemu.looks == 1, "there are epochs: %u", qemu.collects);
+	kill(qemu.client, SIGTERM);
+	CHECK(serve() == 0, "protect does not end as it should");
+	CHECK(qemu.running, "the guest is left stopped");
+	stop_standby(SIGTERM);
+}
+
 /* --- Other devices -------------------------------------------------------- */
 
 #define DEVICE(name, type)	", {\"name\": \"" name "\", \"type\": \"child<" type ">\"}"

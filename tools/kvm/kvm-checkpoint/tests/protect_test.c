@@ -809,6 +809,7 @@ static const struct test tests[] = {
 	{ "protect_lease_untold", test_lease_untold },
 	{ "protect_busy", test_busy },
 	{ "protect_busy_term", test_busy_term },
+	{ "protect_busy_term_early", test_busy_term_early },
 	{ "protect_waits", test_waits },
 	{ "protect_net", test_net },
 	{ "protect_net_take", test_net_take },

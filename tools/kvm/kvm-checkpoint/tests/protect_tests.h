@@ -184,6 +184,7 @@ void test_flush(void);
 void test_lease(void);
 void test_lease_untold(void);
 void test_busy_term(void);
+void test_busy_term_early(void);
 void test_waits(void);
 void test_core(void);
 
