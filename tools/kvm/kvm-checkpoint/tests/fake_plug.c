@@ -120,10 +120,17 @@ int __wrap_kc_plug_release(struct nl_sock *sk, struct kc_plug *p, struct kc_err 
 
 int __wrap_kc_plug_remove(struct nl_sock *sk, struct kc_plug *p, bool drop, struct kc_err *err)
 {
+	int error;
+
 	if (!fake())
 		return __real_kc_plug_remove(sk, p, drop, err);
+	error = fake()->remove_fails;
+	fake()->remove_fails = 0;
+	if (error)
+		return kc_fail(err, error, "the kernel is told to");
 	if (p->tap != TAP)
 		fake()->misused = true;
+	usleep(fake()->remove_ms * 1000);
 	if (p->newest >= fake()->next) {
 		fake()->first = fake()->next;
 	} else if (p->newest >= fake()->first) {

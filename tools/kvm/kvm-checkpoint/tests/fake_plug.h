@@ -18,7 +18,8 @@ struct fake_plug {
 	/* Packets: the guest's, those before the mark, and those that have left */
 	uint64_t sent, marked, left;
 	bool has_mark, misused;
-	int add_fails, mark_fails;	/* an errno, of the next one */
+	int add_fails, mark_fails, remove_fails;	/* an errno, of the next one */
+	unsigned int remove_ms;		/* so long does it take */
 };
 
 #endif

@@ -231,6 +231,39 @@ void test_plug_guard_unheard(void)
 	stop_standby(SIGTERM);
 }
 
+/* The guard cannot: who has to see to it is told */
+void test_plug_guard_fails(void)
+{
+	begin();
+	kernel->sent = 1;
+	kernel->remove_fails = EPERM;
+	finish();
+	CHECK(log_has("see to it by kvm-checkpoint unplug"), "it says nothing");
+	CHECK(!kernel->removed && kernel->first < kernel->next, "it has removed it");
+}
+
+/* The kernel takes longer for it than the standby would wait for a primary that says nothing */
+#define LONG_MS	6000
+
+void test_plug_guard_slow(void)
+{
+	make_kernel();
+	qemu.taps = TAPS;
+	start_qemu(&qemu);
+	start_standby(path_of("ram"), "--fence", fence(), "--timeout", "3s", "--insecure");
+	start_protect(CHECKED, spec(), "--interval", "5ms", NULL);
+	serve_until_log("protected since");
+	until_released_more(3);
+	kernel->remove_ms = LONG_MS;
+	kernel->mark_fails = ENODEV;
+	until(is_removed, "the guard lets go");
+	kernel->remove_ms = 0;
+	until_released_more(3);
+	CHECK(!exists(path_of("fenced")) && !log_has("failing over"),
+	      "the host of a guest that runs is fenced");
+	finish();
+}
+
 /*
  * Its owner stops the guest when an epoch is under way, which has the mark: what it has sent since
  * leaves, too, although nothing of the guest changes any more.

@@ -850,6 +850,8 @@ static const struct test tests[] = {
 	{ "protect_plug_removed", test_plug_removed },
 	{ "protect_plug_refused_later", test_plug_refused_later },
 	{ "protect_plug_guard_unheard", test_plug_guard_unheard },
+	{ "protect_plug_guard_fails", test_plug_guard_fails },
+	{ "protect_plug_guard_slow", test_plug_guard_slow },
 	{ "protect_plug_paused", test_plug_paused },
 	{ "protect_plug_refused_ingress", test_plug_refused_ingress },
 	{ "protect_unplug_others", test_unplug_others },

@@ -87,6 +87,8 @@ void test_plug_unplugged(void);
 void test_plug_removed(void);
 void test_plug_refused_later(void);
 void test_plug_guard_unheard(void);
+void test_plug_guard_fails(void);
+void test_plug_guard_slow(void);
 void test_plug_paused(void);
 void test_plug_refused_ingress(void);
 void test_unplug_others(void);
