@@ -390,7 +390,7 @@ static int receive(struct session *s, struct kc_rx *rx, struct kc_err *err)
 		if (rc)
 			return rc;
 		s->busy = true;
-		t = kc_now_us();
+		t = rec.type == KC_COMMIT ? kc_now_us() : 0;
 		rc = kc_rx_record(rx, &rec, err);
 		switch (rc) {
 		case KC_COMMIT:

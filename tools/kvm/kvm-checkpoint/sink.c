@@ -200,9 +200,8 @@ int kc_sink_usable(struct kc_sink *s, bool open, struct kc_err *err)
  * Something was handed over: wait until its time is up, if there is a limit.  What was handed over
  * is on its way meanwhile, so the receiver hears of us as often as there are waits.
  */
-static int pace(struct kc_sink *s, size_t len, struct kc_err *err)
+static int pace(struct kc_sink *s, size_t len, uint64_t now, struct kc_err *err)
 {
-	uint64_t now = kc_now_us();
 	int rc = 0;
 
 	if (!s->opts.bandwidth)
@@ -220,10 +219,11 @@ static int pace(struct kc_sink *s, size_t len, struct kc_err *err)
 	return rc;
 }
 
-int kc_sink_emit(struct kc_sink *s, const uint8_t *rec, size_t len, const void *more,
-		 size_t more_len, struct kc_err *err)
+/* @t: when that began; there is one for each page, and clocks take time, too */
+static int emit_since(struct kc_sink *s, uint64_t t, const uint8_t *rec, size_t len,
+		      const void *more, size_t more_len, struct kc_err *err)
 {
-	uint64_t t = kc_now_us(), now;
+	uint64_t now;
 	int rc;
 
 	if (s->open) {
@@ -240,7 +240,13 @@ int kc_sink_emit(struct kc_sink *s, const uint8_t *rec, size_t len, const void *
 		s->data_us = now;
 	s->stats.wire_bytes += len + more_len;
 	s->stats.io_us += now - t;
-	return rc ? rc : pace(s, len + more_len, err);
+	return rc ? rc : pace(s, len + more_len, now, err);
+}
+
+int kc_sink_emit(struct kc_sink *s, const uint8_t *rec, size_t len, const void *more,
+		 size_t more_len, struct kc_err *err)
+{
+	return emit_since(s, kc_now_us(), rec, len, more, more_len, err);
 }
 
 int kc_sink_flush_zeros(struct kc_sink *s, struct kc_err *err)
@@ -274,7 +280,7 @@ int kc_sink_put_page(struct kc_sink *s, uint16_t block, uint64_t page, const voi
 {
 	struct kc_page p = { .block = block, .page = page };
 	uint8_t rec[KC_REC_HDR + KC_PAGE_HDR];
-	uint64_t t = kc_now_us();
+	uint64_t t = kc_now_us(), packed;
 	bool zero, same = false;
 	int rc;
 
@@ -283,7 +289,8 @@ int kc_sink_put_page(struct kc_sink *s, uint16_t block, uint64_t page, const voi
 		kc_pack_zero(s->packer, block, page);
 	else
 		same = kc_pack(s->packer, s->begin.nr, &p, data);
-	s->stats.pack_us += kc_now_us() - t;
+	packed = kc_now_us();
+	s->stats.pack_us += packed - t;
 	if (same)
 		return 0;
 	if (block != KC_STATE_BLOCK) {
@@ -298,7 +305,7 @@ int kc_sink_put_page(struct kc_sink *s, uint16_t block, uint64_t page, const voi
 		return rc;
 	s->stats.delta_pages += !!(p.enc & KC_ENC_DELTA);
 	kc_put_page(rec, &p);
-	return kc_sink_emit(s, rec, sizeof(rec), p.data, p.len, err);
+	return emit_since(s, packed, rec, sizeof(rec), p.data, p.len, err);
 }
 
 int kc_epoch_begin(struct kc_sink *s, uint64_t nr, unsigned int flags, struct kc_err *err)
