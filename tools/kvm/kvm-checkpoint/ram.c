@@ -204,6 +204,7 @@ static void remove_leftovers(struct kc_ram *ram)
 	while ((d = readdir(dir))) {
 		if (!strcmp(d->d_name, "redo") || !strcmp(d->d_name, "redo.tmp") ||
 		    !strcmp(d->d_name, "undo") || !strcmp(d->d_name, "undo.tmp") ||
+		    !strcmp(d->d_name, "state.tmp") ||
 		    (!strncmp(d->d_name, "state-", 6) && strcmp(d->d_name, keep)))
 			unlinkat(ram->dir, d->d_name, 0);
 	}
@@ -303,6 +304,8 @@ void kc_ram_close(struct kc_ram *ram)
 	kc_ram_drop(ram);
 	if (ram->keeps_redo)
 		unlinkat(ram->dir, "redo.tmp", 0);
+	if (ram->has_guest && !ram->durable)
+		unlinkat(ram->dir, "state.tmp", 0);
 	kc_ram_close_redo(ram);
 	unmap_blocks(ram);
 	kc_ram_close_disks(ram);

@@ -8,7 +8,8 @@
  *	meta		guest, last epoch in the RAM files and when it was complete, boot ID of the
  *			host, whether the disk has all of that
  *	redo		a complete epoch on its way into the RAM files
- *	redo.tmp	an epoch that is being received
+ *	redo.tmp	an epoch that is being received; or the last one, for its pages
+ *	state.tmp	the state of the one before the last, for its pages
  *	disk0, ...	links to the images of disks, if they are part of epochs
  *	undo		the way back from an epoch that is yet to prove itself to the one before
  *

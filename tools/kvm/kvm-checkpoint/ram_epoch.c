@@ -394,6 +394,7 @@ static int ram_commit(void *ctx, uint64_t nr, const struct kc_devices *state, st
 		flags |= KC_RAM_UNTRIED;
 	/* All that may fail for want of space comes before the epoch is complete. */
 	kc_ram_state_name(name, nr);
+	renameat(ram->dir, "state.tmp", ram->dir, name);	/* if there is one */
 	rc = kc_devices_keep(&copy, state, err);
 	if (!rc)
 		rc = kc_ram_write_file(ram, name, state->data, state->len, NULL, 0, err);

@@ -83,7 +83,9 @@ int kc_ram_arrived(struct kc_ram *ram, uint64_t nr, uint64_t time_ms, unsigned i
 	/* The state that there is a way back to stays. */
 	if (old && old != nr && !(flags & KC_RAM_UNTRIED)) {
 		kc_ram_state_name(name, old);
-		unlinkat(ram->dir, name, 0);
+		/* As with redo: nobody reads it, and the next one is written over it */
+		if (ram->durable || renameat(ram->dir, name, ram->dir, "state.tmp"))
+			unlinkat(ram->dir, name, 0);
 	}
 	return rc;
 }
