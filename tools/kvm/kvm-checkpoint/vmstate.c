@@ -6,6 +6,7 @@
  * it, but after the end there is a description of all of them, in JSON, unless the machine has
  * suppress-vmdesc=on.
  */
+#include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -25,17 +26,27 @@ static uint32_t be32(const uint8_t *p)
 	return (uint32_t)p[0] << 24 | p[1] << 16 | p[2] << 8 | p[3];
 }
 
-/* The description, which is at the end: END, DESCRIPTION, its length and itself */
+static bool is_description(const uint8_t *data, size_t len, size_t n)
+{
+	const uint8_t *p;
+
+	if (n + 6 > len)
+		return false;
+	p = data + len - n - 6;
+	return p[6] == '{' && p[0] == END && p[1] == DESCRIPTION && be32(p + 2) == n;
+}
+
+/* The description, which is at the end: END, DESCRIPTION, its length and itself; @n: perhaps that is it */
 static const uint8_t *find_description(const uint8_t *data, size_t len, uint32_t *n)
 {
 	size_t back;
 
+	if (*n && is_description(data, len, *n))
+		return data + len - *n;
 	for (back = 1; back + 6 <= len && back < MAX_DESCRIPTION; back++) {
-		const uint8_t *p = data + len - back - 6;
-
-		if (p[6] == '{' && p[0] == END && p[1] == DESCRIPTION && be32(p + 2) == back) {
+		if (is_description(data, len, back)) {
 			*n = back;
-			return p + 6;
+			return data + len - back;
 		}
 	}
 	return NULL;
@@ -69,28 +80,33 @@ static uint64_t hash_sections(const uint8_t *text, uint32_t n)
 	return hash;
 }
 
-/* What the guest was doing, as QEMU calls it; empty if it is not there */
-static const char *run_state(const uint8_t *data, size_t len, size_t *n)
+/* What the guest was doing, as QEMU calls it; empty if it is not there; @at: perhaps it is there */
+static const char *run_state(const uint8_t *data, size_t len, size_t *at, size_t *n)
 {
 	static const char name[] = "\013globalstate";
 	/* Name, instance, version, length; then 100 bytes. */
 	const size_t head = sizeof(name) - 1 + 12;
-	const uint8_t *p = memmem(data, len, name, sizeof(name) - 1);
+	const uint8_t *p = NULL;
 
 	*n = 0;
+	if (*at && *at <= len && len - *at >= head + 100)
+		p = data + *at;
+	if (!p || memcmp(p, name, sizeof(name) - 1))
+		p = memmem(data, len, name, sizeof(name) - 1);
 	if (!p || (size_t)(data + len - p) < head + 100)
 		return "";
+	*at = p - data;
 	*n = strnlen((const char *)p + head, 100);
 	return (const char *)p + head;
 }
 
 uint64_t kc_vmstate_kind(const uint8_t *data, size_t len, struct kc_vmstate_memo *memo)
 {
+	size_t state_len, at = memo ? memo->run_state : 0;
+	uint32_t n = memo ? memo->description : 0;
 	uint64_t text, sections = 0;
 	const uint8_t *desc;
 	const char *state;
-	uint32_t n = 0;
-	size_t state_len;
 
 	if (len < 8 || memcmp(data, "QEVM", 4))
 		return 1;
@@ -98,9 +114,14 @@ uint64_t kc_vmstate_kind(const uint8_t *data, size_t len, struct kc_vmstate_memo
 	if (desc) {
 		text = XXH3_64bits(desc, n);
 		sections = memo && memo->text == text ? memo->sections : hash_sections(desc, n);
-		if (memo)
-			*memo = (struct kc_vmstate_memo){ .text = text, .sections = sections };
+		if (memo) {
+			memo->text = text;
+			memo->sections = sections;
+			memo->description = n;
+		}
 	}
-	state = run_state(data, len, &state_len);
+	state = run_state(data, len, &at, &state_len);
+	if (memo)
+		memo->run_state = at;
 	return XXH3_64bits_withSeed(state, state_len, sections);
 }

@@ -8,9 +8,14 @@
 #include <stddef.h>
 #include <stdint.h>
 
-/* What was found out last, as the description in a state is long and hardly ever changes. */
+/*
+ * What was found out last, and where, as most of a state hardly ever changes: to look for the
+ * description and the run state byte by byte costs more than all else that is done to one.
+ */
 struct kc_vmstate_memo {
 	uint64_t text, sections;
+	uint32_t description;	/* its length */
+	size_t run_state;	/* its section's place */
 };
 
 /**

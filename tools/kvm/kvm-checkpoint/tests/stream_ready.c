@@ -74,6 +74,15 @@ void test_kinds(void)
 		len = make_state(state, "running", others[i]);
 		CHECK(kind != kc_vmstate_kind(state, len, &memo), "%s makes none", others[i]);
 	}
+	/* It is found wherever it is now, and not where it was */
+	for (i = 0; i < 200; i++) {
+		len = make_state(state, below(2) ? "running" : "paused", below(2) ? two : same);
+		kc_vmstate_kind(state, len, &memo);
+		memmove(state + 8 + i, state + 8, len - 8);
+		memset(state + 8, 0, i);
+		CHECK(kc_vmstate_kind(state, len + i, &memo) == kc_vmstate_kind(state, len + i, NULL),
+		      "the memo makes a difference to one that has moved");
+	}
 	/* Whatever it is, it is looked at without harm. */
 	for (i = 0; i < 20000; i++) {
 		len = make_state(state, "running", two);
