@@ -82,6 +82,9 @@ void test_kinds(void)
 		memset(state + 8, 0, i);
 		CHECK(kc_vmstate_kind(state, len + i, &memo) == kc_vmstate_kind(state, len + i, NULL),
 		      "the memo makes a difference to one that has moved");
+		len = make_state(state, "running", "");
+		CHECK(kc_vmstate_kind(state, len, &memo) == kc_vmstate_kind(state, len, NULL),
+		      "the memo makes a difference to one without a description");
 	}
 	/* Whatever it is, it is looked at without harm. */
 	for (i = 0; i < 20000; i++) {
