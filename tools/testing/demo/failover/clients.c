@@ -19,7 +19,6 @@
 #include "../ledger.h"
 #include "clients.h"
 
-#define IMAGE_MB	16
 #define BRIDGE		"ledger"
 
 /* --- The network between guests and us ------------------------------------ */
@@ -76,7 +75,7 @@ static bool make_image(unsigned int gen)
 
 	ledger_image(gen, path);
 	fd = open(path, O_RDWR | O_CREAT | O_TRUNC | O_CLOEXEC, 0600);
-	if (fd < 0 || ftruncate(fd, IMAGE_MB << 20) || close(fd))
+	if (fd < 0 || ftruncate(fd, LEDGER_MB << 20) || close(fd))
 		fatal(path);
 	if (run_tool(argv)) {
 		show_file("/tmp/ledger-tools.log");

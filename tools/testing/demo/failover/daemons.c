@@ -65,6 +65,8 @@ pid_t start_standby(struct pair *x)
 		ledger_image(x->gen, path);
 		a.v[a.n++] = "--disk";
 		arg(&a, "%s", path);
+		if (guest_has_overlay)
+			make_overlay(x->gen, (uint64_t)LEDGER_MB << 20);
 	}
 	a.v[a.n++] = "--";
 	args_of_qemu(&a, x->gen, "{ram0}");
@@ -438,6 +440,8 @@ void moved(struct pair *x, struct vm *next)
 	leave(&vm);
 	remove_ram(vm.ram);
 	ledger_image(vm.gen, image);
+	unlink(image);
+	ledger_overlay(vm.gen, image);
 	unlink(image);
 	kill_now(&standby, true);
 	standby = x->standby;

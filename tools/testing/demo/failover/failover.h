@@ -18,6 +18,8 @@
 #define GUEST_MB	64
 /* What its two writers write, of that */
 #define WORK_MB		8
+/* Of the disk with a database */
+#define LEDGER_MB	16
 #define DISK_FILE	"/dev/shm/guest-disk"
 #define HOLDER_FILE	"/dev/shm/guest-holder"
 #define PSK_FILE	"/tmp/psk"
@@ -49,6 +51,8 @@ extern struct measured measured;
 extern unsigned int guest_tells;
 /* The kernel has the card of who has a database, and has to hold what it sends */
 extern unsigned int guest_has_vhost;
+/* Where it goes on its disk is a qcow2 image, on top of that of the epoch */
+extern unsigned int guest_has_overlay;
 /* For "protect", in place of checkpoint, or NULL */
 extern const char *protect_with;
 extern bool guest_has_net;
@@ -271,6 +275,9 @@ bool test_stale(unsigned int n);
 /* For a QEMU of this generation: its network, and the image of its disk */
 void ledger_tap(unsigned int gen);
 void ledger_image(unsigned int gen, char path[64]);
+/* On top of it, if it has one; @size: in bytes */
+void ledger_overlay(unsigned int gen, char path[64]);
+void make_overlay(unsigned int gen, uint64_t size);
 /* Its clients find all that they were told of, and go on; the guest did, elsewhere, if it @moved */
 bool ledger_holds(bool moved);
 /* What a guest that goes on gets in place of its disk, for a control; or NULL */

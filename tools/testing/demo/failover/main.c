@@ -145,7 +145,8 @@ static bool set_shape(const char *arg, size_t len, const char *value, unsigned i
 		bool boots;		/* one that runs is not like that */
 	} numbers[] = {
 		{ "rate", &measured.rate, true }, { "unused", &guest_tells, true },
-		{ "vhost", &guest_has_vhost, true }, { "ram", &measured.mb, false },
+		{ "vhost", &guest_has_vhost, true }, { "overlay", &guest_has_overlay, true },
+		{ "ram", &measured.mb, false },
 		{ "work", &measured.work_mb, false }, { "logs", &measured.logs, false },
 		{ "interval", &measured.interval_ms, false },
 	};

@@ -177,10 +177,16 @@ void args_of_qemu(struct args *a, unsigned int gen, const char *ram)
 		char path[64];
 
 		ledger_tap(gen);
-		ledger_image(gen, path);
 		a->v[a->n++] = "-drive";
-		arg(a, "if=virtio,format=raw,file=%s",
-		    *ram != '{' ? path : wrong_disk ? wrong_disk : "{disk0}");
+		if (guest_has_overlay && *ram == '{') {
+			ledger_overlay(gen, path);
+			arg(a, "if=virtio,format=qcow2,file=%s,backing.driver=raw,backing.file.driver=file,backing.file.filename={disk0}",
+			    path);
+		} else {
+			ledger_image(gen, path);
+			arg(a, "if=virtio,format=raw,file=%s",
+			    *ram != '{' ? path : wrong_disk ? wrong_disk : "{disk0}");
+		}
 		a->v[a->n++] = "-netdev";
 		arg(a, "tap,id=net0,ifname=tap%u,script=no,downscript=no,vhost=%s", gen,
 		    guest_has_vhost ? "on" : "off");
