@@ -28,18 +28,6 @@ static bool is_judged(const struct pair *x, bool *goes_on)
 	return fail("the standby says nothing of a primary that has died");
 }
 
-static bool is_connected(const struct pair *x)
-{
-	uint64_t until = now_us() + SYNC_TIMEOUT * 1000000ull;
-
-	while (!standby_said(x, "is connected")) {
-		if (now_us() > until)
-			return fail("the standby does not hear of a primary");
-		usleep(5000);
-	}
-	return true;
-}
-
 static bool boots_again(struct pair *x)
 {
 	char old[64], new[64];
@@ -74,7 +62,8 @@ static bool one_copy(bool with_daemon, unsigned int most_ms, bool *early)
 	new_pair(&x);
 	x.standby = start_standby(&x);
 	start_protect(&x.protect, &vm, &x, interval, 0);
-	ok = is_connected(&x);
+	ok = wait_said(&x, "is connected", SYNC_TIMEOUT) ||
+	     fail("the standby does not hear of a primary");
 	sleep_ms(random_from(0, most_ms));
 	kill(vm.pid, SIGKILL);
 	if (with_daemon)

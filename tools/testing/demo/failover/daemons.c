@@ -110,16 +110,22 @@ unsigned int standby_said(const struct pair *x, const char *what)
 	return count_lines(path, what);
 }
 
-bool wait_taken_over(const struct pair *x)
+bool wait_said(const struct pair *x, const char *what, unsigned int seconds)
 {
-	uint64_t until = now_us() + FAILOVER_TIMEOUT * 1000000ull;
+	uint64_t until = now_us() + seconds * 1000000ull;
 
-	while (!standby_said(x, "taken over at epoch")) {
+	while (!standby_said(x, what)) {
 		if (now_us() > until)
-			return fail("the standby does not take over");
+			return false;
 		usleep(20000);
 	}
 	return true;
+}
+
+bool wait_taken_over(const struct pair *x)
+{
+	return wait_said(x, "taken over at epoch", FAILOVER_TIMEOUT) ||
+	       fail("the standby does not take over");
 }
 
 uint64_t epoch_taken(const struct pair *x)

@@ -215,6 +215,7 @@ bool check_guest(struct vm *vm, const struct sample *least);
 void new_pair(struct pair *x);
 /* How often the standby has said something */
 unsigned int standby_said(const struct pair *x, const char *what);
+bool wait_said(const struct pair *x, const char *what, unsigned int seconds);
 /* Waits until it has taken over the guest */
 bool wait_taken_over(const struct pair *x);
 /* Which epoch that was */

@@ -75,8 +75,7 @@ static bool run_epochs(const char *interval, unsigned int n, struct row *r, uint
 		x.standby = start_standby(&x);
 	trace_know(x.standby, BY_STANDBY);
 	/* It would be on another host, and all that it starts: they have what the CPUs have left */
-	if (!to_dir &&
-	    sched_setscheduler(x.standby, SCHED_IDLE, &(struct sched_param){ 0 }))
+	if (!to_dir && sched_setscheduler(x.standby, SCHED_IDLE, &(struct sched_param){ 0 }))
 		return fail("the scheduler does not do what it is asked to");
 	chain = to_dir ? dir : NULL;
 	start_protect(&x.protect, &vm, &x, interval, BEFORE - 1 + n);
