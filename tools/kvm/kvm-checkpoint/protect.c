@@ -225,7 +225,10 @@ static int protect(struct protect *p)
 
 		/* The guest's side */
 		if (rc == -EPIPE && p->guest.qmp.shutdown) {
-			kc_log(KC_LOG_INFO, "the guest was shut down");
+			const char *why = p->guest.qmp.why_shutdown;
+
+			kc_log(KC_LOG_INFO, "the guest was shut down%s%s%s", *why ? " (" : "",
+			       why, *why ? ")" : "");
 			return kc_link_end(p, KC_END_GUEST_SHUTDOWN) ? 0 : 1;
 		}
 		if (rc == -EPIPE && guest_died(&p->guest)) {

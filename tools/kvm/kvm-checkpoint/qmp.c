@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 #include <errno.h>
 #include <poll.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
@@ -50,12 +51,23 @@ static void job_event(struct qmp *q, const char *name, struct json_object *o)
 		q->jobs_ended++;
 }
 
+static void shutdown_event(struct qmp *q, struct json_object *o)
+{
+	struct json_object *data;
+	const char *why = "";
+
+	if (json_object_object_get_ex(o, "data", &data))
+		why = qmp_str(data, "reason");
+	snprintf(q->why_shutdown, sizeof(q->why_shutdown), "%s", why);
+	q->shutdown = true;
+}
+
 static void event(struct qmp *q, struct json_object *o)
 {
 	if (!strncmp(qmp_str(o, "event"), "BLOCK_JOB_", 10))
 		job_event(q, qmp_str(o, "event") + 10, o);
 	if (!strcmp(qmp_str(o, "event"), "SHUTDOWN"))
-		q->shutdown = true;
+		shutdown_event(q, o);
 	else if (!strcmp(qmp_str(o, "event"), "RESUME"))
 		q->shutdown = false;	/* -no-shutdown: it was reset, and runs */
 }

@@ -20,6 +20,7 @@ struct qmp {
 	unsigned int timeout_ms;
 	uint64_t asked_us;	/* since when an answer is awaited, 0 if none is */
 	bool shutdown;		/* the event came: the guest or its owner ended it */
+	char why_shutdown[32];	/* as QEMU says, such as "guest-reset", or empty */
 	/* Events of that, and of their errors, of jobs that are called JOB_NAME... */
 	unsigned int jobs_ended, jobs_failed;
 	int (*idle)(void *ctx);

@@ -428,7 +428,7 @@ static void test_dies_attached_again(void)
 
 /* --- The guest is shut down ----------------------------------------------- */
 
-#define EVENT(name) "{\"event\": \"" name "\", \"data\": {\"guest\": true}}\r\n"
+#define EVENT(name) "{\"event\": \"" name "\", \"data\": {\"guest\": true, \"reason\": \"guest-reset\"}}\r\n"
 
 /* QEMU ends in its own way after some answer; the standby would wait so long for it */
 static void shut_down(const char *command, unsigned int nr, const char *timeout)
@@ -440,7 +440,7 @@ static void shut_down(const char *command, unsigned int nr, const char *timeout)
 	start_qemu(&qemu);
 	start_standby(path_of("ram"), "--no-fence", "--timeout", timeout, "--insecure");
 	CHECK(protect(CHECKED, spec(), "--interval", "1ms") == 0, "a shutdown is a failure");
-	CHECK(log_has("the guest was shut down"), "it does not say so");
+	CHECK(log_has("the guest was shut down (guest-reset)"), "it does not say so, or why");
 	wait_log("ends the protection: its guest shut down");
 	if (strcmp(timeout, "0"))
 		poll(NULL, 0, 2500);
