@@ -303,7 +303,6 @@ bool protect_ended(const struct protect *p)
 bool wait_synced(struct protect *p, struct vm *vm, uint64_t times)
 {
 	uint64_t until = now_us() + SYNC_TIMEOUT * 1000000ull, synced;
-	char path[64];
 
 	do {
 		usleep(20000);
@@ -313,8 +312,7 @@ bool wait_synced(struct protect *p, struct vm *vm, uint64_t times)
 		if (synced >= times)
 			return true;
 	} while (now_us() < until && !protect_ended(p));
-	snprintf(path, sizeof(path), "/tmp/protect-%u.err", vm->gen);
-	show_file(path);
+	show_all(vm);
 	if (!protect_ended(p))
 		return fail("the guest is not protected");
 	return fail("the guest is not protected: protect ended with %d", wait_protect(p));
@@ -441,11 +439,14 @@ void end(struct pair *x)
 
 void moved(struct pair *x, struct vm *next)
 {
-	char image[64];
+	char image[64], left[64];
 
 	leave(&vm);
 	remove_ram(vm.ram);
 	ledger_image(vm.gen, image);
+	ledger_image(x->gen + 1, left);
+	if (x->leaves && guest_has_ledger && rename(image, left))
+		fatal(left);
 	unlink(image);
 	ledger_overlay(vm.gen, image);
 	unlink(image);

@@ -185,7 +185,7 @@ struct pair {
 	enum safe safe;
 	unsigned int protects;	/* this generation's QEMU is protected */
 	bool relayed;		/* the link goes through the relay */
-	bool leaves;		/* its memory, on switchover, where the next pair's standby is */
+	bool leaves;		/* its memory and its disk, on switchover, where the next pair's standby is */
 	unsigned int disk_mb;	/* of a file system of its own for the standby, or 0 */
 };
 
@@ -318,6 +318,7 @@ bool test_measure(unsigned int n);
 bool test_ledger(unsigned int n);
 bool test_ledger_control(unsigned int n);
 bool test_ledger_days(unsigned int n);
+bool test_ledger_turns(unsigned int n);
 bool test_copying(unsigned int n);
 bool test_archives(unsigned int n);
 bool test_archives_control(unsigned int n);

@@ -199,11 +199,21 @@ bool ledger_holds(bool moved)
 	return ledger_goes_on(told) && ledger_check(told, &lost) && (!moved || ledger_check_disk());
 }
 
-bool test_ledger_days(unsigned int n)
+static bool with_ledger(bool (*test)(unsigned int n), unsigned int n)
 {
-	bool ok = ledger_boot() && ledger_connect() && test_faults(n);
+	bool ok = ledger_boot() && ledger_connect() && test(n);
 
 	ledger_disconnect();
 	ledger_end();
 	return ok;
+}
+
+bool test_ledger_days(unsigned int n)
+{
+	return with_ledger(test_faults, n);
+}
+
+bool test_ledger_turns(unsigned int n)
+{
+	return with_ledger(test_switches, n);
 }

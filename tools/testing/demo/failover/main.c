@@ -100,6 +100,7 @@ static const struct test {
 	{ "ledger", test_ledger, true },
 	{ "lies", test_ledger_control, true },
 	{ "days", test_ledger_days, true },
+	{ "turns", test_ledger_turns, true },
 	{ "copying", test_copying, true },
 	{ "archives", test_archives, true },
 	{ "wrong", test_archives_control, true },
