@@ -180,6 +180,6 @@ _step_cleanup() { [ -z "$_STEP_PID" ] || kill_group "$_STEP_PID"; }
 # What the linker says of dlopen() in static programs is about SQLite's extensions, which are not used.
 build_demo_guest() {
 	local src=$TOP/tools/testing/demo
-	gcc -O2 -Wall -Wextra -static -pthread -Wl,--no-warnings -o "$1" "$src"/{guest,beats,churn,kernels,ledger,lies}.c \
+	gcc -O2 -Wall -Wextra -static -pthread -Wl,--no-warnings -o "$1" "$src"/{guest,beats,churn,cost,kernels,ledger,lies}.c \
 	    -lsqlite3 -lm
 }

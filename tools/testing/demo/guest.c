@@ -31,6 +31,7 @@
  *	hibernate	-> "hibernate ok", after it was hibernated to a third disk and is back
  *	mem	-> "mem TOTAL FREE", in MiB
  *	once N	-> "once N ok", after N MiB were written and given back; "once N file": of files
+ *	cost	-> "cost PAGES FAULTS FORK", see cost.h; the writers wait
  *	broken	-> "broken begun" and, when told again, whether block 256 of a second disk, which has
  *		   what the first one has, is read by now: "broken begun", "broken ok", "broken bad"
  *
@@ -64,6 +65,7 @@
 
 #include "beats.h"
 #include "churn.h"
+#include "cost.h"
 #include "kernels.h"
 #include "ledger.h"
 #include "lies.h"
@@ -310,6 +312,17 @@ static void tell_memory(void)
 		info.freeram * info.mem_unit >> 20);
 }
 
+static void tell_cost(void)
+{
+	struct cost cost;
+	const char *failed = cost_of_memory(&cost);
+
+	if (failed)
+		fprintf(ctl, "cost: %s failed\n", failed);
+	else
+		fprintf(ctl, "cost %lu %lu %lu\n", cost.pages, cost.faults, cost.fork);
+}
+
 /* PAM0 of Q35 and i440FX: of 0xf0000 to 0xfffff, whether reads and writes go to RAM */
 #define PAM0		0x90
 #define PAM_RAM		0x30
@@ -505,6 +518,10 @@ int main(void)
 			fprintf(ctl, "%s %s\n", line,
 				churn_once(strtoul(line + 5, NULL, 10) * 256, strstr(line, "file")) ?
 				"ok" : "bad");
+		} else if (!strncmp(line, "cost", 4)) {
+			hold_writers();
+			tell_cost();
+			atomic_store(&hold, false);
 		} else if (!strncmp(line, "broken", 6)) {
 			read_broken();
 		} else {
