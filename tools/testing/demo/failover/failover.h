@@ -18,6 +18,12 @@
 #define GUEST_MB	64
 /* What its two writers write, of that */
 #define WORK_MB		8
+/*
+ * What nobody writes.  Of a guest that gives hints less: virtio_balloon takes all that is free, 4 MiB at a
+ * time, and the one that it has just taken it cannot give back when memory runs out.
+ */
+#define STILL_MB	8
+#define HINTS_STILL_MB	2
 /* Of the disk with a database */
 #define LEDGER_MB	16
 #define DISK_FILE	"/dev/shm/guest-disk"
