@@ -118,6 +118,8 @@ static int leave_ram(struct protect *p, struct kc_err *err)
 		return rc;
 	if (kc_ram_guest(ram))
 		rc = kc_fail(err, EEXIST, "%s holds a guest already", p->leave_ram);
+	/* QEMU has their images still; and where a standby's are is up to who starts it */
+	kc_ram_leave_disks_out(ram);
 	if (!rc)
 		rc = kc_ram_create(ram, &p->guest.id, NULL, NULL, err);
 	if (!rc)

@@ -57,6 +57,14 @@ int kc_ram_create(struct kc_ram *ram, const struct kc_guest *guest, void (*progr
 int kc_ram_set_disks(struct kc_ram *ram, const char *const *paths, unsigned int nr,
 		     struct kc_err *err);
 
+/**
+ * kc_ram_leave_disks_out() - RAM that is made from now on is left for a standby
+ *
+ * Of a guest with disks it then lacks their images: they are those that the standby is given, whatever is
+ * in them, as long as there is no epoch of it.
+ */
+void kc_ram_leave_disks_out(struct kc_ram *ram);
+
 /*
  * They are somebody else's from now on, and not locked any more; or again ours, which is nothing if
  * they are.

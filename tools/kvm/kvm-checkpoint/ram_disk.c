@@ -32,7 +32,7 @@ int kc_ram_set_disks(struct kc_ram *ram, const char *const *paths, unsigned int 
 		return kc_fail(err, EINVAL, "the guest in %s has %u disks: say --disk PATH %u times",
 			       ram->path, ram->guest.nr_disks, ram->guest.nr_disks);
 	for (i = 0; i < nr; i++) {
-		char *path, name[16];
+		char *path, *is;
 		int fd;
 
 		/* One that is not there is made when its size is known */
@@ -45,21 +45,20 @@ int kc_ram_set_disks(struct kc_ram *ram, const char *const *paths, unsigned int 
 		if (!path)
 			return kc_fail(err, errno, "cannot open disk image %s: %s", paths[i],
 				       strerror(errno));
-		link_name(name, i);
-		if (ram->has_guest) {
-			char *is = ram->disk_path[i];
-
-			if (is && strcmp(is, path)) {
-				int rc = kc_fail(err, EEXIST,
-						 "disk %u of the guest in %s is %s, not %s: give the standby another --ram-dir, or remove its old one",
-						 i, ram->path, is, path);
-				free(path);
-				return rc;
-			}
+		is = ram->disk_path[i];
+		if (ram->has_guest && is && strcmp(is, path)) {
+			int rc = kc_fail(err, EEXIST,
+					 "disk %u of the guest in %s is %s, not %s: give the standby another --ram-dir, or remove its old one",
+					 i, ram->path, is, path);
+			free(path);
+			return rc;
+		}
+		/* With epochs it has those that they are of */
+		if (ram->has_guest && (is || ram->epoch)) {
 			free(path);
 			continue;
 		}
-		free(ram->disk_path[i]);
+		free(is);
 		ram->disk_path[i] = path;
 	}
 	ram->nr_paths = nr;
@@ -99,26 +98,41 @@ static int open_image(struct kc_ram *ram, unsigned int i, bool new, struct kc_er
 	return 0;
 }
 
-int kc_ram_new_disks(struct kc_ram *ram, struct kc_err *err)
+/* It is this one from now on */
+static int new_disk(struct kc_ram *ram, unsigned int i, struct kc_err *err)
 {
-	unsigned int i;
 	char name[16];
 	int rc;
 
+	rc = open_image(ram, i, true, err);
+	if (rc)
+		return rc;
+	link_name(name, i);
+	unlinkat(ram->dir, name, 0);
+	if (symlinkat(ram->disk_path[i], ram->dir, name))
+		return kc_ram_fail(err, ram, "make a link to a disk image");
+	return 0;
+}
+
+void kc_ram_leave_disks_out(struct kc_ram *ram)
+{
+	ram->without_disks = true;
+}
+
+int kc_ram_new_disks(struct kc_ram *ram, struct kc_err *err)
+{
+	unsigned int i;
+	int rc = 0;
+
+	if (ram->without_disks)
+		return 0;
 	if (ram->nr_paths != ram->guest.nr_disks)
 		return kc_fail(err, EOPNOTSUPP,
 			       "the guest has %u disks that are part of its epochs, and the standby was given %u images by --disk PATH",
 			       ram->guest.nr_disks, ram->nr_paths);
-	for (i = 0; i < ram->guest.nr_disks; i++) {
-		rc = open_image(ram, i, true, err);
-		if (rc)
-			return rc;
-		link_name(name, i);
-		unlinkat(ram->dir, name, 0);
-		if (symlinkat(ram->disk_path[i], ram->dir, name))
-			return kc_ram_fail(err, ram, "make a link to a disk image");
-	}
-	return 0;
+	for (i = 0; i < ram->guest.nr_disks && !rc; i++)
+		rc = new_disk(ram, i, err);
+	return rc;
 }
 
 int kc_ram_open_disks(struct kc_ram *ram, struct kc_err *err)
@@ -133,6 +147,13 @@ int kc_ram_open_disks(struct kc_ram *ram, struct kc_err *err)
 			continue;
 		link_name(name, i);
 		n = readlinkat(ram->dir, name, path, sizeof(path) - 1);
+		/* It was left out, and who opens this may not have said yet which it is */
+		if (n < 0 && errno == ENOENT && !ram->epoch) {
+			rc = ram->disk_path[i] ? new_disk(ram, i, err) : 0;
+			if (rc)
+				return rc;
+			continue;
+		}
 		if (n < 0)
 			return kc_ram_fail(err, ram, "read the link to a disk image");
 		path[n] = '\0';

@@ -65,6 +65,7 @@ struct kc_ram {
 	int disk[KC_MAX_DISKS];	/* -1: not open */
 	char *disk_path[KC_MAX_DISKS];
 	unsigned int nr_paths;
+	bool without_disks;	/* kc_ram_leave_disks_out() */
 	struct kc_devices state;
 
 	const struct kc_ram_trial *trial;

@@ -4,6 +4,7 @@
  */
 #include <fcntl.h>
 #include <glob.h>
+#include <limits.h>
 #include <poll.h>
 #include <signal.h>
 #include <stdio.h>
@@ -485,12 +486,79 @@ void test_disk_frozen_shortly(void)
 	finish();
 }
 
+static unsigned int pages_that_differed(void)
+{
+	unsigned int differed = UINT32_MAX;
+	uint8_t *log;
+	size_t len;
+	char *line, *rest;
+
+	read_all(path_of("log"), &log, &len);
+	rest = strndup((char *)log, len);
+	free(log);
+	for (log = (uint8_t *)rest; (line = strsep(&rest, "\n"));)
+		sscanf(line, "protected since epoch %*u: %u pages differed", &differed);
+	free(log);
+	return differed;
+}
+
+/* What the guest had where it was, it has where it is */
+static void bring_ram(const char *left)
+{
+	unsigned int i, n = 0;
+	char name[PATH_MAX];
+	uint8_t *ram;
+	size_t len;
+
+	for (i = 0; i < NR_BLOCKS; i++) {
+		if (!qemu.blocks[i].shared)
+			continue;
+		snprintf(name, sizeof(name), "%s/ram%u", left, n++);
+		read_all(name, &ram, &len);
+		CHECK(len == qemu.blocks[i].npages * KC_PAGE_SIZE, "%s is too small", name);
+		memcpy(qemu.blocks[i].ram, ram, len);
+		free(ram);
+	}
+}
+
+/* And the other way round: the image that it had here is the standby's, and is not sent again */
+static void and_back(const char *left)
+{
+	FILE *f = fopen(path_of("own"), "w");
+
+	CHECK(f && fwrite(qemu.disk.data, KC_PAGE_SIZE, DISK_PAGES, f) == DISK_PAGES && !fclose(f),
+	      "cannot write the image");
+	/* Some of it is written where the guest is now */
+	memset(qemu.disk.data + 7 * KC_PAGE_SIZE, 0x77, 2 * KC_PAGE_SIZE);
+	unlink(path_of("qmp"));
+	qemu.dies_after = false;
+	qemu.attached = false;
+	start_qemu(&qemu);
+	bring_ram(left);
+	start_standby(left, "--no-fence", "--timeout", "0", "--insecure", "--disk", path_of("own"));
+	start_protect(CHECKED, spec(), "--interval", "5ms", NULL);
+	serve_until_log("pages differed");
+	CHECK(pages_that_differed() < DISK_PAGES, "the disk was sent again: %u pages",
+	      pages_that_differed());
+	kill(qemu.client, SIGTERM);
+	CHECK(serve() == 0, "it does not end as it was told to");
+	stop_standby(SIGTERM);
+	ram_epoch(left);
+	check_image(path_of("own"), snap_of_standby(left));
+	/* Now that it has epochs no other one will do */
+	CHECK(run("standby", "--listen", "127.0.0.1:1", "--insecure", "--no-fence", "--ram-dir", left,
+		  "--disk", path_of("other"), NULL) == 1, "it takes another disk");
+}
+
 void test_disk_switchover(void)
 {
+	char *left = strdup(path_of("left"));
+
 	start_disk(&qemu, DISK_PAGES);
 	start_qemu(&qemu);
 	with_standby();
-	start_protect(CHECKED, spec(), "--interval", "5ms", "--control", path_of("pctl"), NULL);
+	start_protect(CHECKED, spec(), "--interval", "5ms", "--control", path_of("pctl"), "--leave-ram",
+		      left, NULL);
 	serve_until_log("protected since");
 	be_qemu_for(200);
 	CHECK(!run("status", path_of("pctl"), "switchover", NULL), "switchover failed");
@@ -498,6 +566,8 @@ void test_disk_switchover(void)
 	/* Without a command the standby says where all of it is, and ends */
 	CHECK(reap(&standby) == 0 && log_has("disk virtio0 1228800 "), "where is the disk?");
 	check_image(path_of("image"), snap_of_standby(path_of("ram")));
+	and_back(left);
+	free(left);
 }
 
 /* No file of the standby can become large enough, for a while: the epoch is not lost, nor is it torn. */
