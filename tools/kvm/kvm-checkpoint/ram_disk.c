@@ -149,7 +149,11 @@ int kc_ram_open_disks(struct kc_ram *ram, struct kc_err *err)
 		n = readlinkat(ram->dir, name, path, sizeof(path) - 1);
 		/* It was left out, and who opens this may not have said yet which it is */
 		if (n < 0 && errno == ENOENT && !ram->epoch) {
-			rc = ram->disk_path[i] ? new_disk(ram, i, err) : 0;
+			if (!ram->disk_path[i])
+				continue;
+			rc = new_disk(ram, i, err);
+			if (!rc)
+				rc = kc_ram_sync_dir(ram, err);
 			if (rc)
 				return rc;
 			continue;
