@@ -491,42 +491,26 @@ void test_disk_frozen_shortly(void)
 static unsigned int pages_that_differed(void)
 {
 	unsigned int differed = UINT32_MAX;
-	uint8_t *log;
-	size_t len;
-	char *line, *rest;
+	FILE *f = fopen(path_of("log"), "r");
+	char line[300];
 
-	read_all(path_of("log"), &log, &len);
-	rest = strndup((char *)log, len);
-	free(log);
-	for (log = (uint8_t *)rest; (line = strsep(&rest, "\n"));)
+	while (f && fgets(line, sizeof(line), f))
 		sscanf(line, "protected since epoch %*u: %u pages differed", &differed);
-	free(log);
+	CHECK(f && !fclose(f), "there is no log");
 	return differed;
 }
 
 /* What the guest had where it was, it has where it is */
-static void bring_ram(const char *left)
+static void bring(struct block *b, const uint8_t *ram)
 {
-	unsigned int i, n = 0;
-	char name[PATH_MAX];
-	uint8_t *ram;
-	size_t len;
-
-	for (i = 0; i < NR_BLOCKS; i++) {
-		if (!qemu.blocks[i].shared)
-			continue;
-		snprintf(name, sizeof(name), "%s/ram%u", left, n++);
-		read_all(name, &ram, &len);
-		CHECK(len == qemu.blocks[i].npages * KC_PAGE_SIZE, "%s is too small", name);
-		memcpy(qemu.blocks[i].ram, ram, len);
-		free(ram);
-	}
+	memcpy(b->ram, ram, b->npages * KC_PAGE_SIZE);
 }
 
 /* And the other way round: the image that it had here is the standby's, and is not sent again */
 static void and_back(const char *left)
 {
 	FILE *f = fopen(path_of("own"), "w");
+	char link[PATH_MAX];
 
 	CHECK(f && fwrite(qemu.disk.data, KC_PAGE_SIZE, LARGE_DISK_PAGES, f) == LARGE_DISK_PAGES &&
 	      !fclose(f), "cannot write the image");
@@ -536,7 +520,7 @@ static void and_back(const char *left)
 	qemu.dies_after = false;
 	qemu.attached = false;
 	start_qemu(&qemu);
-	bring_ram(left);
+	each_ram(left, bring);
 	start_standby(left, "--no-fence", "--timeout", "0", "--insecure", "--disk", path_of("own"));
 	start_protect(CHECKED, spec(), "--interval", "5ms", NULL);
 	serve_until_log("pages differed");
@@ -550,6 +534,12 @@ static void and_back(const char *left)
 	/* Now that it has epochs no other one will do */
 	CHECK(run("standby", "--listen", "127.0.0.1:1", "--insecure", "--no-fence", "--ram-dir", left,
 		  "--disk", path_of("other"), NULL) == 1, "it takes another disk");
+	/* Nor if it is not known any more which it was: that is not what a switchover leaves */
+	snprintf(link, sizeof(link), "%s/disk0", left);
+	CHECK(!unlink(link), "there is no link to the image");
+	CHECK(run("standby", "--listen", "127.0.0.1:1", "--insecure", "--no-fence", "--ram-dir", left,
+		  "--disk", path_of("own"), NULL) == 1, "it takes any disk");
+	CHECK(log_has("read the link to a disk image"), "it does not say why");
 }
 
 void test_disk_switchover(void)

@@ -40,22 +40,14 @@ static void must_be_there(void)
 }
 
 /* What the guest had when it was stopped is in these files. */
+static void is_same(struct block *b, const uint8_t *ram)
+{
+	CHECK(!memcmp(ram, b->ram, b->npages * KC_PAGE_SIZE), "%s is not the guest's memory", b->name);
+}
+
 static void compare_ram(const char *where)
 {
-	unsigned int i, n = 0;
-	char name[PATH_MAX];
-	uint8_t *buf;
-	size_t len;
-
-	for (i = 0; i < NR_BLOCKS; i++) {
-		if (!qemu.blocks[i].shared)
-			continue;
-		snprintf(name, sizeof(name), "%s/ram%u", where, n++);
-		read_all(name, &buf, &len);
-		CHECK(len == qemu.blocks[i].npages * KC_PAGE_SIZE &&
-		      !memcmp(buf, qemu.blocks[i].ram, len), "%s is not the guest's memory", name);
-		free(buf);
-	}
+	each_ram(where, is_same);
 }
 
 void test_switchover(void)

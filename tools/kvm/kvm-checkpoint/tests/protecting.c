@@ -2,6 +2,7 @@
 /*
  * Running protect against the fake QEMU, and what is kept of its guest.
  */
+#include <limits.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -263,4 +264,24 @@ const char *kills_standby_later(struct qemu *q, const char *command)
 	(void)q;
 	(void)command;
 	return NULL;
+}
+
+void each_ram(const char *where, void (*fn)(struct block *b, const uint8_t *ram))
+{
+	unsigned int i, n = 0;
+	char name[PATH_MAX];
+	uint8_t *ram;
+	size_t len;
+
+	for (i = 0; i < NR_BLOCKS; i++) {
+		struct block *b = &qemu.blocks[i];
+
+		if (!b->shared)
+			continue;
+		snprintf(name, sizeof(name), "%s/ram%u", where, n++);
+		read_all(name, &ram, &len);
+		CHECK(len == b->npages * KC_PAGE_SIZE, "%s has another size", name);
+		fn(b, ram);
+		free(ram);
+	}
 }

@@ -39,6 +39,8 @@ const char *fence(void);
 /* The files hold a guest as it was when it was whole; which of these */
 unsigned int which_snap(const char *where, const char *state, bool stopped);
 unsigned int snap_of_standby(const char *ram_dir);
+/* Each block of RAM that a standby has, with what a directory has of it */
+void each_ram(const char *where, void (*fn)(struct block *b, const uint8_t *ram));
 /* The disk as it was at that epoch */
 void check_image(const char *path, unsigned int snap);
 /* All epochs in the directory; how many, and the last one's snap in @last */

@@ -161,8 +161,8 @@ void args_of_qemu(struct args *a, unsigned int gen, const char *ram)
 		snprintf(limit, sizeof(limit), " mem=%uM", guest_used_mb());
 	a->v[a->n++] = "-append";
 	arg(a, "console=ttyS0 quiet panic=-1 tsc=reliable no_timer_check rcupdate.rcu_expedited=1 demo.work=%u demo.still=%u demo.rate=%u demo.ledger=%d demo.churn=%d demo.churn_us=20000%s%s",
-	    guest_work_mb, guest_tells > 1 ? HINTS_STILL_MB : STILL_MB, guest_rate, guest_has_ledger, guest_tells ? 300 : 0,
-	    guest_tells ? " init_on_alloc=1" : "", limit);
+	    guest_work_mb, guest_tells > 1 ? HINTS_STILL_MB : STILL_MB, guest_rate, guest_has_ledger,
+	    guest_tells ? 300 : 0, guest_tells ? " init_on_alloc=1" : "", limit);
 	if (guest_tells) {
 		if (guest_tells > 1) {
 			a->v[a->n++] = "-object";
