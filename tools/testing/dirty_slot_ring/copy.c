@@ -12,41 +12,25 @@
 
 #include <fcntl.h>
 #include <linux/userfaultfd.h>
-#include <stdbool.h>
 #include <stdint.h>
-#include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
-#include <time.h>
 #include <unistd.h>
 
+#include "measure.h"
+
 #define PAGE	4096ul
-#define MIB	1024ul
+#define RAM_MIB	1024ul
 #define ROUNDS	10
 
 static char *ram;
 static int uffd;
 
-static void die(const char *what)
-{
-	perror(what);
-	exit(1);
-}
-
-static double now_us(void)
-{
-	struct timespec t;
-
-	clock_gettime(CLOCK_MONOTONIC, &t);
-	return t.tv_sec * 1e6 + t.tv_nsec / 1e3;
-}
-
 static void least(double *of, double begun)
 {
-	double us = now_us() - begun;
+	double us = now_ns() / 1e3 - begun;
 
 	if (!*of || us < *of)
 		*of = us;
@@ -72,15 +56,15 @@ static void get_memory(void)
 	};
 	struct uffdio_register reg = { .mode = UFFDIO_REGISTER_MODE_WP };
 
-	if (fd < 0 || ftruncate(fd, MIB << 20))
+	if (fd < 0 || ftruncate(fd, RAM_MIB << 20))
 		die("memory");
-	ram = mmap(NULL, MIB << 20, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE, fd, 0);
+	ram = mmap(NULL, RAM_MIB << 20, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE, fd, 0);
 	if (ram == MAP_FAILED)
 		die("memory");
 	uffd = syscall(SYS_userfaultfd, O_CLOEXEC | UFFD_USER_MODE_ONLY);
 	if (uffd < 0 || ioctl(uffd, UFFDIO_API, &api))
 		die("userfaultfd that write-protects shared memory");
-	reg.range = (struct uffdio_range){ .start = (uintptr_t)ram, .len = MIB << 20 };
+	reg.range = (struct uffdio_range){ .start = (uintptr_t)ram, .len = RAM_MIB << 20 };
 	if (ioctl(uffd, UFFDIO_REGISTER, &reg))
 		die("UFFDIO_REGISTER");
 }
@@ -97,27 +81,27 @@ static void measure(size_t pages)
 		die("memory");
 	for (round = 0; round < ROUNDS; round++) {
 		for (i = 0; i < pages; i++) {
-			which[i] = random() % (MIB * 256) * PAGE;
+			which[i] = random() % (RAM_MIB * 256) * PAGE;
 			ram[which[i]]++;
 		}
-		begun = now_us();
+		begun = now_ns() / 1e3;
 		for (i = 0; i < pages; i++)
 			memcpy(copy + i * PAGE, ram + which[i], PAGE);
 		least(&copied, begun);
 
-		begun = now_us();
+		begun = now_ns() / 1e3;
 		for (i = 0; i < pages; i++)
 			protect(ram + which[i], PAGE, true);
 		least(&each, begun);
-		protect(ram, MIB << 20, false);
+		protect(ram, RAM_MIB << 20, false);
 
-		begun = now_us();
-		protect(ram, MIB << 20, true);
+		begun = now_ns() / 1e3;
+		protect(ram, RAM_MIB << 20, true);
 		least(&all, begun);
-		protect(ram, MIB << 20, false);
+		protect(ram, RAM_MIB << 20, false);
 	}
 	printf("%6zu pages of %lu MiB: copied in %.0f us, write-protected in %.0f (%.1f times), all memory in %.0f\n",
-	       pages, MIB, copied, each, each / copied, all);
+	       pages, RAM_MIB, copied, each, each / copied, all);
 	munmap(copy, pages * PAGE);
 	free(which);
 }
